@@ -1,0 +1,49 @@
+"""Ordinary floating-point parameters, on a device or offloaded by accelerate's hooks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..interop import offload
+from . import Backend
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Plain(Backend):
+    name = "plain"
+
+    def matches(self, owner: nn.Module, param: str) -> bool:
+        weight = owner._parameters.get(param)
+        return weight is not None and weight.dtype in FLOATS
+
+    def read(self, owner: nn.Module, param: str) -> Tensor:
+        weight = owner._parameters[param]
+        assert weight is not None
+        if weight.device.type == "meta":
+            value = offload.fetch(owner, param)
+            if value is not None:
+                return value
+        return weight
+
+    def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
+        weight = owner._parameters[param]
+        assert weight is not None
+        if weight.device.type == "meta" and (old := offload.fetch(owner, param)) is not None:
+            offload.store(owner, param, value.to(old.dtype))
+            return old
+        # The old storage is kept and swapped back, so unmerging restores its exact bits without arithmetic.
+        # On an accelerator it is parked in host memory.
+        old = weight.data
+        weight.data = value.to(device=old.device, dtype=old.dtype)
+        return old if old.device.type == "cpu" else old.cpu()
+
+    def restore(self, owner: nn.Module, param: str, token: object) -> None:
+        assert isinstance(token, Tensor)
+        weight = owner._parameters[param]
+        assert weight is not None
+        if weight.device.type == "meta":
+            offload.store(owner, param, token)
+        else:
+            weight.data = token.to(weight.device)

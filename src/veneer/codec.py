@@ -1,0 +1,385 @@
+"""Adapters as files, in peft's layout, both ways: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .method import Method, refuse_foreign, registry, suggest
+from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runtime_of
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+OLD_WEIGHTS_NAME = "adapter_model.bin"
+PEFT_VERSION = "0.21.2"  # the layout written here
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
+
+
+# Reading.
+
+
+def find_file(where: str | os.PathLike[str], name: str, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """Path of an adapter's file in a folder, or fetched from the hub; None if it is not there.
+
+    Raises:
+        ValueError: `where` is neither a folder nor a hub id that can be reached.
+    """
+    folder = Path(where)
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f"subfolder={subfolder!r}: must be a path inside {str(where)!r}")
+    if folder.is_dir():
+        path = folder / (subfolder or "") / name
+        return path if path.is_file() else None
+    if folder.exists():
+        raise ValueError(f"{str(where)!r} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    chosen = {k: v for k, v in hub.items() if k in HUB_ARGUMENTS and v is not None}
+    try:
+        return Path(hf_hub_download(str(where), name, subfolder=subfolder, **chosen))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{str(where)!r}: there is no such folder, and it cannot be fetched as a hub id (offline, or not cached)"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise ValueError(f"{str(where)!r}: there is no such folder, and as a hub id it fails: {error}") from error
+
+
+def load_config(
+    where: str | os.PathLike[str], *, subfolder: str | None = None, expected: type[Method] | None = None, **hub: Any
+) -> Method:
+    """Read `adapter_config.json`.
+
+    Args:
+        where: folder or hub id.
+        subfolder: folder below it.
+        expected: the method it must be of, or None for any.
+        **hub: `revision`, `token`, `cache_dir` and the like.
+
+    Raises:
+        ValueError: no such file, no JSON, another method, or fields that cannot be honoured.
+    """
+    path = find_file(where, CONFIG_NAME, subfolder, **hub)
+    if path is None:
+        raise ValueError(f"{os.fspath(where)!r} holds no {CONFIG_NAME}; give the folder an adapter was saved to")
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); save the adapter again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of config fields")
+    return config_from_dict(values, expected=expected, where=str(path))
+
+
+def config_from_dict(
+    values: Mapping[str, Any], *, expected: type[Method] | None = None, where: str = "config"
+) -> Method:
+    """Build a config from the content of `adapter_config.json`; see `load_config`."""
+    name = values.get("peft_type")
+    methods = {k: c for k, c in registry().items() if not c.internal}
+    cls = methods.get(str(name))
+    if cls is None:
+        raise ValueError(
+            f"{where}: peft_type {name!r} is not a method of this version{suggest(str(name), methods)}; "
+            f"there are {', '.join(sorted(methods))}"
+        )
+    if expected is not None and cls is not expected:
+        raise ValueError(
+            f"{where}: this is a config of {name!r} ({cls.__name__}), not of {expected.peft_name!r} "
+            f"({expected.__name__}); use PeftConfig.from_pretrained to read any method"
+        )
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    known, unknown = {}, []
+    for key, value in values.items():
+        if key in fields:
+            known[key] = value
+        elif key in cls.foreign:
+            refuse_foreign(cls, key, value)
+        elif not value:  # None, False, 0, "", [], {}: how a field that is not in use is written
+            unknown.append(key)
+        else:
+            version = values.get("peft_version")
+            raise ValueError(
+                f"{where}: {key}={value!r} is a field that {cls.__name__} does not know (written by peft {version}), "
+                "and ignoring it would change the result; use a version of Veneer that has it, or remove the field "
+                "from the file if it does not matter"
+            )
+    if unknown:
+        warnings.warn(
+            f"{where}: fields unknown to {cls.__name__} were ignored, all at their default: "
+            f"{', '.join(sorted(unknown))} (written by peft {values.get('peft_version')})",
+            stacklevel=3,
+        )
+    try:
+        config = cls(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    config.from_file = True
+    return config
+
+
+def load_weights(
+    where: str | os.PathLike[str], *, subfolder: str | None = None, device: str | None = None, **hub: Any
+) -> dict[str, Tensor]:
+    """Read an adapter's tensors by their key in the file: safetensors, or peft's older `.bin`.
+
+    Raises:
+        ValueError: there is no weights file, or it is damaged.
+    """
+    path = find_file(where, WEIGHTS_NAME, subfolder, **hub)
+    if path is not None:
+        return read_safetensors(path, device)
+    path = find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
+    if path is None:
+        raise ValueError(f"{os.fspath(where)!r} holds neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
+    try:
+        found = torch.load(path, map_location=device or "cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as plain tensors ({error}); save the adapter as safetensors") from error
+    bad = [k for k, v in found.items() if not isinstance(v, Tensor)] if isinstance(found, dict) else ["the file"]
+    if bad:
+        raise ValueError(f"{path}: {bad[0]} is not a tensor")
+    return dict(found)
+
+
+def read_safetensors(path: Path, device: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; a truncated or foreign one is a ValueError that says so."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=device or "cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}): the copy or download was cut short; "
+            "fetch or save it again"
+        ) from error
+
+
+# Writing.
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that a killed process leaves the old one or the new one: temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
+    """Write `adapter_config.json` with some fields changed."""
+    target = Path(folder)
+    if target.is_file():
+        raise ValueError(f"{folder!s} is a file; give a folder to save the adapter to")
+    target.mkdir(parents=True, exist_ok=True)
+    values = {**config.to_dict(), **changes, "peft_version": PEFT_VERSION}
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_atomic(target / CONFIG_NAME, lambda p: p.write_text(text, "utf-8") and None)
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Write `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
+    """
+    from safetensors.torch import save_file
+
+    empty = [k for k, v in tensors.items() if v.numel() == 0 or v.device.type == "meta"]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} (and {len(empty) - 1} more) holds no data: it is sharded or on the meta device; gather the "
+            "parameters before saving"
+        )
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_atomic(target / WEIGHTS_NAME, lambda p: save_file(ready, p, metadata={"format": "pt"}))
+
+
+def save_adapter(
+    runtime: Runtime, adapter: str, folder: str | os.PathLike[str], *, embeddings: bool | str = "auto", **fields: Any
+) -> None:
+    """Write one adapter's two files and, where there is none, a model card."""
+    config = runtime.known(adapter)
+    tensors = adapter_tensors(runtime, adapter, embeddings=embeddings)
+    if config.task_type is None and config.auto_mapping is None:
+        base = type(runtime.root)
+        base = getattr(base, "_veneer_base", base)
+        fields["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    save_weights(tensors, folder)
+    save_config(config, folder, **{"inference_mode": True, **fields})
+    card = Path(folder) / "README.md"
+    if not card.exists():
+        write_atomic(card, lambda p: p.write_text(model_card(config), "utf-8") and None)
+
+
+def model_card(config: Method) -> str:
+    """A short README for the hub."""
+    base = config.base_model_name_or_path
+    lines = ["---", "library_name: peft", f"tags:\n- {config.peft_name.lower()}\n- veneer"]
+    if base and not os.path.exists(base):
+        lines.insert(1, f"base_model: {base}")
+    lines += ["---", "", f"# {config.peft_name} adapter", ""]
+    lines.append(f"A thin layer for `{base or 'its base model'}`, trained with Veneer on frozen weights.")
+    code = ["", "```python", "from veneer import PeftModel", "", 'model = PeftModel.from_pretrained(base, "FOLDER")', "```"]
+    return "\n".join([*lines, *code, ""])
+
+
+# State dicts.
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be one rank's shard (DTensor)."""
+    full = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if full is None else full()
+    return whole
+
+
+def prefix_of(model: nn.Module) -> str:
+    """What keys begin with: peft's prefix for a PeftModel, nothing for a model adapted in place."""
+    return PREFIX if hasattr(model, "get_base_model") else ""
+
+
+def attached(model: nn.Module) -> Runtime:
+    """The runtime of a PeftModel or of a model adapted in place.
+
+    Raises:
+        ValueError: it has no adapters.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = runtime_of(base)
+    if found is None:
+        raise ValueError(f"{type(base).__name__} has no adapters; attach one with get_peft_model(model, config)")
+    return found
+
+
+def named_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Tensor]]:
+    """An adapter's saved tensors, the trained ones as the live Parameters, with their keys in the file."""
+    return attached(model).named_tensors(adapter_name, prefix_of(model))
+
+
+def adapter_tensors(
+    runtime: Runtime, adapter: str, *, prefix: str = PREFIX, embeddings: bool | str = "auto"
+) -> dict[str, Tensor]:
+    """An adapter's tensors by key, gathered from their shards.
+
+    Args:
+        embeddings: True adds the model's embeddings and output head, "auto" only where their number of rows is not
+            the base config's (a vocabulary that was resized), False never.
+    """
+    found = {k: gathered(t.detach()) for k, t in runtime.named_tensors(adapter, prefix)}
+    config = runtime.known(adapter)
+    if embeddings is True or (embeddings == "auto" and resized(runtime.root, config)):
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            module = getattr(runtime.root, get, lambda: None)()
+            name = next((n for n, m in runtime.root.named_modules() if m is module and n), None)
+            if module is not None and name is not None and not any(k.startswith(f"{prefix}{name}.weight") for k in found):
+                inner = ".base_layer" if name in runtime.sites else ""
+                found[f"{prefix}{name}{inner}.weight"] = gathered(module.weight.detach())
+    return found
+
+
+def resized(root: nn.Module, config: Method) -> bool:
+    """Whether the vocabulary is not the one of the base model's own config file, where that can be read."""
+    now = getattr(getattr(root, "config", None), "vocab_size", None)
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    if now is None or not config.base_model_name_or_path or not path.is_file():
+        return False
+    then = json.loads(path.read_text("utf-8")).get("vocab_size")
+    return then is not None and then != now
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors under their keys in the file.
+
+    Args:
+        model: a PeftModel (keys begin with `base_model.model.`), or a model adapted in place (they do not).
+        state_dict: values to take instead of the model's own, by the names of `model.state_dict()`.
+        adapter_name: the adapter.
+        unwrap_compiled: whether `model` is the result of torch.compile.
+        save_embedding_layers: see `adapter_tensors`.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    runtime = attached(model)
+    prefix = prefix_of(model)
+    found = adapter_tensors(runtime, adapter_name, prefix=prefix, embeddings=save_embedding_layers)
+    if state_dict is None:
+        return dict(found)
+    names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
+    own = {k: names.get(id(t)) for k, t in runtime.named_tensors(adapter_name, prefix)}
+    return {k: gathered(state_dict[n]) if (n := own.get(k)) in state_dict else t for k, t in found.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = True,
+) -> LoadReport:
+    """Copy tensors into an attached adapter, in place, so that an optimizer keeps its parameters.
+
+    Args:
+        model: a PeftModel or a model adapted in place.
+        peft_model_state_dict: values by their keys in the file, with or without `base_model.model.`.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: leave tensors of another shape as they are instead of raising.
+        low_cpu_mem_usage: accepted; values are never duplicated.
+        strict: raise on keys that do not fit; False warns with the same report.
+
+    Raises:
+        AdapterLoadError: keys are missing, unexpected or of another shape. Nothing was changed.
+    """
+    runtime = attached(model)
+    bare = not any(k.startswith("base_model.") for k in peft_model_state_dict)
+    loader = Loader(peft_model_state_dict)
+    pairs = []
+    for key, own in runtime.named_tensors(adapter_name, "" if bare else PREFIX):
+        value = loader.take(key, own.shape)
+        if value is not None:
+            pairs.append((own, value))
+    report = loader.report
+    report.unexpected = sorted(k for k in loader.left if not k.endswith(".base_layer.weight"))
+    if ignore_mismatched_sizes and report.mismatched:
+        warnings.warn(f"left as they were: {report.describe()}", stacklevel=2)
+        report.mismatched = []
+    if not report.clean:
+        text = f"adapter {adapter_name!r} does not fit these tensors:\n  {report.describe()}\nLikely cause: {report.cause()}."
+        if strict:
+            raise AdapterLoadError(text, report)
+        warnings.warn(text, stacklevel=2)
+    with torch.no_grad():
+        for own, value in pairs:
+            own.copy_(value)
+    return report
+
+
+def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:
+    """Read an adapter's tensors from a folder or a hub id; see `load_weights`."""
+    return load_weights(model_id, device=device, **hf_hub_download_kwargs)
+

@@ -1,0 +1,14 @@
+"""Starting values as functions of the base weight: W (out, in) fp32, rank, scale -> B (out, r), A (r, in)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .olora import olora
+from .pissa import pissa
+
+START: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"pissa": pissa, "olora": olora}
+
+__all__ = ["START", "olora", "pissa"]

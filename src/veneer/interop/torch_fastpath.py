@@ -1,0 +1,30 @@
+"""torch's fused inference path of nn.TransformerEncoderLayer.
+
+In evaluation mode it reads the weights of its sublayers and never calls them, so adapters inside it would
+silently not run. It declines when its activation is unknown to it; that is what is arranged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+SAVED = "_veneer_activation"
+
+
+def disable(root: nn.Module, adapted: Iterable[nn.Module]) -> None:
+    """Turn the fused path off in every encoder layer that holds an adapted layer."""
+    inside = {id(m) for m in adapted}
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and SAVED not in module.__dict__:
+            if any(id(m) in inside for m in module.modules()):
+                module.__dict__[SAVED] = module.activation_relu_or_gelu
+                module.activation_relu_or_gelu = 0
+
+
+def restore(root: nn.Module) -> None:
+    """Turn it on again where `disable` turned it off."""
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and SAVED in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(SAVED)

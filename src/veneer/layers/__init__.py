@@ -1,0 +1,28 @@
+"""The layer kinds, most specific first. A module of no kind can still be copied whole (`modules_to_save`)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .conv import Conv
+from .embedding import Embedding
+from .kind import LayerKind
+from .linear import Conv1D, Linear
+from .opaque import Opaque
+from .parameter import InProjection, OutProjection, Parameter
+
+KINDS: tuple[LayerKind, ...] = (Linear(), Embedding(), Conv(), Conv1D())
+PARAMETER, IN_PROJECTION, OUT_PROJECTION, OPAQUE = Parameter(), InProjection(), OutProjection(), Opaque()
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of a module whose input and output operators can act on, or None."""
+    for kind in KINDS:
+        if kind.matches(module):
+            return kind
+    return None
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether `target_modules` may name the module."""
+    return isinstance(module, nn.MultiheadAttention) or kind_of(module) is not None

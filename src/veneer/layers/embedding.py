@@ -1,0 +1,85 @@
+"""nn.Embedding: a matrix (width, vocabulary) applied to one-hot inputs, given as ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operators import Diagonal, Factored, Operator, Rows, Sum
+from ..site import Geometry, stand_in
+from .kind import LayerKind
+
+if TYPE_CHECKING:
+    from ..site import Link, Site, Takeover
+
+
+class Embedding(LayerKind):
+    name = "Embedding"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        assert isinstance(owner, nn.Embedding)
+        return Geometry(owner.num_embeddings, owner.embedding_dim, lookup=True)
+
+    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+        return stored.T  # (vocabulary, width) -> (width, vocabulary)
+
+    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def forward(
+        self, site: Site, state: Takeover, target: nn.Module, links: list[Link], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        # R acts on one-hot inputs, which ids cannot show: only a diagonal R can be applied, and to the output,
+        # since f(diag(v) onehot(i)) = v_i f(onehot(i)).
+        for link in links:
+            if link.right is not None and not isinstance(link.right, Diagonal):
+                raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
+        ids = args[0] if args else next(iter(kwargs.values()))
+        y = state.call(target, ids)
+        for link in links:
+            if isinstance(link.right, Diagonal):
+                y = y * F.embedding(ids, link.right.v.to(y.dtype)[:, None])
+            if link.delta is not None:
+                op = link.delta.sample() if target.training else link.delta
+                y = y + self.delta(site, op, ids, target, state, target.training).to(y.dtype)
+            if link.left is not None:
+                y = self.left(site, link.left.sample() if target.training else link.left, y)
+            if link.shift is not None:
+                y = y + link.shift.to(y.dtype)
+            if link.post is not None:
+                y = link.post(ids, y)
+        return y
+
+    def delta(
+        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool
+    ) -> Tensor:
+        # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
+        dtype = site.stored().dtype
+        if isinstance(op, Sum):
+            return super().delta(site, op, x, target, state, training)
+        if isinstance(op, Factored):
+            h = op.middle(self.look_up(target, state, op.A.T.to(dtype), x))  # (..., r)
+            return op.finish(F.linear(h, op.full_B().to(h.dtype)))  # (..., width)
+        if isinstance(op, Rows):
+            table = stand_in(target, padding_idx=None)
+            return self.scaled_like(table, state, op.lookup(x).to(dtype), x)
+        return self.look_up(target, state, op.dense().T.to(dtype), x)
+
+    def look_up(self, target: nn.Module, state: Takeover, table: Tensor, ids: Tensor) -> Tensor:
+        """The layer's own forward on another table (vocabulary, n), so that a scale in it applies here too."""
+        double = stand_in(target, max_norm=None)
+        double._parameters["weight"] = table  # type: ignore[assignment]
+        y: Tensor = state.call(double, ids)
+        return y
+
+    def scaled_like(self, target: nn.Module, state: Takeover, rows: Tensor, ids: Tensor) -> Tensor:
+        """Rows already looked up (..., n), passed through the layer's forward as a table of their own."""
+        n = rows.shape[-1]
+        own = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return self.look_up(target, state, rows.reshape(-1, n), own)

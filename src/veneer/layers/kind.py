@@ -1,0 +1,144 @@
+"""What a layer kind is: a weight seen as a matrix, and how an operator acts on the layer's activations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operators import Operator, Sum
+
+if TYPE_CHECKING:
+    from ..site import Geometry, Link, Site, Takeover
+
+
+class LayerKind(ABC):
+    """One kind of layer. Stateless; subclasses say how its weight is laid out and how operators act."""
+
+    name: str
+    param = "weight"
+    bias = "bias"
+    whole = False  # the adapter is a copy of the module
+    by_parameter = False  # a module can have several sites of this kind, one a parameter
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is of this kind."""
+
+    @abstractmethod
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        """The weight's geometry, read from the module without reading the weight."""
+
+    def check(self, owner: nn.Module, param: str, name: str) -> None:
+        """Raise if this particular layer cannot be adapted; `name` says where it is."""
+
+    def widen(self, site: Site, stored: Tensor) -> int:
+        """Groups of the layer once it holds `stored` as its weight."""
+        return site.groups
+
+    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+        """The stored weight as a matrix (out, in)."""
+        return stored
+
+    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+        """Inverse of `canonical`."""
+        return matrix
+
+    # The recursion on matrices: merging, and layers that can only run with an effective weight.
+
+    def compose(
+        self, site: Site, links: list[Link], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """W, b -> L (W R + Delta), L b + shift for each link in turn; weight is canonical (out, in)."""
+        for link in links:
+            if link.right is not None:
+                weight = self.times_right(site, weight, link.right)
+            if link.delta is not None:
+                weight = weight + self.delta_matrix(site, link.delta, weight)
+            if link.left is not None:
+                weight = link.left.lmul(weight)
+                if bias is not None and link.left.scales_bias:
+                    bias = link.left.apply(bias)
+            if link.shift is not None:
+                if bias is None:
+                    raise ValueError(
+                        f"{site.name}: the adapter adds a bias, but {type(site.owner).__name__} has none to merge it "
+                        "into; keep the adapter unmerged, or train it with lora_bias=False"
+                    )
+                bias = bias + link.shift.to(bias.dtype)
+            if link.post is not None:
+                raise ValueError(f"{site.name}: this method is no linear map of the weight and cannot be merged")
+        return weight, bias
+
+    def times_right(self, site: Site, weight: Tensor, op: Operator) -> Tensor:
+        return op.rmul(weight)
+
+    def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
+        return op.dense().to(weight.dtype)
+
+    # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
+
+    def forward(
+        self, site: Site, state: Takeover, target: nn.Module, links: list[Link], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer with its adapters. The layer's first argument is its input."""
+        if not args:  # called by keyword
+            name = next(iter(kwargs))
+            kwargs = dict(kwargs)
+            args = (kwargs.pop(name),)
+        x, *rest = args
+        training = target.training
+        inputs = []
+        for link in reversed(links):
+            inputs.append(x)
+            if link.right is not None:
+                op = link.right.sample() if training else link.right
+                x = self.right(site, op, x)
+        y = state.call(target, x, *rest, **kwargs)
+        bias = site.current_bias()
+        for link in links:
+            before = inputs.pop()
+            if link.delta is not None:
+                op = link.delta.sample() if training else link.delta
+                y = y + self.delta(site, op, before, target, state, training)
+            if link.left is not None:
+                op = link.left.sample() if training else link.left
+                if bias is None or op.scales_bias:
+                    y = self.left(site, op, y)
+                    bias = bias if bias is None else op.apply(bias)
+                else:
+                    b = self.spread(bias.to(y.dtype), y)
+                    y = self.left(site, op, y - b) + b
+            if link.shift is not None:
+                y = y + self.spread(link.shift.to(y.dtype), y)
+                bias = bias if bias is None else bias + link.shift.to(bias.dtype)
+            if link.post is not None:
+                y = link.post(before, y)
+        return y
+
+    def delta(
+        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool
+    ) -> Tensor:
+        """Delta x, in the layout of the layer's output."""
+        if isinstance(op, Sum):
+            y = self.delta(site, op.terms[0], x, target, state, training)
+            for term in op.terms[1:]:
+                y = y + self.delta(site, term, x, target, state, training)
+            return y
+        if training and op.dropout:
+            x = F.dropout(x, op.dropout)
+        return op.apply(x)
+
+    def left(self, site: Site, op: Operator, y: Tensor) -> Tensor:
+        """L y, on the axis of output channels."""
+        return op.apply(y)
+
+    def right(self, site: Site, op: Operator, x: Tensor) -> Tensor:
+        """R x, on the axis of input channels."""
+        return op.apply(x)
+
+    def spread(self, vector: Tensor, y: Tensor) -> Tensor:
+        """A vector (out,) shaped so that it broadcasts over y."""
+        return vector

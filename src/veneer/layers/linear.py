@@ -1,0 +1,43 @@
+"""nn.Linear, and transformers' Conv1D (GPT-2), which is a linear layer that stores its weight transposed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..site import Geometry
+from .kind import LayerKind
+
+if TYPE_CHECKING:
+    from ..site import Site
+
+
+class Linear(LayerKind):
+    name = "Linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        assert isinstance(owner, nn.Linear)
+        return Geometry(owner.in_features, owner.out_features, bias=owner.bias is not None)
+
+
+class Conv1D(LayerKind):
+    name = "Conv1D"
+
+    def matches(self, module: nn.Module) -> bool:
+        library = sys.modules.get("transformers.pytorch_utils")
+        return library is not None and isinstance(module, library.Conv1D)
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        fan_in, fan_out = owner.weight.shape
+        return Geometry(int(fan_in), int(fan_out), bias=owner._parameters.get("bias") is not None)
+
+    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+        return stored.T  # (in, out) -> (out, in)
+
+    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+        return matrix.T

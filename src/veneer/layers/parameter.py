@@ -1,0 +1,90 @@
+"""Bare parameters: weights that a module uses on its own terms, so operators reach them only as an
+effective weight. Fused experts (3-D), attention in-projections, single matrices, and biases (1-D)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..operators import Factored, Operator
+from ..site import Geometry
+from .kind import LayerKind
+
+if TYPE_CHECKING:
+    from ..site import Site
+
+
+class Parameter(LayerKind):
+    """A parameter of 1 to 3 dimensions. 3-D ones are stacked experts, (experts, out, in) in transformers 5;
+    a module with `is_transposed` (GPT-OSS) stores (experts, in, out)."""
+
+    name = "parameter"
+    by_parameter = True
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # named through target_parameters only
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        shape = owner._parameters[param].shape  # type: ignore[union-attr]
+        if len(shape) == 1:
+            return Geometry(1, shape[0], bare=True)
+        if len(shape) == 2:
+            return Geometry(shape[1], shape[0], bare=True)
+        if len(shape) == 3:
+            experts, a, b = shape
+            fan_out, fan_in = (b, a) if self.transposed(owner) else (a, b)
+            return Geometry(fan_in, fan_out, experts=experts, bare=True)
+        raise ValueError(
+            f"{type(owner).__name__}.{param} has {len(shape)} dimensions; target_parameters takes matrices (out, in) "
+            "and stacked experts (experts, out, in)"
+        )
+
+    def transposed(self, owner: nn.Module) -> bool:
+        return bool(getattr(owner, "is_transposed", False))
+
+    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+        if stored.ndim == 1:
+            return stored[:, None]  # (n,) -> (n, 1)
+        return stored.transpose(-1, -2) if stored.ndim == 3 and self.transposed(site.owner) else stored
+
+    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+        if matrix.shape[-1] == 1 and site.fan_in == 1 and not site.experts:
+            return matrix[:, 0]
+        return matrix.transpose(-1, -2) if matrix.ndim == 3 and self.transposed(site.owner) else matrix
+
+    def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
+        if site.experts and isinstance(op, Factored):
+            # (experts, out, r) (experts, r, in) -> (experts, out, in)
+            return torch.bmm(op.B.to(weight.dtype), op.A.to(weight.dtype)) * op.scale
+        return op.dense().to(weight.dtype)
+
+
+class InProjection(Parameter):
+    """The packed query, key and value projection of nn.MultiheadAttention, (3 * width, width)."""
+
+    name = "MultiheadAttention.in_proj"
+    by_parameter = False
+    param = "in_proj_weight"
+    bias = "in_proj_bias"
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        weight = owner._parameters[param]
+        if weight is None:
+            raise TypeError(
+                "nn.MultiheadAttention with different query, key and value widths keeps three weights; name them in "
+                "target_parameters (q_proj_weight, k_proj_weight, v_proj_weight) instead of the module"
+            )
+        return Geometry(weight.shape[1], weight.shape[0], bias=owner._parameters[self.bias] is not None, bare=True)
+
+
+class OutProjection(Parameter):
+    """The output projection of nn.MultiheadAttention: a Linear whose forward the attention never calls."""
+
+    name = "MultiheadAttention.out_proj"
+    by_parameter = False
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        assert isinstance(owner, nn.Linear)
+        return Geometry(owner.in_features, owner.out_features, bias=owner.bias is not None, bare=True)

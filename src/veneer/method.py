@@ -1,0 +1,387 @@
+"""The one abstract base of every fine-tuning method, and the registry of methods.
+
+A method is a stateless dataclass: hyper-parameters, a little math and the names peft gives its tensors.
+It maps its trained tensors at one site to linear operators; everything else is written once, elsewhere:
+
+    W' = L (W R + Delta)            y = L (f(R x) + Delta x) + shift,   then post(x, y)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from .operators import Operator
+from .site import Site
+from .targets import default_feedforward, matches, pattern_value, suggest
+
+Tensors = Mapping[str, Tensor]
+
+
+class TaskType(str):
+    """What the adapted model is for. A plain string with the six values as attributes."""
+
+    SEQ_CLS: ClassVar[TaskType]
+    SEQ_2_SEQ_LM: ClassVar[TaskType]
+    CAUSAL_LM: ClassVar[TaskType]
+    TOKEN_CLS: ClassVar[TaskType]
+    QUESTION_ANS: ClassVar[TaskType]
+    FEATURE_EXTRACTION: ClassVar[TaskType]
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+for _task in TASKS:
+    setattr(TaskType, _task, TaskType(_task))
+
+# Heads that are new, and therefore saved with the adapter, for a task.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def registry() -> dict[str, type[Method]]:
+    """Every method by its `peft_type`; importing the folder `methods/` is what fills it."""
+    importlib.import_module("veneer.methods")
+    return _REGISTRY
+
+
+def __getattr__(name: str) -> Any:
+    if name == "METHODS":  # the methods a user can name
+        return {key: cls for key, cls in registry().items() if not cls.internal}
+    raise AttributeError(f"module 'veneer.method' has no attribute {name!r}")
+
+
+class _PeftTypes(type):
+    def __getattr__(cls, name: str) -> PeftType:
+        if not name.startswith("_") and name in registry():
+            return PeftType(name)
+        raise AttributeError(f"PeftType has no member {name!r}{suggest(name, registry())}")
+
+    def __iter__(cls) -> Iterator[PeftType]:
+        return (PeftType(name) for name in registry())
+
+
+class PeftType(str, metaclass=_PeftTypes):
+    """The method a config belongs to, as written to `adapter_config.json`. Members follow the registry."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+C = TypeVar("C", bound="type[Method]")
+
+
+def method(
+    peft_type: str,
+    *,
+    foreign: Mapping[str, Any] | None = None,
+    patterns: Mapping[str, str] | None = None,
+    internal: bool = False,
+) -> Callable[[C], C]:
+    """Register a dataclass as the method `peft_type`.
+
+    Args:
+        peft_type: its name in `adapter_config.json`.
+        foreign: fields that peft's config of this method has and this one does not, with peft's defaults.
+            They are accepted at their default, in a call and in a file, and refused at any other value.
+        patterns: config field holding per-module values -> the field those values replace
+            (`{"rank_pattern": "r"}`).
+        internal: True for a companion that users name through another config's field.
+    """
+
+    def register(cls: C) -> C:
+        cls.peft_name = peft_type
+        cls.foreign = {**(foreign or {})}
+        cls.patterns = {**(patterns or {})}
+        cls.internal = internal
+        cls.hooks = tuple(h for h in ("delta", "left", "right", "shift", "post") if h in _defined(cls))
+        generated = cls.__init__
+
+        def __init__(self: Method, *args: Any, **kwargs: Any) -> None:
+            known = {f.name for f in dataclasses.fields(self) if f.init}
+            for name in [n for n in kwargs if n not in known]:
+                if name not in cls.foreign:
+                    allowed = [*known, *cls.foreign]
+                    raise TypeError(f"{cls.__name__} has no argument {name!r}{suggest(name, allowed)}")
+                refuse_foreign(cls, name, kwargs.pop(name))
+            generated(self, *args, **kwargs)
+
+        __init__.__wrapped__ = generated  # type: ignore[attr-defined]  # keeps the signature readable
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        _REGISTRY[peft_type] = cls
+        return cls
+
+    return register
+
+
+def _defined(cls: type) -> set[str]:
+    return {name for base in cls.__mro__ if base not in (Method, object) for name in vars(base)}
+
+
+def refuse_foreign(cls: type[Method], name: str, value: Any) -> None:
+    """Raise ValueError if a peft field that Veneer does not have is set to more than its default."""
+    default = cls.foreign[name]
+    if value != default and not (not value and not default):
+        raise ValueError(
+            f"{cls.__name__}({name}={value!r}): Veneer does not support {name!r} yet, and ignoring it would "
+            f"change the result; leave it at {default!r}"
+        )
+
+
+@dataclass
+class Method:
+    """Base of every config. Public as `PeftConfig`.
+
+    Args:
+        task_type: one of `TaskType`, or None for any `nn.Module`.
+        peft_type: set by the class; a value of another method is an error.
+        auto_mapping: class and module of a base model that has no task type, as peft writes it.
+        peft_version: version of peft the file was written for.
+        base_model_name_or_path: hub id or folder of the base model.
+        revision: revision of the base model.
+        inference_mode: True freezes the adapter when it is attached.
+
+    Raises:
+        ValueError: an unknown `task_type`, or a hyper-parameter out of its range.
+    """
+
+    task_type: str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    peft_name: ClassVar[str] = ""
+    names: ClassVar[Mapping[str, str]] = {}  # tensor -> its name in the file, below the module's path
+    shared_names: ClassVar[Mapping[str, str]] = {}  # the same for state shared between sites
+    frozen: ClassVar[frozenset[str]] = frozenset()  # tensors that are neither trained nor saved
+    foreign: ClassVar[dict[str, Any]] = {}
+    patterns: ClassVar[dict[str, str]] = {}
+    hooks: ClassVar[tuple[str, ...]] = ()
+    internal: ClassVar[bool] = False
+    whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
+    one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
+    from_file = False  # the config came from a file; set by the codec
+
+    def __post_init__(self) -> None:
+        cls = type(self)
+        if self.peft_type is not None and str(getattr(self.peft_type, "value", self.peft_type)) != cls.peft_name:
+            raise ValueError(
+                f"{cls.__name__}(peft_type={self.peft_type!r}): this is a config of {cls.peft_name!r}; "
+                f"use the config class of {self.peft_type!r} or leave peft_type out"
+            )
+        if cls.peft_name:
+            self.peft_type = PeftType(cls.peft_name)
+        if self.task_type is not None:
+            task = str(getattr(self.task_type, "value", self.task_type))
+            if task not in TASKS:
+                raise ValueError(
+                    f"{cls.__name__}(task_type={task!r}): must be None or one of {', '.join(TASKS)}"
+                    f"{suggest(task.upper(), TASKS)}"
+                )
+            self.task_type = TaskType(task)
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            value = getattr(self, name, None)
+            if isinstance(value, (list, tuple, frozenset)):
+                setattr(self, name, set(value))  # as peft holds them; written sorted
+        self.check()
+
+    # What a method may say.
+
+    def check(self) -> None:
+        """Raise ValueError if a hyper-parameter is out of range."""
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        """Return this method's fresh tensors at `site`, in the shapes of the file."""
+        raise NotImplementedError
+
+    def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return tensors that all sites of the adapter share; `p` holds them at every site."""
+        return {}
+
+    def delta(self, p: Tensors, site: Site) -> Operator | None:
+        """Delta in W' = L (W R + Delta)."""
+
+    def left(self, p: Tensors, site: Site) -> Operator | None:
+        """L, a square operator on the output side."""
+
+    def right(self, p: Tensors, site: Site) -> Operator | None:
+        """R, a square operator on the input side."""
+
+    def shift(self, p: Tensors, site: Site) -> Tensor | None:
+        """A vector (out,) added to the output."""
+
+    def post(self, p: Tensors, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """What no linear operator can say: maps the site's input and output to its new output."""
+        return y
+
+    def file_names(self, site: Site) -> Mapping[str, str]:
+        """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
+        return self.names
+
+    def sites_of(self, model: nn.Module) -> Collection[str] | None:
+        """Names of the places to adapt when the method finds them itself, else None for `target_modules`."""
+        return None
+
+    def companions(self, model: nn.Module) -> list[Method]:
+        """Further methods attached under the same adapter name (full copies of modules, rows, biases)."""
+        made: list[Method] = []
+        wanted = list(getattr(self, "modules_to_save", None) or [])
+        heads = [h for h in TASK_HEADS.get(self.task_type or "", ()) if h not in wanted]
+        if wanted or heads:
+            made.append(_REGISTRY["MODULES_TO_SAVE"](modules=wanted, optional=heads))  # type: ignore[call-arg]
+        if rows := getattr(self, "trainable_token_indices", None):
+            made += _REGISTRY["TRAINABLE_TOKENS"].for_rows(model, rows)  # type: ignore[attr-defined]
+        if getattr(self, "bias", "none") == "all":
+            made.append(_REGISTRY["TRAINED_BIAS"]())
+        return made
+
+    def prepare(self, model_type: str | None) -> Method:
+        """Return the config with the defaults of an architecture filled in."""
+        return self
+
+    @property
+    def saves_shared(self) -> bool:
+        """Whether state shared between sites is written to the file."""
+        return True
+
+    # What is the same for all of them.
+
+    def init_bias(self, site: Site) -> dict[str, Tensor]:
+        """A trained copy (out,) of the layer's bias, where the config's `bias` asks for one."""
+        own = site.bias
+        if own is None or getattr(self, "bias", "none") == "none":
+            return {}
+        return {"bias": site.computed(tuple(own.shape), lambda: own)}
+
+    def bias_shift(self, p: Tensors, site: Site) -> Tensor | None:
+        """The change (out,) that a trained bias makes."""
+        own = site.bias
+        if own is None or "bias" not in p:
+            return None
+        return p["bias"] - own.to(device=p["bias"].device, dtype=p["bias"].dtype)
+
+    def at(self, name: str) -> Method:
+        """Return the config as it holds at the module `name`, after its `*_pattern` fields."""
+        changed = {}
+        for field, target in self.patterns.items():
+            table = getattr(self, field)
+            if table:
+                value = pattern_value(table, name, None)
+                if value is not None:
+                    changed[target] = value
+        return self.replace(**changed) if changed else self
+
+    def replace(self, **changes: Any) -> Any:
+        """Return a copy with some fields changed; the copy is checked like a new config."""
+        made = copy.copy(self)
+        for name, value in changes.items():
+            setattr(made, name, value)
+        made.__post_init__()
+        return made
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values, sets sorted, as they are written to the file."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Method:
+        """Build the config that `values` (the content of `adapter_config.json`) describes.
+
+        Raises:
+            ValueError: no or another `peft_type`, or an unknown field that would change the result.
+        """
+        from .codec import config_from_dict
+
+        return config_from_dict(values, expected=cls if cls.peft_name else None, where=where)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read `adapter_config.json` from a folder or a hub id; hub arguments: `revision`, `token`, `cache_dir`."""
+        from .codec import load_config
+
+        return load_config(
+            pretrained_model_name_or_path, subfolder=subfolder, expected=cls if cls.peft_name else None, **kwargs
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a folder, atomically."""
+        from .codec import save_config
+
+        save_config(self, save_directory)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def positive(config: Method, **values: float) -> None:
+    """Raise ValueError naming the first of `values` that is not above zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{type(config).__name__}({name}={value!r}): must be a number above 0")
+
+
+def whole(config: Method, **values: int) -> None:
+    """Raise ValueError naming the first of `values` that is not a positive whole number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{type(config).__name__}({name}={value!r}): must be a whole number, 1 or more")
+
+
+def probability(config: Method, **values: float) -> None:
+    """Raise ValueError naming the first of `values` outside [0, 1)."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{type(config).__name__}({name}={value!r}): must be in [0, 1)")
+
+
+def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
+    """Raise ValueError naming the first of `values` that is not in `allowed`."""
+    for name, value in values.items():
+        if value not in allowed:
+            names = ", ".join(map(repr, allowed))
+            raise ValueError(f"{type(config).__name__}({name}={value!r}): must be one of {names}")
+
+
+__all__ = [
+    "Method", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "one_of",
+    "positive", "probability", "registry", "suggest", "whole",
+]  # fmt: skip

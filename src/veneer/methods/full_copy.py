@@ -1,0 +1,137 @@
+"""Full copies: whole modules (`modules_to_save`), embedding rows (`trainable_token_indices`) and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method import Method, Site, Tensors, matches, method, suggest
+from ..operators import Dense, Operator, Rows
+
+
+@method("MODULES_TO_SAVE", internal=True)
+@dataclass
+class ModulesToSave(Method):
+    """Modules trained as full copies, as `modules_to_save=[...]` of any config asks for.
+
+    Args:
+        modules: names (suffixes) that must exist.
+        optional: names taken along where they exist (the new heads of a task).
+    """
+
+    modules: list[str] = field(default_factory=list)
+    optional: list[str] = field(default_factory=list)
+
+    whole_module = True
+
+    def sites_of(self, model: nn.Module) -> Collection[str]:
+        names = [n for n, _ in model.named_modules() if n]
+        for wanted in self.modules:
+            if not any(matches(n, [wanted]) for n in names):
+                leaves = {n.rpartition(".")[2] for n in names}
+                raise ValueError(f"modules_to_save: no module is named {wanted!r}{suggest(wanted, leaves)}")
+        return [n for n in names if matches(n, [*self.modules, *self.optional])]
+
+
+@method("TRAINABLE_TOKENS")
+@dataclass
+class TrainableTokensConfig(Method):
+    """Rows of an embedding trained in full; an output head tied to the embedding follows them.
+
+    Args:
+        token_indices: the rows to train, without repeats.
+        target_modules: name (suffix) of the embedding; None for the model's input embedding.
+        init_weights: True starts at the base rows, False at random.
+    """
+
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: Any = None
+    init_weights: bool = True
+
+    wrapped: bool = field(default=False, init=False, repr=False)  # named by another config's field
+
+    names = {"rows": "trainable_tokens_delta"}
+    frozen = frozenset({"index"})
+    one_for_all = True
+
+    def check(self) -> None:
+        taken = self.token_indices
+        bad = [i for i in taken if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+        if bad or len(set(taken)) != len(taken):
+            raise ValueError(f"token_indices={taken!r}: must be different row numbers, 0 or more")
+
+    @classmethod
+    def for_rows(cls, model: nn.Module, rows: list[int] | Mapping[str, list[int]]) -> list[Method]:
+        """The configs that `trainable_token_indices=rows` stands for, one an embedding."""
+        table = rows if isinstance(rows, Mapping) else {None: rows}
+        made: list[Method] = []
+        for name, indices in table.items():
+            config = cls(token_indices=list(indices), target_modules=name)
+            config.wrapped = True
+            made.append(config)
+        return made
+
+    def sites_of(self, model: nn.Module) -> Collection[str]:
+        modules = dict(model.named_modules())
+        if self.target_modules is None:
+            find = getattr(model, "get_input_embeddings", None)
+            embedding = find() if find is not None else None
+            first = [n for n, m in modules.items() if m is embedding]
+        else:
+            spec = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+            first = [n for n in modules if matches(n, spec)]
+        if not first:
+            named = [n for n, m in modules.items() if isinstance(m, nn.Embedding)]
+            raise ValueError(
+                f"trainable tokens: no embedding is named {self.target_modules!r}; the model has {', '.join(named)}"
+            )
+        weight = modules[first[0]]._parameters.get("weight")
+        tied = [n for n, m in modules.items() if n not in first and m._parameters.get("weight") is weight]
+        return [*first, *tied]
+
+    def file_names(self, site: Site) -> Mapping[str, str]:
+        return {"rows": f"token_adapter.{self.names['rows']}"} if self.wrapped else self.names
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        index = torch.tensor(self.token_indices, dtype=torch.long, device=site.home)  # (k,)
+        vocabulary, width = (site.fan_in, site.fan_out) if site.lookup else (site.fan_out, site.fan_in)
+        beyond = [i for i in self.token_indices if i >= vocabulary]
+        if beyond:
+            raise ValueError(f"{site.name}: token indices {beyond} are beyond its {vocabulary} rows")
+        shape = (len(self.token_indices), width)  # (k, width)
+        if not self.init_weights:
+            return {"rows": site.normal(*shape), "index": index}
+        return {"rows": site.computed(shape, lambda: self.base_rows(site, index)), "index": index}
+
+    def base_rows(self, site: Site, index: Tensor) -> Tensor:
+        weight = site.stored()  # (vocabulary, width) in embeddings and in linear heads
+        return weight.index_select(0, index.to(weight.device))
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        rows = p["rows"]
+        change = rows - self.base_rows(site, p["index"]).to(device=rows.device, dtype=rows.dtype)  # (k, width)
+        return Rows(p["index"], change, site.fan_in if site.lookup else site.fan_out, "in" if site.lookup else "out")
+
+
+@method("TRAINED_BIAS", internal=True)
+@dataclass
+class TrainedBias(Method):
+    """Every bias of the model, as `bias="all"` of another config asks for; adapted layers see to their own."""
+
+    names = {"copy": ""}  # the parameter's own name
+
+    def sites_of(self, model: nn.Module) -> Collection[str]:
+        return [n for n, _ in model.named_parameters() if "bias" in n and ":" not in n]
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        stored = site.stored()
+        return {"copy": site.computed(tuple(stored.shape), lambda: stored)}
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        base = site.weight()
+        copy = p["copy"].reshape(base.shape)
+        return Dense(copy - base.to(device=copy.device, dtype=copy.dtype))

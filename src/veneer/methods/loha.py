@@ -1,0 +1,88 @@
+"""LoHa: the Hadamard product of two low-rank matrices.
+
+References:
+    Hyeon-Woo et al. 2021 (FedPara), arxiv.org/abs/2108.06098
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method import Method, Site, Tensors, method, positive, probability, whole
+from ..operators import Dense, Operator
+
+
+@method("LOHA", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
+@dataclass
+class LoHaConfig(Method):
+    """LoHa. Hyeon-Woo et al. 2021, arxiv.org/abs/2108.06098, prop. 1:  W' = W + (alpha / r) (X1 Y1) * (X2 Y2)
+
+    Args:
+        rank_pattern: module name or regular expression -> r there.
+        alpha_pattern: module name or regular expression -> alpha there.
+        r: rank of each of the two factors.
+        alpha: alpha in the scale alpha / r.
+        rank_dropout: probability of dropping an output row of the delta while training.
+        module_dropout: probability of leaving the adapter out of a layer in a training step.
+        use_effective_conv2d: for kernels above 1, the tensor form of prop. 3 with a core over the kernel.
+        target_modules: names (suffixes), a regular expression, or "all-linear".
+        exclude_modules: names or a regular expression to leave out.
+        init_weights: True starts at the identity, False at random.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list those indices count.
+        modules_to_save: modules trained as full copies and saved with the adapter.
+    """
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: Any = None
+    exclude_modules: Any = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    names = {key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+
+    def check(self) -> None:
+        whole(self, r=self.r)
+        positive(self, alpha=self.alpha)
+        probability(self, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
+
+    def core(self, site: Site) -> bool:
+        """Whether the delta has a core over the kernel, as peft builds it (1-D and 2-D kernels above 1)."""
+        return self.use_effective_conv2d and len(site.kernel) in (1, 2) and set(site.kernel) != {1}
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        r, out, into = self.r, site.fan_out, site.fan_in // site.groups
+        p = {}
+        for side in ("1", "2"):
+            if self.core(site):
+                p[f"t{side}"] = site.kaiming_uniform(r, r, *(*site.kernel, 1)[:2])  # (r, r, *kernel)
+                p[f"w{side}_a"] = site.kaiming_uniform(r, out)  # (r, out)
+                p[f"w{side}_b"] = site.kaiming_uniform(r, into)  # (r, in / groups)
+            else:
+                p[f"w{side}_a"] = site.kaiming_uniform(out, r)  # (out, r)
+                p[f"w{side}_b"] = site.kaiming_uniform(r, site.patch // site.groups)  # (r, in / groups * kernel)
+        if self.init_weights:
+            p["w2_b"] = site.zeros(*p["w2_b"].shape)
+        return p
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        if self.core(site):
+            halves = [
+                torch.einsum("ijkl,jn,im->mnkl", p[f"t{s}"], p[f"w{s}_b"], p[f"w{s}_a"]).flatten(1) for s in "12"
+            ]  # (out, in / groups * kernel)
+        else:
+            halves = [p[f"w{s}_a"] @ p[f"w{s}_b"] for s in "12"]  # (out, in)
+        product = halves[0] * halves[1]
+        return Dense(product, self.alpha / self.r, row_dropout=self.rank_dropout, skip=self.module_dropout)

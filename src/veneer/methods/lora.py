@@ -1,0 +1,232 @@
+"""LoRA and DoRA: a low-rank delta, and its form with a separate magnitude.
+
+References:
+    Hu et al. 2021, arxiv.org/abs/2106.09685
+    Kalajdzievski 2023, arxiv.org/abs/2312.03732 (rank-stabilized scale)
+    Liu et al. 2024, arxiv.org/abs/2402.09353 (DoRA)
+    Meng et al. 2024, arxiv.org/abs/2404.02948 (PiSSA); Büyükakyüz 2024, arxiv.org/abs/2406.01775 (OLoRA)
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method import Method, Site, Tensors, method, one_of, positive, probability, whole
+from ..operators import Diagonal, Factored, Operator, Sum
+
+
+@method(
+    "LORA",
+    patterns={"rank_pattern": "r", "alpha_pattern": "lora_alpha"},
+    foreign={
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "runtime_config": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "ensure_weight_tying": False,
+    },
+)
+@dataclass
+class LoraConfig(Method):
+    """LoRA. Hu et al. 2021, arxiv.org/abs/2106.09685, eq. 3:  W' = W + (alpha / r) B A
+
+    Args:
+        r: rank.
+        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
+        exclude_modules: names or a regular expression to leave out.
+        lora_alpha: alpha in the scale alpha / r.
+        lora_dropout: probability of dropping an entry of the adapter's input while training.
+        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
+        bias: "none", "lora_only" (train the biases of adapted layers) or "all" (train every bias).
+        use_rslora: scale alpha / sqrt(r) instead.
+        modules_to_save: modules trained as full copies and saved with the adapter.
+        init_lora_weights: True (A Kaiming uniform, B zero), False (both random), "gaussian" (A normal with
+            standard deviation 1 / r), "pissa", "pissa_niter_<n>" or "olora".
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list those indices count, such as "layers".
+        rank_pattern: module name or regular expression -> r there.
+        alpha_pattern: module name or regular expression -> lora_alpha there.
+        trainable_token_indices: rows of the embedding to train in full; a list, or {module: list}.
+        use_dora: DoRA, eq. 5: W' = m (W + scale B A) / ||W + scale B A||, row by row, the norm held constant in
+            the gradient (section 4.3).
+        lora_bias: add a trained bias to the B projection.
+        target_parameters: names (suffixes) of bare parameters, such as "mlp.experts.gate_up_proj".
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, or options that exclude each other.
+    """
+
+    r: int = 8
+    target_modules: Any = None
+    exclude_modules: Any = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+
+    names = {
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "B_bias": "lora_B.bias",
+        "m": "lora_magnitude_vector",
+        "bias": "base_layer.bias",
+    }
+    frozen = frozenset({"A0", "B0"})
+
+    def check(self) -> None:
+        whole(self, r=self.r)
+        positive(self, lora_alpha=self.lora_alpha)
+        probability(self, lora_dropout=self.lora_dropout)
+        one_of(self, ("none", "all", "lora_only"), bias=self.bias)
+        for name, table in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key, value in (table or {}).items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+                    raise ValueError(f"LoraConfig({name}={{{key!r}: {value!r}}}): must be a number above 0")
+        how = self.init_lora_weights
+        known = how in (True, False, "gaussian", "pissa", "olora") or self.iterations is not None
+        if not known:
+            raise ValueError(
+                f"LoraConfig(init_lora_weights={how!r}): must be True, False, 'gaussian', 'pissa', "
+                "'pissa_niter_<n>' or 'olora'"
+            )
+        if self.lora_bias and (self.use_dora or isinstance(how, str)):
+            raise ValueError("LoraConfig(lora_bias=True): cannot be combined with use_dora or a computed start")
+        if isinstance(self.target_parameters, str):
+            raise TypeError("LoraConfig(target_parameters=...): must be a list of names, not one string")
+
+    @property
+    def iterations(self) -> int | None:
+        """n of "pissa_niter_<n>", else None."""
+        head, _, n = str(self.init_lora_weights).rpartition("_")
+        return int(n) if head == "pissa_niter" and n.isdigit() and int(n) > 0 else None
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def file_names(self, site: Site) -> Mapping[str, str]:
+        if site.lookup:
+            return {**self.names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
+        return self.names
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        r, taps = self.r, (1,) * len(site.kernel)
+        if site.groups > 1 and r % site.groups:
+            raise ValueError(
+                f"{site.name}: r={r} does not divide into the {site.groups} groups of this convolution; choose a "
+                "multiple (rank_pattern sets it for one module) or exclude the module"
+            )
+        if site.experts:
+            A = site.kaiming_uniform(r * site.experts, site.fan_in)  # (experts * r, in)
+            B = site.zeros(site.fan_out, r * site.experts)  # (out, r * experts)
+        elif site.lookup:
+            A = site.zeros(r, site.fan_in)  # (r, vocabulary)
+            B = site.normal(site.fan_out, r)  # (width, r)
+        else:
+            A = site.kaiming_uniform(r, site.fan_in, *site.kernel)  # (r, in, *kernel)
+            B = site.zeros(site.fan_out, r // site.groups, *taps)  # (out, r / groups, 1...)
+        p = {"A": A, "B": B}
+        how = self.init_lora_weights
+        if how is False and site.lookup:
+            p["A"] = site.normal(*A.shape)
+        elif how is False:
+            p["B"] = site.kaiming_uniform(*B.shape)
+        elif how == "gaussian" and not site.lookup:
+            p["A"] = site.normal(*A.shape, std=1 / r)
+        elif isinstance(how, str) and how != "gaussian":
+            p |= self.start(site, A.shape, B.shape)
+        if self.lora_bias:
+            if site.lookup or site.bare:
+                raise ValueError(f"{site.name}: lora_bias=True needs a layer that adds its output; set it to False")
+            p["B_bias"] = site.zeros(site.fan_out)  # (out,)
+        if self.use_dora:
+            if site.experts:
+                raise ValueError(f"{site.name}: use_dora=True is not defined for stacked experts; set it to False")
+            shape = (1, site.fan_out, *taps) if site.kernel else (site.fan_out,)
+            p["m"] = site.computed(shape, lambda: self.row_norm(p, site))
+        if site.bare and self.lora_dropout and not site.meta:
+            warnings.warn(
+                f"{site.name}: lora_dropout={self.lora_dropout} cannot act on a weight that its module uses on its "
+                "own terms; this place trains without dropout",
+                stacklevel=2,
+            )
+        return p | self.init_bias(site)
+
+    def start(self, site: Site, A_shape: Any, B_shape: Any) -> dict[str, Tensor]:
+        """Factors computed from W, and a frozen copy of them: W' = W - scale B0 A0 + scale B A.
+
+        The base keeps its own weight, so disabling, deleting and several adapters stay exact.
+        """
+        if site.experts or site.groups > 1:
+            raise ValueError(
+                f"{site.name}: init_lora_weights={self.init_lora_weights!r} needs one dense matrix; use True here"
+            )
+        how = "olora" if self.init_lora_weights == "olora" else "pissa"
+        options = {"iterations": self.iterations} if how == "pissa" else {}
+        B, A = site.start(how, self.r, self.scale, **options)
+        B, A = B.reshape(B_shape), A.reshape(A_shape)
+        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        low = self.factors(p["B"], p["A"], site, self.scale, self.lora_dropout)
+        if "A0" not in p:
+            return low
+        return Sum(low, self.factors(p["B0"], p["A0"], site, -self.scale, 0.0))
+
+    def factors(self, B: Tensor, A: Tensor, site: Site, scale: float, dropout: float) -> Factored:
+        if site.experts:
+            A = A.view(site.experts, -1, site.fan_in)  # (experts, r, in)
+            B = B.view(site.fan_out, -1, site.experts).permute(2, 0, 1)  # (experts, out, r)
+        return Factored(B.flatten(1) if site.kernel else B, A.flatten(1) if site.kernel else A, scale,
+                        dropout=dropout, groups=site.groups)  # fmt: skip
+
+    def row_norm(self, p: Tensors, site: Site) -> Tensor:
+        """||W + scale B A|| of each row, (out,), in float32 at least."""
+        weight = site.weight()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        whole = weight.to(wide) + self.delta(p, site).dense().to(device=weight.device, dtype=wide)  # (out, in)
+        return torch.linalg.vector_norm(whole, dim=1)
+
+    def left(self, p: Tensors, site: Site) -> Operator | None:
+        if not self.use_dora:
+            return None
+        with torch.no_grad():
+            norm = self.row_norm(p, site)  # (out,)
+        return Diagonal(p["m"].flatten() / norm.to(p["m"].device), scales_bias=False)
+
+    def shift(self, p: Tensors, site: Site) -> Tensor | None:
+        shift = self.bias_shift(p, site)
+        if self.lora_bias:
+            low = p["B_bias"] * self.scale  # (out,)
+            shift = low if shift is None else shift + low
+        return shift

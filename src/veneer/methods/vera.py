@@ -1,0 +1,90 @@
+"""VeRA: random projections that all layers share, and a trained diagonal on either side of them.
+
+References:
+    Kopiczko et al. 2023, arxiv.org/abs/2310.11454
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method import Method, Site, Tensors, method, one_of, probability, whole
+from ..operators import Factored, Operator
+
+
+@method("VERA")
+@dataclass
+class VeraConfig(Method):
+    """VeRA. Kopiczko et al. 2023, arxiv.org/abs/2310.11454, eq. 2:  W' = W + diag(b) B diag(d) A
+
+    A (r, widest input) and B (widest output, r) are frozen, drawn once for the adapter; each site uses a slice.
+
+    Args:
+        r: rank.
+        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
+        projection_prng_key: seed of A and B.
+        save_projection: write A and B to the file; False relies on the seed when loading.
+        vera_dropout: probability of dropping an entry of the adapter's input while training.
+        d_initial: starting value of d.
+        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
+        bias: "none", "vera_only" (train the biases of adapted layers) or "all" (train every bias).
+        modules_to_save: modules trained as full copies and saved with the adapter.
+        init_weights: True starts at the identity, False at random.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list those indices count.
+    """
+
+    r: int = 256
+    target_modules: Any = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    names = {"b": "vera_lambda_b", "d": "vera_lambda_d", "bias": "base_layer.bias"}
+    shared_names = {"A": "vera_A", "B": "vera_B"}
+
+    def check(self) -> None:
+        whole(self, r=self.r)
+        probability(self, vera_dropout=self.vera_dropout)
+        one_of(self, ("none", "all", "vera_only"), bias=self.bias)
+
+    @property
+    def saves_shared(self) -> bool:
+        return self.save_projection
+
+    def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        shapes = {"A": (self.r, max(s.patch for s in sites)), "B": (max(s.fan_out for s in sites), self.r)}
+        drawn = {}
+        for key, shape in shapes.items():
+            bound = math.sqrt(6 / shape[1])  # Kaiming uniform, fan in, gain sqrt(2)
+            drawn[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return drawn
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        if self.init_weights:
+            p = {"b": site.zeros(site.fan_out), "d": site.full(self.d_initial, self.r)}
+        else:
+            p = {"b": site.ones(site.fan_out), "d": site.normal(self.r)}
+        return p | self.init_bias(site)
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        A = p["A"][:, : site.patch].to(p["d"].device)  # (r, in)
+        B = p["B"][: site.fan_out].to(p["d"].device)  # (out, r)
+        return Factored(B, A, inner=p["d"], outer=p["b"], dropout=self.vera_dropout)
+
+    def shift(self, p: Tensors, site: Site) -> Tensor | None:
+        return self.bias_shift(p, site)

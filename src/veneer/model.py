@@ -1,0 +1,673 @@
+"""The face people use: `get_peft_model`, `PeftModel` and the functions around them, with peft's names."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import codec
+from .method import Method
+from .runtime import PREFIX, LoadReport, Runtime
+from .site import copy_name
+
+
+class BaseTuner(nn.Module):
+    """Holds the adapted base model as `.model`, so that paths read `base_model.model...` as in peft."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters on it.
+
+    The base model's layers are adapted in place; this is a thin facade with the operations on adapters. Attributes
+    it does not have are looked up on the base model.
+
+    Args:
+        model: the base model; its parameters are frozen.
+        peft_config: the method; copied, so changing it later does not change the adapter.
+        adapter_name: name of the adapter, without '/', '.' and ':'.
+        autocast_adapter_dtype: keep adapter parameters in float32 where the base is in float16 or bfloat16.
+        low_cpu_mem_usage: make the adapter on the meta device, to be filled by a file.
+
+    Raises:
+        ValueError: targets that do not exist, a hyper-parameter that does not fit a layer, a name that is taken.
+        RuntimeError: the model is sharded already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Method,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._wrap(model)
+        self.runtime.attach(
+            adapter_name,
+            peft_config,
+            trainable=not peft_config.inference_mode,
+            autocast=autocast_adapter_dtype,
+            meta=low_cpu_mem_usage,
+        )
+        self.runtime.activate(adapter_name)
+
+    def _wrap(self, model: nn.Module) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError("this is a PeftModel already; add another adapter with model.add_adapter(name, config)")
+        self.base_model = BaseTuner(model)
+        self.__dict__["_runtime"] = Runtime.ensure(model)
+        if checkpoints(model) and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
+
+    # What it holds.
+
+    @property
+    def runtime(self) -> Runtime:
+        return self.__dict__["_runtime"]  # type: ignore[no-any-return]
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with its adapters on it."""
+        model: nn.Module = self.base_model.model
+        return model
+
+    @property
+    def peft_config(self) -> dict[str, Method]:
+        """Adapter name -> its config."""
+        return self.runtime.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters in the order in which they are stacked."""
+        return list(self.runtime.router.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> Method:
+        return self.peft_config[self.runtime.router.active[0]]
+
+    @property
+    def peft_type(self) -> str | None:
+        return self.active_peft_config.peft_type
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model.model, name)
+
+    # Running.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with the active adapters."""
+        return self.base_model.model.generate(*args, **kwargs)
+
+    # Switching.
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several stacked in order, the active ones.
+
+        Activating does not change what is trained: a fresh adapter is trainable, a loaded one is as
+        `is_trainable` said. `inference_mode=True` freezes the named ones as well.
+
+        Raises:
+            ValueError: an unknown name; or adapters are merged, or bring full copies of the same module.
+        """
+        self.runtime.activate(adapter_name)
+        if inference_mode:
+            self.set_requires_grad(adapter_name, False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say whether adapters are trained."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.runtime.known(name)
+            for parameter in self.runtime.parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block, the base model alone; merged adapters are taken out and put back."""
+        router = self.runtime.router
+        before, merged = router.enabled, router.merged
+        if merged:
+            self.runtime.unmerge()
+        router.set(enabled=False)
+        try:
+            yield
+        finally:
+            if merged:
+                self.runtime.merge(merged)
+            router.set(enabled=before)
+
+    @contextmanager
+    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
+        """Within the block and in this thread only, other adapters than the active ones."""
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self.runtime.known(name)
+        self.runtime.check_together(names)
+        if self.runtime.router.merged:
+            raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first")
+        with self.runtime.router.choose(names):
+            yield
+
+    # Adapters come and go.
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Method,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a fresh adapter. It is trainable unless its config says `inference_mode`, and not active."""
+        self.runtime.attach(
+            adapter_name,
+            with_base_name(peft_config, self.get_base_model()),
+            trainable=not peft_config.inference_mode,
+            autocast=autocast_adapter_dtype,
+            meta=low_cpu_mem_usage,
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors."""
+        self.runtime.delete(adapter_name)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load a saved adapter under a name of its own. It is not made active.
+
+        Args:
+            model_id: folder or hub id.
+            adapter_name: name it gets here.
+            is_trainable: whether its parameters are trained.
+            torch_device: accepted; tensors go where their layer computes.
+            autocast_adapter_dtype: keep its parameters in float32 where the base is in half precision.
+            ephemeral_gpu_offload: accepted; Veneer computes starting values where the weight is.
+            low_cpu_mem_usage: accepted; nothing is initialised that the file brings.
+            strict: whether keys that do not fit raise; False warns with the same report.
+            **kwargs: `subfolder`, `revision`, `token`, `cache_dir` and other arguments of the hub.
+
+        Raises:
+            ValueError: no such adapter, a damaged file, a config that cannot be honoured.
+            AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
+        """
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = codec.load_config(model_id, **kwargs)
+        if is_trainable and config.is_prompt_learning:
+            config.inference_mode = False
+        config = config.replace(inference_mode=not is_trainable)
+        tensors = codec.load_weights(model_id, **kwargs)
+        return self.runtime.attach(
+            adapter_name,
+            config,
+            tensors=tensors,
+            strict=strict,
+            trainable=is_trainable,
+            autocast=autocast_adapter_dtype,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Method | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load a saved adapter onto a base model. Arguments and errors are those of `load_adapter`."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._wrap(model)
+        if config is not None:
+            kwargs["config"] = config
+        made.load_adapter(
+            model_id, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, strict=strict, **kwargs
+        )
+        made.runtime.activate(adapter_name)
+        if not is_trainable:
+            made.eval()
+        return made
+
+    # Merging.
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Bake adapters into the base weights, in float32 and rounded once; `unmerge_adapter` undoes it exactly.
+
+        Args:
+            adapter_names: which, in stacking order; None for the active ones.
+            safe_merge: raise, changing nothing, if a merged weight is not finite.
+        """
+        self.runtime.merge(self._names(adapter_names), check=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put back the exact bits of the base weights."""
+        self.runtime.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Bake adapters in for good and return the plain base model."""
+        return self.runtime.unload(merge=self._names(adapter_names), check=safe_merge)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off and return the base model as it was."""
+        return self.runtime.unload()
+
+    def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
+        if isinstance(adapter_names, str):
+            return [adapter_names]
+        return list(adapter_names) if adapter_names is not None else self.active_adapters
+
+    # Counting.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trained and of all parameters; tied ones count once."""
+        trained = total = 0
+        for parameter in self.parameters():
+            n = getattr(parameter, "ds_numel", 0) or parameter.numel()  # under ZeRO-3 a shard is empty
+            total += n
+            trained += n if parameter.requires_grad else 0
+        return trained, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    # Saving.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters as `adapter_config.json` and `adapter_model.safetensors`, atomically.
+
+        Args:
+            save_directory: the adapter named "default" goes here, others into a folder of their name below.
+            safe_serialization: must be True; Veneer writes safetensors only.
+            selected_adapters: which; None for all.
+            save_embedding_layers: True adds the embeddings, "auto" where the vocabulary was resized.
+            is_main_process: whether this process writes.
+
+        Raises:
+            ValueError: `safe_serialization` is False, an unknown name, or parameters that were not gathered.
+        """
+        if not safe_serialization:
+            raise ValueError("save_pretrained(safe_serialization=False): pickles can run code; Veneer writes safetensors")
+        if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+            raise ValueError(
+                "save_pretrained(path_initial_model_for_weight_conversion=...): not needed; the base model was not "
+                "changed by the starting values, and the file loads onto the untouched base"
+            )
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in names:
+            self.runtime.known(name)
+        for name in names:
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            fields = {}
+            if self.peft_config[name].base_model_name_or_path is None:
+                fields["base_model_name_or_path"] = base_name(self.get_base_model())
+            if is_main_process:
+                codec.save_adapter(self.runtime, name, folder, embeddings=save_embedding_layers, **fields)
+            else:
+                codec.adapter_tensors(self.runtime, name, embeddings=save_embedding_layers)  # takes part in gathering
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save into a temporary folder and upload it to the hub as `repo_id`; returns the hub's commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            api = HfApi(token=token)
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapter",
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    # Looking.
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeftModel:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            made.__dict__[name] = copy.deepcopy(value, memo)
+        return made
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether a transformers model has gradient checkpointing on."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Hub id or folder a base model was loaded from."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or model.__dict__.get("name_or_path")
+    return str(name) if name else None
+
+
+def with_base_name(config: Method, model: nn.Module) -> Method:
+    """The config with the base model's name filled in, where it is known and missing."""
+    if config.base_model_name_or_path is not None:
+        return config
+    named: Method = config.replace(base_model_name_or_path=base_name(model))
+    return named
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Method,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a fresh adapter on a base model and return both as a `PeftModel`.
+
+    Args:
+        model: any `nn.Module`; its parameters are frozen and its layers adapted in place.
+        peft_config: the method and its hyper-parameters.
+        adapter_name: name of the adapter.
+        mixed: accepted; adapters of different methods can always share a model.
+        autocast_adapter_dtype: keep adapter parameters in float32 where the base is in half precision.
+        revision: revision of the base model, kept in the config.
+        low_cpu_mem_usage: make the adapter on the meta device, to be filled by a file.
+
+    Raises:
+        TypeError: `peft_config` is no config.
+        ValueError: see `PeftModel`.
+    """
+    if not isinstance(peft_config, Method):
+        raise TypeError(
+            f"get_peft_model: peft_config is a {type(peft_config).__name__}; pass a config such as LoraConfig(r=8)"
+        )
+    config = with_base_name(peft_config, model)
+    if revision is not None:
+        config = config.replace(revision=revision)
+    return PeftModel(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: Method,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter on a model in place and return the model itself, without a `PeftModel` around it.
+
+    Args:
+        peft_config: the method.
+        model: any `nn.Module`.
+        adapter_name: name of the adapter; it becomes the active one.
+        low_cpu_mem_usage: make its tensors on the meta device.
+        state_dict: values for its tensors, by key with or without `base_model.model.`.
+    """
+    runtime = Runtime.ensure(model)
+    prefix = PREFIX if state_dict and any(k.startswith(PREFIX) for k in state_dict) else ""
+    runtime.attach(
+        adapter_name,
+        peft_config,
+        tensors=state_dict,
+        prefix=prefix,
+        trainable=not peft_config.inference_mode,
+        meta=low_cpu_mem_usage,
+    )
+    runtime.activate(adapter_name)
+    return model
+
+
+class _AutoPeftModel:
+    """Loads the base model an adapter names, then the adapter. Subclasses fix transformers' auto class."""
+
+    target: str | None = None
+
+    def __init__(self) -> None:
+        raise OSError(f"{type(self).__name__} is made with {type(self).__name__}.from_pretrained(adapter)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Method | None = None,
+        revision: str | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load base model and adapter; keyword arguments other than the hub's go to the base model.
+
+        Raises:
+            ValueError: the config names no base model, or no class to load it with.
+        """
+        import transformers
+
+        hub = {k: kwargs.pop(k) for k in ("subfolder", "token", "cache_dir") if k in kwargs}
+        found = config or codec.load_config(pretrained_model_name_or_path, revision=revision, **hub)
+        if not found.base_model_name_or_path:
+            raise ValueError(f"{pretrained_model_name_or_path!s}: its config names no base_model_name_or_path")
+        target = cls.target or AUTO_CLASSES.get(found.task_type or "")
+        if target is not None:
+            loader = getattr(transformers, target)
+        elif found.auto_mapping:
+            module, name = found.auto_mapping["parent_library"], found.auto_mapping["base_model_class"]
+            if not module.startswith("transformers."):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path!s}: its base class is {module}.{name}; load that model yourself "
+                    "and use PeftModel.from_pretrained(model, adapter)"
+                )
+            loader = getattr(transformers, name)
+        else:
+            raise ValueError(
+                f"{pretrained_model_name_or_path!s}: its config has no task_type; use the class of the task, such as "
+                "AutoPeftModelForCausalLM"
+            )
+        base = loader.from_pretrained(found.base_model_name_or_path, revision=found.revision or "main", **kwargs)
+        return PeftModel.from_pretrained(
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, found, revision=revision, strict=strict, **hub
+        )
+
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+class AutoPeftModel(_AutoPeftModel):
+    """For any task; the adapter's config says which."""
+
+
+class AutoPeftModelForCausalLM(_AutoPeftModel):
+    target = AUTO_CLASSES["CAUSAL_LM"]
+
+
+class AutoPeftModelForSeq2SeqLM(_AutoPeftModel):
+    target = AUTO_CLASSES["SEQ_2_SEQ_LM"]
+
+
+class AutoPeftModelForSequenceClassification(_AutoPeftModel):
+    target = AUTO_CLASSES["SEQ_CLS"]
+
+
+class AutoPeftModelForTokenClassification(_AutoPeftModel):
+    target = AUTO_CLASSES["TOKEN_CLS"]
+
+
+class AutoPeftModelForQuestionAnswering(_AutoPeftModel):
+    target = AUTO_CLASSES["QUESTION_ANS"]
+
+
+class AutoPeftModelForFeatureExtraction(_AutoPeftModel):
+    target = AUTO_CLASSES["FEATURE_EXTRACTION"]
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer. Fields are peft's."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass
+class TunerModelStatus:
+    """All adapted layers together. Fields are peft's."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str] = field(default_factory=dict)
+    available_adapters: list[str] = field(default_factory=list)
+    devices: dict[str, list[str]] = field(default_factory=dict)
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """What every adapted layer holds: its adapters, which are active, merged, trained, and where they are."""
+    runtime = codec.attached(model)
+    router = runtime.router
+    found = []
+    for site in runtime.sites.values():
+        grads: dict[str, bool | str] = {}
+        devices = {}
+        for name, entry in site.entries.items():
+            if site.kind.whole:
+                held = list(runtime.layers[site.name]._modules[copy_name(name)].parameters())  # type: ignore[union-attr]
+            else:
+                held = [site.owner._parameters[a] for _, a in entry.trained]  # type: ignore[misc]
+            flags = {p.requires_grad for p in held}
+            grads[name] = flags.pop() if len(flags) == 1 else "irregular"
+            devices[name] = sorted({str(p.device) for p in held})
+        found.append(
+            TunerLayerStatus(
+                name=f"model.{site.name}",
+                module_type=site.kind.name,
+                enabled=router.enabled,
+                active_adapters=[n for n in router.active if n in site.entries],
+                merged_adapters=[n for n in router.merged if n in site.entries],
+                requires_grad=grads,
+                available_adapters=sorted(site.entries),
+                devices=devices,
+            )
+        )
+    return found
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The adapted model as a whole; see `get_layer_status`."""
+    runtime = codec.attached(model)
+    status = get_layer_status(model)
+    base = runtime.root
+    trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    grads: dict[str, bool | str] = {}
+    devices: dict[str, set[str]] = {}
+    for layer in status:
+        for name, flag in layer.requires_grad.items():
+            grads[name] = flag if grads.get(name, flag) == flag else "irregular"
+            devices.setdefault(name, set()).update(layer.devices[name])
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(model).__name__ if isinstance(model, PeftModel) else "None",
+        peft_types={n: str(c.peft_type) for n, c in runtime.configs.items()},
+        trainable_params=trained,
+        total_params=sum(p.numel() for p in base.parameters()),
+        num_adapter_layers=len(status),
+        enabled=runtime.router.enabled,
+        active_adapters=list(runtime.router.active),
+        merged_adapters=list(runtime.router.merged),
+        requires_grad=grads,
+        available_adapters=sorted(runtime.configs),
+        devices={n: sorted(d) for n, d in devices.items()},
+    )

@@ -1,0 +1,778 @@
+"""Attach, switch, merge, delete: the life of adapters on one model. Knows no method by name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers, targets
+from .backends import backend_of
+from .interop import offload, torch_fastpath
+from .layers.kind import LayerKind
+from .method import Method
+from .router import Router
+from .site import Entry, Original, Site, copy_name, give_back, stand_in, take_over
+
+ATTRIBUTE = "_veneer_runtime"
+PREFIX = "base_model.model."
+HALF = (torch.float16, torch.bfloat16)
+
+
+class AdapterLoadError(ValueError):
+    """A file does not fit the adapter it is loaded into. `report` lists the keys."""
+
+    def __init__(self, message: str, report: LoadReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class LoadReport:
+    """What a file had and what the adapter wanted.
+
+    Attributes:
+        missing: keys the adapter needs that the file lacks.
+        unexpected: keys of the file that the adapter has no place for.
+        mismatched: key, shape in the file, shape wanted.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def missing_keys(self) -> list[str]:
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        return self.unexpected
+
+    @property
+    def clean(self) -> bool:
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def describe(self, limit: int = 8) -> str:
+        lines = []
+        for what, keys in (("missing from the file", self.missing), ("not in this adapter", self.unexpected)):
+            if keys:
+                more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+                lines.append(f"{len(keys)} {what}: {', '.join(keys[:limit])}{more}")
+        if self.mismatched:
+            shown = [f"{k} is {got}, wanted {want}" for k, got, want in self.mismatched[:limit]]
+            more = f" and {len(self.mismatched) - limit} more" if len(self.mismatched) > limit else ""
+            lines.append(f"{len(self.mismatched)} of another shape: {'; '.join(shown)}{more}")
+        return "\n  ".join(lines)
+
+    def cause(self) -> str:
+        if self.mismatched:
+            return "the base model has other widths, or r / block size in the config is not the file's"
+        if self.missing and self.unexpected:
+            return "the file was made for another base architecture, or for another method or layout"
+        if self.missing:
+            return "target_modules in the config names more layers than were trained, or the file is cut short"
+        return "the base model lacks layers that were trained, or target_modules in the config names too few"
+
+
+class Loader:
+    """Hands out the tensors of a file by key, and notes what does not fit."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+        self.report = LoadReport()
+
+    def take(self, key: str, shape: torch.Size) -> Tensor | None:
+        found = self.left.pop(key, None)
+        if found is None:
+            self.report.missing.append(key)
+            return None
+        if found.shape != shape:
+            self.report.mismatched.append((key, tuple(found.shape), tuple(shape)))
+            return None
+        return found
+
+
+@dataclass
+class Place:
+    """A site about to receive an adapter: planned first, committed once nothing can fail any more."""
+
+    site: Site
+    layer: nn.Module  # the module whose forward is taken over
+    role: str  # "main", "bare" or "opaque"
+    entry: Entry
+    values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
+    whole: nn.Module | None = None  # a full copy
+
+
+def runtime_of(model: nn.Module) -> Runtime | None:
+    """The runtime attached to a base model, or None."""
+    found = model.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Runtime) else None
+
+
+class Runtime:
+    """The adapters of one base model.
+
+    Attributes:
+        root: the base model.
+        router: which adapters act.
+        configs: adapter name -> its config, a private copy.
+        sites: site name -> site.
+        places: adapter name -> the sites it has, in the model's order.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.router = Router()
+        self.configs: dict[str, Method] = {}
+        self.sites: dict[str, Site] = {}
+        self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
+        self.places: dict[str, list[Site]] = {}
+
+    @classmethod
+    def ensure(cls, root: nn.Module) -> Runtime:
+        found = runtime_of(root)
+        return found if found is not None else cls(root)
+
+    # Attaching.
+
+    def attach(
+        self,
+        adapter: str,
+        config: Method,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        prefix: str = PREFIX,
+        strict: bool = True,
+        trainable: bool = True,
+        autocast: bool = True,
+        meta: bool = False,
+    ) -> LoadReport:
+        """Add an adapter. Either all of it is attached or nothing is changed.
+
+        Args:
+            adapter: its name.
+            config: copied, so changing it later does not change the adapter.
+            tensors: values by their key in the file; None starts fresh.
+            prefix: what the keys of `tensors` begin with.
+            strict: whether keys that do not fit raise, or only warn.
+            trainable: `requires_grad` of the adapter's parameters.
+            autocast: keep the parameters in float32 where the base is in half precision.
+            meta: make fresh tensors on the meta device.
+
+        Raises:
+            ValueError: a name that is taken or not allowed; targets that do not exist; a hyper-parameter that
+                does not fit a layer.
+            AdapterLoadError: `tensors` do not fit and `strict` is set.
+            RuntimeError: the model's parameters are already sharded.
+        """
+        check_name(adapter, self.configs)
+        refuse_sharded(self.root)
+        config = copy.deepcopy(config).prepare(targets.model_type(self.root))
+        loader = None if tensors is None else Loader(tensors)
+        plan: list[Place] = []
+        shared: dict[str, Tensor] = {}
+        parts = [config, *config.companions(self.root)]
+        for part in parts:
+            places, drawn = self.plan(adapter, part, plan, loader, prefix, autocast, meta)
+            plan += places
+            shared |= drawn
+        overrides = self.settle(loader, prefix, strict, adapter, plan) if loader is not None else {}
+        config = self.described(config, plan)
+        self.commit(adapter, config, plan, shared, trainable, overrides)
+        return LoadReport() if loader is None else loader.report
+
+    def plan(
+        self,
+        adapter: str,
+        config: Method,
+        taken: Sequence[Place],
+        loader: Loader | None,
+        prefix: str,
+        autocast: bool,
+        meta: bool,
+    ) -> tuple[list[Place], dict[str, Tensor]]:
+        """Choose the sites of one config and make its tensors, without touching the model."""
+        places = self.choose(config, taken)
+        shared = self.share(adapter, config, [p.site for p in places], loader, meta)
+        first: Place | None = None
+        for place in places:
+            if place.role == "opaque":
+                place.whole = whole_copy(place, loader, prefix)
+                continue
+            site, entry = place.site, place.entry
+            home = site.home
+            site.device = torch.device("meta") if loader is not None or meta else home
+            site.dtype = parameter_dtype(site, autocast)
+            fresh = entry.method.init(site)
+            if first is not None:  # all sites use the first one's tensors
+                self.assign(place, adapter, {k: first.values[attr_of(first, k, adapter)] for k in fresh}, save=False)
+                continue
+            if loader is not None:
+                self.fill(place, fresh, loader, prefix, home)
+            self.assign(place, adapter, fresh)
+            if config.one_for_all:
+                first = place
+        return places, shared
+
+    def fill(self, place: Place, fresh: dict[str, Tensor], loader: Loader, prefix: str, home: torch.device) -> None:
+        """Replace the shapes in `fresh` by the file's tensors."""
+        site, entry = place.site, place.entry
+        for key, shape in fresh.items():
+            if key in entry.method.frozen:
+                continue
+            found = loader.take(file_key(prefix, entry, key), shape.shape)
+            if found is not None:
+                fresh[key] = found.to(device=home, dtype=site.dtype)
+        if loader.report.missing or loader.report.mismatched:  # what a lenient load leaves at its start
+            lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
+            if lacking and home.type != "meta":
+                site.device = home
+                start = entry.method.init(site)
+                fresh.update({k: start[k] for k in lacking})
+
+    def assign(self, place: Place, adapter: str, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
+        """Give a place its tensors under the attribute names they get on the layer."""
+        entry, method = place.entry, place.entry.method
+        entry.trained = tuple((k, attr_of(place, k, adapter)) for k in fresh if k not in method.frozen)
+        entry.frozen = tuple((k, attr_of(place, k, adapter)) for k in fresh if k in method.frozen)
+        entry.shared = tuple(method.shared_names)
+        entry.saved = save
+        place.values = {attr_of(place, k, adapter): t for k, t in fresh.items()}
+
+    def share(
+        self, adapter: str, config: Method, sites: list[Site], loader: Loader | None, meta: bool
+    ) -> dict[str, Tensor]:
+        """Tensors shared between the sites: from the file where it has them, else drawn anew."""
+        if not config.shared_names:
+            return {}
+        home = sites[0].home
+        drawn: dict[str, Tensor] = {}
+        if loader is not None:
+            for key, name in config.shared_names.items():
+                found = loader.left.pop(f"base_model.{name}", loader.left.pop(name, None))
+                if found is not None:
+                    drawn[key] = found
+            if len(drawn) == len(config.shared_names):
+                return {k: t.to(device=home) for k, t in drawn.items()}
+            if config.saves_shared:
+                lacking = [f"base_model.{n}" for k, n in config.shared_names.items() if k not in drawn]
+                loader.report.missing += lacking
+        fresh = config.init_shared(sites)
+        return {k: drawn.get(k, t).to(device="meta" if meta else home) for k, t in fresh.items()}
+
+    def choose(self, config: Method, taken: Sequence[Place]) -> list[Place]:
+        """The sites that one config names."""
+        named = config.sites_of(self.root)
+        if named is None:
+            found = targets.resolve(self.root, config, supported=layers.supported)
+            places = [p for name in found.modules for p in self.module_places(name, config)]
+            return places + self.parameter_places(found.parameters, config)
+        if config.whole_module:
+            return self.copy_places(named, config, taken)
+        parameters = [n for n in named if is_parameter(self.root, n)]
+        mine = {id(p.site.owner) for p in taken if p.role == "main"}
+        parameters = [n for n in parameters if id(self.root.get_submodule(n.rpartition(".")[0])) not in mine]
+        modules = [p for n in named if n not in parameters and not is_parameter(self.root, n)
+                   for p in self.module_places(n, config)]  # fmt: skip
+        return modules + [self.place_parameter(n, n, config) for n in parameters]
+
+    def module_places(self, name: str, config: Method) -> list[Place]:
+        module = self.root.get_submodule(name)
+        if isinstance(module, nn.MultiheadAttention):
+            inner = self.site(f"{name}.in_proj_weight", name, module, module, layers.IN_PROJECTION)
+            outer = self.site(
+                f"{name}.out_proj", f"{name}.base_layer.out_proj", module, module.out_proj, layers.OUT_PROJECTION
+            )
+            return [self.place(inner, module, "bare", config), self.place(outer, module, "bare", config)]
+        kind = layers.kind_of(module)
+        if kind is None:
+            raise TypeError(f"{name}: {type(module).__name__} is no layer that operators can act on")
+        return [self.place(self.site(name, name, module, module, kind), module, "main", config)]
+
+    def parameter_places(self, names: Sequence[str], config: Method) -> list[Place]:
+        # peft nests one wrapper for each parameter of a module, the first named innermost.
+        owners = Counter(n.rpartition(".")[0] for n in names)
+        seen: Counter[str] = Counter()
+        places = []
+        for name in names:
+            owner = name.rpartition(".")[0]
+            seen[owner] += 1
+            places.append(self.place_parameter(name, owner + ".base_layer" * (owners[owner] - seen[owner]), config))
+        return places
+
+    def place_parameter(self, name: str, key: str, config: Method) -> Place:
+        owner_name, _, param = name.rpartition(".")
+        owner = self.root.get_submodule(owner_name)
+        site = self.site(name, key, owner, owner, layers.PARAMETER, param)
+        place = self.place(site, owner, "bare", config)
+        place.entry.key = key
+        return place
+
+    def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
+        places = []
+        for name in names:
+            module = self.root.get_submodule(name)
+            inside = [p.site.name for p in taken if (p.site.name + ".").startswith(name + ".")]
+            if inside:
+                raise ValueError(
+                    f"modules_to_save: {name!r} is also adapted (at {inside[0]!r}); a full copy leaves nothing to "
+                    "adapt: take it out of target_modules or out of modules_to_save"
+                )
+            site = self.sites.get(f"{name} (copy)") or Site(
+                f"{name} (copy)", name, module, "", layers.OPAQUE, None, self.router
+            )
+            places.append(self.place(site, module, "opaque", config))
+        return places
+
+    def site(
+        self, name: str, key: str, layer: nn.Module, owner: nn.Module, kind: LayerKind, param: str | None = None
+    ) -> Site:
+        known = self.sites.get(name)
+        if known is not None:
+            return known
+        param = param or kind.param
+        kind.check(owner, param, name)
+        return Site(name, key, owner, param, kind, backend_of(owner, param, name), self.router)
+
+    def place(self, site: Site, layer: nn.Module, role: str, config: Method) -> Place:
+        method = config.at(site.name)
+        names = method.file_names(site)
+        return Place(site, layer, role, Entry(method, site.key, names))
+
+    def settle(
+        self, loader: Loader, prefix: str, strict: bool, adapter: str, plan: Sequence[Place]
+    ) -> dict[str, tuple[nn.Module, str, Tensor]]:
+        """Deal with keys that found no place; return those that are base tensors, to be loaded as such."""
+        overrides = {}
+        modules = dict(self.root.named_modules())
+        for key in list(loader.left):
+            name = key.removeprefix(prefix).removesuffix(".weight").removesuffix(".base_layer")
+            module = modules.get(name)
+            weight = module._parameters.get("weight") if module is not None and key.endswith(".weight") else None
+            if module is not None and weight is not None and isinstance(module, (nn.Embedding, nn.Linear)):
+                value = loader.left.pop(key)
+                if value.shape == weight.shape:
+                    overrides[key] = (module, "weight", value)
+                else:
+                    loader.report.mismatched.append((key, tuple(value.shape), tuple(weight.shape)))
+        loader.report.unexpected = sorted(loader.left)
+        if not loader.report.clean:
+            text = (
+                f"adapter {adapter!r} does not fit its file:\n  {loader.report.describe()}\n"
+                f"Likely cause: {loader.report.cause()}."
+            )
+            if strict:
+                raise AdapterLoadError(text + " Pass strict=False to load what fits.", loader.report)
+            warnings.warn(text, stacklevel=2)
+        return overrides
+
+    def described(self, config: Method, plan: Sequence[Place]) -> Method:
+        """Fill in what the file has to say: resolved targets, copied modules, transposed layers."""
+        mine = [p for p in plan if type(p.entry.method) is type(config)]
+        if hasattr(config, "target_modules") and config.sites_of(self.root) is None:
+            wanted = config.target_modules
+            if wanted is None or wanted == "all-linear":
+                names = [p.site.name for p in mine if p.role == "main"]
+                config = config.replace(target_modules=short_names(names, self.root))
+        if hasattr(config, "fan_in_fan_out"):
+            config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
+        kept = getattr(config, "modules_to_save", None)
+        for part in config.companions(self.root):
+            if part.whole_module:
+                kept = [*getattr(part, "modules", []), *getattr(part, "optional", [])]
+        if kept is not None:
+            config.modules_to_save = kept  # type: ignore[attr-defined]
+        return config
+
+    def commit(
+        self,
+        adapter: str,
+        config: Method,
+        plan: Sequence[Place],
+        shared: Mapping[str, Tensor],
+        trainable: bool,
+        overrides: Mapping[str, tuple[nn.Module, str, Tensor]],
+    ) -> None:
+        """Put a finished plan into the model."""
+        if runtime_of(self.root) is None:
+            for parameter in self.root.parameters():
+                parameter.requires_grad_(False)
+            self.root.__dict__[ATTRIBUTE] = self
+        sites = []
+        for place in plan:
+            site, layer = place.site, place.layer
+            state = take_over(layer, self.router)
+            if place.role == "main":
+                state.main = site
+            elif place.role == "bare":
+                if site not in state.bare:
+                    state.bare.append(site)
+            else:
+                state.opaque = site
+            frozen = {attr for _, attr in place.entry.frozen}
+            for attr, value in place.values.items():
+                if attr in frozen:
+                    site.owner._buffers[attr] = value
+                    site.owner._non_persistent_buffers_set.add(attr)
+                elif isinstance(value, nn.Parameter):
+                    site.owner._parameters[attr] = value
+                else:
+                    value = nn.Parameter(value, requires_grad=trainable)
+                    site.owner._parameters[attr] = value
+                place.values[attr] = value
+            if place.whole is not None:
+                place.whole.requires_grad_(trainable)
+                layer._modules[copy_name(adapter)] = place.whole
+            offload.keep_resident(site.owner)
+            site.entries[adapter] = place.entry
+            self.sites[site.name] = site
+            self.layers[site.name] = layer
+            sites.append(site)
+        for key, tensor in shared.items():
+            self.router.shared.put(adapter, key, tensor)
+            self.root._modules.setdefault("veneer_shared", self.router.shared)
+        for module, param, value in overrides.values():
+            with torch.no_grad():
+                module._parameters[param].copy_(value)  # type: ignore[union-attr]
+        if any(isinstance(m, nn.TransformerEncoderLayer) for m in self.root.modules()):
+            torch_fastpath.disable(self.root, [self.layers[s.name] for s in sites])
+        self.configs[adapter] = config
+        self.places[adapter] = sites
+
+    # Looking.
+
+    def named_tensors(self, adapter: str, prefix: str = PREFIX) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's saved tensors with their keys in the file."""
+        config = self.known(adapter)
+        for site in self.places[adapter]:
+            entry = site.entries[adapter]
+            if site.kind.whole:
+                copied = self.layers[site.name]._modules[copy_name(adapter)]
+                assert copied is not None
+                for name, value in copied.state_dict(keep_vars=True).items():
+                    yield f"{prefix}{entry.key}.{name}", value
+            elif entry.saved:
+                for key, attr in entry.trained:
+                    yield file_key(prefix, entry, key), site.owner._parameters[attr]  # type: ignore[misc]
+        if config.saves_shared:
+            for key, name in config.shared_names.items():
+                yield ("base_model." if prefix else "") + name, self.router.shared.get(adapter, key)
+
+    def parameters(self, adapter: str) -> Iterator[nn.Parameter]:
+        """The adapter's trained parameters, each once."""
+        seen = set()
+        for site in self.places[adapter]:
+            if site.kind.whole:
+                copied = self.layers[site.name]._modules[copy_name(adapter)]
+                found = list(copied.parameters()) if copied is not None else []
+            else:
+                found = [site.owner._parameters[a] for _, a in site.entries[adapter].trained]  # type: ignore[misc]
+            for parameter in found:
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    def known(self, adapter: str) -> Method:
+        if adapter not in self.configs:
+            there = ", ".join(map(repr, self.configs)) or "none"
+            raise ValueError(f"no adapter is named {adapter!r}; there are {there}{targets.suggest(adapter, self.configs)}")
+        return self.configs[adapter]
+
+    # Switching.
+
+    def activate(self, names: str | Sequence[str]) -> None:
+        """Make `names` the active adapters, stacked in that order. Does not touch `requires_grad`."""
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        if not all(n in self.configs for n in chosen):
+            for name in chosen:
+                self.known(name)
+        if self.router.merged and chosen != self.router.active and set(chosen) != set(self.router.merged):
+            raise ValueError(
+                f"adapters {list(self.router.merged)} are merged into the base weights; call unmerge_adapter() before "
+                f"activating {list(chosen)}"
+            )
+        if len(chosen) > 1:
+            self.check_together(chosen)
+        self.router.set(chosen)
+
+    def check_together(self, chosen: Sequence[str]) -> None:
+        taken: dict[str, str] = {}
+        for name in chosen:
+            for site in self.places[name]:
+                if site.kind.whole:
+                    other = taken.setdefault(site.name, name)
+                    if other != name:
+                        raise ValueError(
+                            f"adapters {other!r} and {name!r} both bring a full copy of {site.key!r}; only one of them "
+                            "can be active at a time"
+                        )
+
+    # Merging.
+
+    def merge(self, names: Sequence[str], *, check: bool = False, keep: bool = True) -> None:
+        """Bake adapters into the base weights, computed in float32 and rounded once.
+
+        Args:
+            names: in the order in which they are stacked.
+            check: raise, with everything as before, if a merged weight is not finite.
+            keep: remember the base weights for `unmerge`.
+
+        Raises:
+            ValueError: an adapter cannot be expressed as a weight, or a weight would not be finite.
+        """
+        for name in names:
+            self.known(name)
+        already = self.router.merged
+        wanted = (*already, *(n for n in names if n not in already))
+        if wanted == already:
+            warnings.warn("all of these adapters are merged already; nothing to do", stacklevel=3)
+            return
+        uses = Counter(id(p) for m in self.root.modules() for p in m._parameters.values() if p is not None)
+        sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in wanted)]
+        done: list[Site] = []
+        try:
+            for site in sites:
+                if site.original is not None:
+                    restore(site)
+                merge_site(site, wanted, uses, check)
+                done.append(site)
+                if not keep:
+                    site.original = None
+        except BaseException:
+            for site in done:
+                if site.original is not None:
+                    restore(site)
+            if already:
+                self.router.set(merged=())
+                self.merge(already)
+            raise
+        self.router.set(merged=wanted)
+
+    def unmerge(self) -> None:
+        """Put the exact bits of the base weights back."""
+        for site in self.sites.values():
+            if site.original is not None:
+                restore(site)
+        self.router.set(merged=())
+
+    def delete(self, adapter: str) -> None:
+        """Remove an adapter; layers without any are given back as they were."""
+        self.known(adapter)
+        if adapter in self.router.merged:
+            raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
+        for site in self.places.pop(adapter):
+            entry = site.entries.pop(adapter)
+            for _, attr in (*entry.trained, *entry.frozen):
+                site.owner._parameters.pop(attr, None)
+                site.owner._buffers.pop(attr, None)
+                site.owner._non_persistent_buffers_set.discard(attr)
+            layer = self.layers[site.name]
+            layer._modules.pop(copy_name(adapter), None)
+            if not site.entries:
+                self.forget(site)
+        self.router.shared.drop(adapter)
+        del self.configs[adapter]
+        self.router.set(tuple(n for n in self.router.active if n != adapter))
+        if not self.router.active and self.configs:
+            self.router.set((next(iter(self.configs)),))
+            warnings.warn(
+                f"adapter {adapter!r} was the active one; {self.router.active[0]!r} is active now", stacklevel=3
+            )
+
+    def forget(self, site: Site) -> None:
+        layer = self.layers.pop(site.name)
+        del self.sites[site.name]
+        state = layer.__dict__["_veneer"]
+        if state.main is site:
+            state.main = None
+        if state.opaque is site:
+            state.opaque = None
+        if site in state.bare:
+            state.bare.remove(site)
+        if state.main is None and state.opaque is None and not state.bare:
+            give_back(layer)
+            offload.release(layer)
+
+    def unload(self, *, merge: Sequence[str] | None = None, check: bool = False, progress: bool = False) -> nn.Module:
+        """Take every adapter off and return the base model, with `merge` baked in for good."""
+        if merge is None:
+            self.unmerge()
+        else:
+            self.merge_for_good(merge, check)
+        for adapter in list(self.configs):
+            for site in list(self.places[adapter]):
+                if site.kind.whole and merge and adapter in merge:
+                    self.replace_module(site.key, self.layers[site.name]._modules[copy_name(adapter)])  # type: ignore
+        self.router.set((), merged=())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for adapter in list(self.configs):
+                self.delete(adapter)
+        self.root._modules.pop("veneer_shared", None)
+        torch_fastpath.restore(self.root)
+        del self.root.__dict__[ATTRIBUTE]
+        return self.root
+
+    def merge_for_good(self, names: Sequence[str], check: bool) -> None:
+        missing = [n for n in names if n not in self.router.merged]
+        if missing:
+            self.merge(names, check=check)
+        tied = [s for s in self.sites.values() if s.original is not None and s.original.parameter is not None]
+        config = getattr(self.root, "config", None)
+        if tied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        for site in self.sites.values():
+            site.original = None
+
+    def replace_module(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        self.root.get_submodule(parent)._modules[leaf] = module
+
+
+def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], check: bool) -> None:
+    """Write the effective weight and bias of one site, remembering what was there."""
+    with torch.no_grad():
+        stored, bias = site.stored(), site.bias
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        links = site.links(names)
+        weight, new_bias = site.kind.compose(
+            site, links, site.kind.canonical(site, stored).to(wide), None if bias is None else bias.to(wide)
+        )
+        value = site.kind.restored(site, weight).contiguous()
+        if check and not (value.isfinite().all() and (new_bias is None or new_bias.isfinite().all())):
+            raise ValueError(
+                f"{site.name}: merging {list(names)} gives weights that are not finite; the adapter is broken. "
+                "Nothing was merged"
+            )
+        groups = site.kind.widen(site, value)
+        original = Original(stored, bias, None, groups=site.groups)
+        parameter = site.owner._parameters[site.param]
+        if uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
+            warnings.warn(
+                f"{site.name}: its weight is tied to another module's; merging gives this module a weight of its own "
+                "and leaves the other as it was",
+                stacklevel=4,
+            )
+            original.parameter = parameter
+            site.owner._parameters[site.param] = nn.Parameter(value.to(stored.dtype), requires_grad=False)
+        else:
+            original.token = site.backend.write(site.owner, site.param, value)
+        if isinstance(original.token, Tensor):
+            original.weight = original.token
+        if bias is not None and new_bias is not None and any(changes_bias(link) for link in links):
+            original.bias_token = site.backend.write(site.owner, site.kind.bias, new_bias)
+            if isinstance(original.bias_token, Tensor):
+                original.bias = original.bias_token
+        if groups != site.groups:
+            site.owner.groups = groups
+        site.original = original
+
+
+def changes_bias(link: Any) -> bool:
+    return link.shift is not None or (link.left is not None and link.left.scales_bias)
+
+
+def restore(site: Site) -> None:
+    """Undo `merge_site`: the same storage, hence the same bits."""
+    original = site.original
+    assert original is not None
+    if original.parameter is not None:
+        site.owner._parameters[site.param] = original.parameter
+    else:
+        site.backend.restore(site.owner, site.param, original.token)
+    if original.bias_token is not None:
+        site.backend.restore(site.owner, site.kind.bias, original.bias_token)
+    if site.groups > 1:
+        site.owner.groups = original.groups  # type: ignore[assignment]
+    site.original = None
+
+
+def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
+    """A deep copy of a module without anything of ours on it, filled from the file if there is one."""
+    module = place.layer
+    double = stand_in(module)
+    double.__dict__["_buffers"] = dict(double._buffers)
+    for table in (double._parameters, double._modules, double._buffers):
+        for name in [n for n in table if ":" in n]:
+            del table[name]
+    for name, parameter in double._parameters.items():
+        if parameter is not None and parameter.device.type == "meta":
+            found = offload.fetch(module, name)
+            if found is not None:
+                device = offload.execution_device(module)
+                double._parameters[name] = nn.Parameter(found.to(device, copy=True), requires_grad=False)
+    copied = copy.deepcopy(double)
+    if loader is not None:
+        for name, value in copied.state_dict().items():
+            found = loader.take(f"{prefix}{place.entry.key}.{name}", value.shape)
+            if found is not None:
+                with torch.no_grad():
+                    value.copy_(found)
+    return copied
+
+
+def attr_of(place: Place, key: str, adapter: str) -> str:
+    """Name of a tensor on its layer: peft's name below the module, then the adapter's, without dots."""
+    stem = place.entry.names.get(key) or key
+    stem = stem.removesuffix(".weight").replace(".", "_")
+    owner = f":{place.site.param}" if place.site.kind.by_parameter else ""
+    return f"{stem}{owner}:{adapter}"
+
+
+def file_key(prefix: str, entry: Entry, key: str) -> str:
+    below = entry.names[key]
+    return f"{prefix}{entry.key}.{below}" if below else f"{prefix}{entry.key}"
+
+
+def parameter_dtype(site: Site, autocast: bool) -> torch.dtype:
+    weight = site.owner._parameters[site.param]
+    assert weight is not None
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return torch.float32 if autocast and dtype in HALF else dtype
+
+
+def is_parameter(root: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in root.get_submodule(owner)._parameters
+
+
+def check_name(adapter: str, taken: Iterable[str]) -> None:
+    """Raise ValueError for a name that exists or that a parameter, a path or a key cannot hold."""
+    if not isinstance(adapter, str) or not adapter or any(c in adapter for c in "/\\.:") or adapter != adapter.strip():
+        raise ValueError(f"adapter name {adapter!r}: must be a non-empty string without '/', '\\', '.' or ':'")
+    if adapter == "__base__":
+        raise ValueError("adapter name '__base__' is reserved for rows that use the base model")
+    if adapter in taken:
+        raise ValueError(f"adapter {adapter!r} exists already; delete it first or choose another name")
+
+
+def refuse_sharded(root: nn.Module) -> None:
+    """Raise RuntimeError if parameters were sharded before attaching."""
+    for name, parameter in root.named_parameters():
+        if ":" in name:
+            continue
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):
+            how = "fully_shard" if hasattr(parameter, "device_mesh") else "DeepSpeed ZeRO"
+            raise RuntimeError(
+                f"{name} is already sharded by {how}; attach adapters before sharding: "
+                "get_peft_model(model, config) first, then shard the result"
+            )
+        return  # sharding covers a model whole; one parameter tells
+
+
+def short_names(names: Sequence[str], root: nn.Module) -> set[str]:
+    """The fewest suffixes that name exactly `names`: last components where they are unambiguous."""
+    wanted = set(names)
+    leaves = {n.rpartition(".")[2] for n in names}
+    clashing = {n.rpartition(".")[2] for n, m in root.named_modules() if n not in wanted and layers.supported(m)}
+    short = {leaf for leaf in leaves - clashing if leaf and not leaf.isdigit()}
+    return short | {n for n in wanted if n.rpartition(".")[2] not in short}
+

@@ -1,0 +1,425 @@
+"""Sites: the places of a base model that are adapted, and how a layer's forward is taken over.
+
+The layer stays where it is. Its `__class__` becomes a generated subclass whose `forward` runs the recursion
+of the adapters, so base `state_dict` keys, `isinstance`, `.weight`, tied weights and every other attribute
+stay true. Adapter tensors are registered directly on the layer, because hooks that load, gather or offload
+parameters (accelerate, ZeRO-3) act on a layer's own parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .inits import START
+from .interop import offload
+from .operators import Operator
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .layers.kind import LayerKind
+    from .method import Method
+    from .router import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A weight seen as a matrix (fan_out, fan_in).
+
+    Attributes:
+        fan_in: input features or channels; vocabulary for a lookup.
+        fan_out: output features or channels; width for a lookup.
+        kernel: spatial size of a convolution, else ().
+        groups: groups of a convolution, else 1.
+        experts: stacked experts of a 3-D parameter, else 0.
+        lookup: the input is a tensor of ids (embeddings).
+        bias: the layer adds a bias (fan_out,).
+        bare: the weight is a parameter that its module uses on its own terms.
+    """
+
+    fan_in: int
+    fan_out: int
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    experts: int = 0
+    lookup: bool = False
+    bias: bool = False
+    bare: bool = False
+
+
+class Link:
+    """What one adapter says at one site in one forward: a term of the recursion."""
+
+    __slots__ = ("delta", "left", "post", "right", "shift")
+
+    def __init__(
+        self,
+        delta: Operator | None,
+        left: Operator | None,
+        right: Operator | None,
+        shift: Tensor | None,
+        post: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
+
+
+class Entry:
+    """One adapter's share of one site: its method there and where its tensors are."""
+
+    __slots__ = ("frozen", "key", "method", "names", "saved", "shared", "trained")
+
+    def __init__(self, method: Method, key: str, names: Mapping[str, str]) -> None:
+        self.method, self.key, self.names = method, key, names
+        self.trained: tuple[tuple[str, str], ...] = ()  # the method's key -> attribute of the owner
+        self.frozen: tuple[tuple[str, str], ...] = ()
+        self.shared: tuple[str, ...] = ()
+        self.saved = True  # False where the tensors are another site's
+
+
+@dataclass(slots=True)
+class Original:
+    """A base weight, and its bias, from before a merge, with what brings their exact bits back."""
+
+    weight: Tensor
+    bias: Tensor | None
+    token: object
+    bias_token: object = None
+    parameter: nn.Parameter | None = None  # the tied Parameter that merging replaced by one of its own
+    groups: int = 1
+
+
+class Site:
+    """One adapted place: a layer's weight or a bare parameter.
+
+    Methods read its geometry and make their tensors with its factories; nothing here knows a method.
+
+    Attributes:
+        name: dotted name of the module (or `module.parameter`) in the base model.
+        key: the same place in peft's files, below `base_model.model.`.
+        owner: the module that holds the weight and the adapter's tensors.
+        param: name of the weight on `owner`.
+    """
+
+    def __init__(
+        self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: Any, router: Router
+    ) -> None:
+        self.name, self.key, self.owner, self.param = name, key, owner, param
+        self.kind, self.backend, self.router = kind, backend, router
+        self.geometry = kind.measure(owner, param)
+        self.entries: dict[str, Entry] = {}
+        self.original: Original | None = None  # while adapters are merged
+        self.device: torch.device | None = None
+        self.dtype = torch.float32
+
+    # Geometry, under the names that methods use.
+
+    @property
+    def fan_in(self) -> int:
+        return self.geometry.fan_in
+
+    @property
+    def fan_out(self) -> int:
+        return self.geometry.fan_out
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return self.geometry.kernel
+
+    @property
+    def groups(self) -> int:
+        return self.geometry.groups
+
+    @property
+    def experts(self) -> int:
+        return self.geometry.experts
+
+    @property
+    def lookup(self) -> bool:
+        return self.geometry.lookup
+
+    @property
+    def bare(self) -> bool:
+        return self.geometry.bare
+
+    @property
+    def patch(self) -> int:
+        """Columns of the weight as a matrix: fan_in times the kernel's size."""
+        return self.fan_in * math.prod(self.kernel)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen base bias (fan_out,) without any merged adapter, or None."""
+        if not self.geometry.bias:
+            return None
+        return self.current_bias() if self.original is None else self.original.bias
+
+    def weight(self) -> Tensor:
+        """The frozen base weight as a matrix (fan_out, patch), (experts, out, in) for experts.
+
+        It is the weight without any merged adapter, in its stored dtype, and never copied for plain weights.
+        """
+        return self.kind.canonical(self, self.stored())
+
+    def stored(self) -> Tensor:
+        """The frozen base weight as the layer stores it, without any merged adapter."""
+        if self.original is not None:
+            return self.original.weight
+        return self.backend.read(self.owner, self.param)
+
+    def current_weight(self) -> Tensor:
+        """The layer's weight as a matrix, with whatever is merged into it."""
+        return self.kind.canonical(self, self.backend.read(self.owner, self.param))
+
+    def current_bias(self) -> Tensor | None:
+        """The layer's bias, with whatever is merged into it."""
+        if not self.geometry.bias:
+            return None
+        name, bias = self.kind.bias, self.owner._parameters[self.kind.bias]
+        if bias is not None and bias.device.type == "meta":
+            fetched = offload.fetch(self.owner, name)
+            return bias if fetched is None else fetched
+        return bias
+
+    @property
+    def home(self) -> torch.device:
+        """Where the adapter's tensors live: the weight's device, or where an offloaded layer computes."""
+        device = offload.execution_device(self.owner)
+        if device is None:
+            weight = self.owner._parameters.get(self.param)
+            device = torch.device("cpu") if weight is None else weight.device
+        return device
+
+    # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
+
+    @property
+    def meta(self) -> bool:
+        return self.device is not None and self.device.type == "meta"
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, device=self.device, dtype=self.dtype)
+
+    def full(self, value: float, *shape: int) -> Tensor:
+        return torch.full(shape, value, device=self.device, dtype=self.dtype)
+
+    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
+        t = self.empty(*shape)
+        return t if self.meta else t.normal_(0.0, std)
+
+    def kaiming_uniform(self, *shape: int, a: float = math.sqrt(5)) -> Tensor:
+        t = self.empty(*shape)
+        return t if self.meta else nn.init.kaiming_uniform_(t, a=a)
+
+    def computed(self, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
+        """`make()` cast to the adapter's dtype, or only its shape where a file brings the values."""
+        if self.meta:
+            return self.empty(*shape)
+        made = make().detach().reshape(shape)
+        return made.to(device=self.device, dtype=self.dtype, copy=True).contiguous()  # never the base's storage
+
+    def start(self, how: str, r: int, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
+        """Starting factors (B, A) computed from the base weight, scale * B A being their share of it."""
+        weight = self.weight()
+        device = self.home
+        if weight.device.type == "meta":  # a skeleton: shapes are all there is
+            return self.empty(weight.shape[0], r), self.empty(r, weight.shape[1])
+        with torch.no_grad():
+            B, A = START[how](weight.float(), r, scale, **options)
+        return B.to(device=device, dtype=self.dtype).contiguous(), A.to(device=device, dtype=self.dtype).contiguous()
+
+    # What the runtime asks.
+
+    def tensors(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's tensors here, trained, frozen and shared, under the method's own keys."""
+        entry = self.entries[adapter]
+        params, buffers = self.owner._parameters, self.owner._buffers
+        p: dict[str, Any] = {key: params[attr] for key, attr in entry.trained}
+        for key, attr in entry.frozen:
+            p[key] = buffers[attr]
+        for key in entry.shared:
+            p[key] = self.router.shared.get(adapter, key)
+        return p
+
+    def links(self, names: tuple[str, ...]) -> list[Link]:
+        """The terms of the recursion for the adapters of `names` that are here, in order."""
+        found = []
+        for name in names:
+            entry = self.entries.get(name)
+            if entry is not None:
+                found.append(link(entry.method, self.tensors(name), self))
+        return found
+
+    def __repr__(self) -> str:
+        return f"Site({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
+
+
+def link(method: Method, p: Mapping[str, Tensor], site: Site) -> Link:
+    """Ask a method for its operators; only the hooks it overrides are called."""
+    hooks = method.hooks
+    return Link(
+        method.delta(p, site) if "delta" in hooks else None,
+        method.left(p, site) if "left" in hooks else None,
+        method.right(p, site) if "right" in hooks else None,
+        method.shift(p, site) if "shift" in hooks else None,
+        (lambda x, y: method.post(p, site, x, y)) if "post" in hooks else None,
+    )
+
+
+class Adapted:
+    """Mixin of the generated classes; also how to recognise an adapted layer."""
+
+    _veneer_base: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state: Takeover = self.__dict__["_veneer"]
+        return state.run(self, args, kwargs)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._veneer_base,), self.__dict__
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that runs adapters, one per base class."""
+    cls = _CLASSES.get(base)
+    if cls is None:
+        body = {"_veneer_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        cls = type(base.__name__, (Adapted, base), body)
+        cls.__qualname__ = base.__qualname__
+        _CLASSES[base] = cls
+    return cls
+
+
+class Takeover:
+    """The state of one adapted layer: its base forward and the sites whose weights it uses."""
+
+    def __init__(self, layer: nn.Module, router: Router) -> None:
+        self.base: type[nn.Module] = type(layer)
+        self.router = router
+        self.main: Site | None = None  # a layer whose input and output the operators act on
+        self.bare: list[Site] = []  # parameters swapped for their effective value during forward
+        self.opaque: Site | None = None  # a module with full copies
+        self.instance_forward: Callable[..., Any] | None = None
+
+    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward, on the layer itself or on a stand-in for it."""
+        if self.instance_forward is not None:
+            return self.instance_forward(module, *args, **kwargs)
+        return self.base.forward(module, *args, **kwargs)
+
+    def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        live = self.router.live()
+        if self.opaque is not None:
+            for name in reversed(live + self.router.merged if self.router.enabled else live):
+                if name in self.opaque.entries:
+                    return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
+        if not live:
+            return self.call(layer, *args, **kwargs)
+        target = layer
+        for site in self.bare:
+            links = site.links(live)
+            if links:
+                target = with_weights(target, layer, site, links)
+        if self.main is not None:
+            links = self.main.links(live)
+            if links:
+                return self.main.kind.forward(self.main, self, target, links, args, kwargs)
+        return self.call(target, *args, **kwargs)
+
+
+def copy_name(adapter: str) -> str:
+    """Name under which an adapter's full copy of a module is registered on that module."""
+    return f"copy:{adapter}"
+
+
+def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link]) -> nn.Module:
+    """A stand-in for `target` in which the site's parameter has its effective value."""
+    weight, bias = site.kind.compose(site, links, site.current_weight(), site.current_bias())
+    value = site.kind.restored(site, weight)
+    if target is layer:
+        target = stand_in(layer)
+    if site.owner is layer:
+        target._parameters[site.param] = value  # type: ignore[assignment]
+        if site.geometry.bias:
+            target._parameters[site.kind.bias] = bias  # type: ignore[assignment]
+        return target
+    for child_name, child in layer._modules.items():
+        if child is site.owner:
+            child_target = stand_in(child)
+            child_target._parameters[site.param] = value  # type: ignore[assignment]
+            if site.geometry.bias:
+                child_target._parameters[site.kind.bias] = bias  # type: ignore[assignment]
+            target._modules[child_name] = child_target
+    return target
+
+
+def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
+    """A shallow double of `module`, of its base class, whose parameters can be set without touching it.
+
+    It lives for one call, so several threads can use the module at once.
+    """
+    base = getattr(type(module), "_veneer_base", type(module))
+    double: nn.Module = object.__new__(base)
+    state = dict(module.__dict__)
+    for name in ("forward", "_old_forward", "_hf_hook", "_veneer"):
+        state.pop(name, None)
+    state["_parameters"] = dict(state["_parameters"])
+    state["_modules"] = dict(state["_modules"])
+    state.update(attributes)
+    double.__dict__.update(state)
+    return double
+
+
+def take_over(layer: nn.Module, router: Router) -> Takeover:
+    """Swap the layer's class, keeping a forward that others put on the instance.
+
+    accelerate's dispatch shadows the class with an instance-level `forward` that calls `_old_forward`; left
+    alone, the base layer would silently run without its adapters.
+    """
+    state = layer.__dict__.get("_veneer")
+    if isinstance(state, Takeover):
+        return state
+    state = Takeover(layer, router)
+    own = layer.__dict__.get("forward")
+    if own is not None and "_old_forward" not in layer.__dict__:
+        if not isinstance(own, types.MethodType):
+            raise TypeError(
+                f"{type(layer).__name__}: its `forward` was replaced on the instance by {own!r}, which is not a "
+                "method, so an adapter cannot run inside it; attach the adapter first, then replace forward"
+            )
+        state.instance_forward = own.__func__
+        del layer.__dict__["forward"]
+    layer.__dict__["_veneer"] = state
+    layer.__class__ = adapted_class(state.base)
+    if "_old_forward" in layer.__dict__:
+        layer.__dict__["_old_forward"] = types.MethodType(Adapted.forward, layer)
+    return state
+
+
+def give_back(layer: nn.Module) -> None:
+    """Undo `take_over`."""
+    state: Takeover = layer.__dict__.pop("_veneer")
+    layer.__class__ = state.base
+    if state.instance_forward is not None:
+        layer.__dict__["forward"] = types.MethodType(state.instance_forward, layer)
+    if "_old_forward" in layer.__dict__:
+        layer.__dict__["_old_forward"] = types.MethodType(state.base.forward, layer)

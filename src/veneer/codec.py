@@ -182,12 +182,18 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
-    """Write `adapter_config.json` with some fields changed."""
+def folder_to_write(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there."""
     target = Path(folder)
     if target.is_file():
         raise ValueError(f"{folder!s} is a file; give a folder to save the adapter to")
     target.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
+    """Write `adapter_config.json` with some fields changed."""
+    target = folder_to_write(folder)
     values = {**config.to_dict(), **changes, "peft_version": PEFT_VERSION}
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     write_atomic(target / CONFIG_NAME, lambda p: p.write_text(text, "utf-8") and None)
@@ -207,8 +213,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) 
             f"{empty[0]} (and {len(empty) - 1} more) holds no data: it is sharded or on the meta device; gather the "
             "parameters before saving"
         )
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_atomic(target / WEIGHTS_NAME, lambda p: save_file(ready, p, metadata={"format": "pt"}))
 

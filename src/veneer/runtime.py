@@ -180,8 +180,9 @@ class Runtime:
         plan: list[Place] = []
         shared: dict[str, Tensor] = {}
         parts = [config, *config.companions(self.root)]
+        copied = {n for part in parts if part.whole_module for n in part.sites_of(self.root) or ()}
         for part in parts:
-            places, drawn = self.plan(adapter, part, plan, loader, prefix, autocast, meta)
+            places, drawn = self.plan(adapter, part, plan, copied, loader, prefix, autocast, meta)
             plan += places
             shared |= drawn
         overrides = self.settle(loader, prefix, strict, adapter, plan) if loader is not None else {}
@@ -194,13 +195,14 @@ class Runtime:
         adapter: str,
         config: Method,
         taken: Sequence[Place],
+        copied: set[str],
         loader: Loader | None,
         prefix: str,
         autocast: bool,
         meta: bool,
     ) -> tuple[list[Place], dict[str, Tensor]]:
         """Choose the sites of one config and make its tensors, without touching the model."""
-        places = self.choose(config, taken)
+        places = self.choose(config, taken, copied)
         shared = self.share(adapter, config, [p.site for p in places], loader, meta)
         first: Place | None = None
         for place in places:
@@ -268,11 +270,11 @@ class Runtime:
         fresh = config.init_shared(sites)
         return {k: drawn.get(k, t).to(device="meta" if meta else home) for k, t in fresh.items()}
 
-    def choose(self, config: Method, taken: Sequence[Place]) -> list[Place]:
+    def choose(self, config: Method, taken: Sequence[Place], copied: set[str]) -> list[Place]:
         """The sites that one config names."""
         named = config.sites_of(self.root)
         if named is None:
-            found = targets.resolve(self.root, config, supported=layers.supported)
+            found = targets.resolve(self.root, config, supported=layers.supported, skip=copied)
             places = [p for name in found.modules for p in self.module_places(name, config)]
             return places + self.parameter_places(found.parameters, config)
         if config.whole_module:
@@ -286,6 +288,9 @@ class Runtime:
 
     def module_places(self, name: str, config: Method) -> list[Place]:
         module = self.root.get_submodule(name)
+        parent = self.root.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):  # its out_proj is a weight to it; the forward is never called
+            return [self.place(self.site(name, name, parent, module, layers.OUT_PROJECTION), parent, "bare", config)]
         if isinstance(module, nn.MultiheadAttention):
             inner = self.site(f"{name}.in_proj_weight", name, module, module, layers.IN_PROJECTION)
             outer = self.site(

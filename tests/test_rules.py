@@ -1,0 +1,66 @@
+"""Who may import whom, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "veneer"
+FILES = sorted(p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py"))
+HEAVY = ("transformers", "accelerate", "datasets", "bitsandbytes", "peft", "rich", "yaml", "numpy.testing")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, those of the package as `veneer.x.y`."""
+    package = ("veneer", *path.relative_to(SRC).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{a.name}" for a in node.names if node.level and not node.module}
+    return found
+
+
+def inside(modules: set[str], *allowed: str) -> set[str]:
+    """The package's modules among `modules` that are not in `allowed`."""
+    return {m for m in modules if m.startswith("veneer.") and not m.startswith(allowed)}
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f.startswith("methods/")])
+def test_methods_import_method_and_operators_only(name: str) -> None:
+    assert not inside(imports(SRC / name), "veneer.method", "veneer.operators")
+
+
+@pytest.mark.parametrize("name", [f for f in FILES if f.split("/")[0] in ("layers", "backends", "kernels", "inits", "interop")])
+def test_layers_backends_and_inits_know_no_method(name: str) -> None:
+    assert not {m for m in imports(SRC / name) if m.startswith("veneer.methods")}
+
+
+@pytest.mark.parametrize("name", ["runtime.py", "site.py", "router.py", "operators.py", "targets.py", "codec.py", "model.py"])
+def test_the_core_names_no_method(name: str) -> None:
+    text = (SRC / name).read_text()
+    assert not {m for m in imports(SRC / name) if m.startswith("veneer.methods")}
+    for word in ("LORA", "IA3", "LOHA", "OFTConfig", "VERA", "LoraConfig("):
+        code = "\n".join(line for line in text.splitlines() if "pass a config such as" not in line)
+        assert f'"{word}"' not in code and f"'{word}'" not in code and f"is {word}" not in code, word
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_imports_peft(name: str) -> None:
+    assert not {m for m in imports(SRC / name) if m.split(".")[0] == "peft"}
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, veneer; veneer.get_peft_model; veneer.LoraConfig; veneer.PeftModel; veneer.PeftType.LORA;"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -130,11 +130,19 @@ METHODS: dict[str, Row] = {
         "LoraConfig", r=4, lora_bias=True, not_for="lookup bare no_bias", refused="lora_bias|has none to merge"
     ),
     "lora_trained_bias": row("LoraConfig", r=4, bias="lora_only"),
-    "lora_pissa": row("LoraConfig", r=2, init_lora_weights="pissa", not_for="grouped experts", refused="one dense|does not divide"),
-    "lora_pissa_fast": row(
-        "LoraConfig", r=2, init_lora_weights="pissa_niter_4", not_for="grouped experts", refused="one dense|does not divide"
+    "lora_pissa": row(
+        "LoraConfig", r=2, init_lora_weights="pissa", not_for="grouped experts", refused="one dense|does not divide"
     ),
-    "lora_olora": row("LoraConfig", r=2, init_lora_weights="olora", not_for="grouped experts", refused="one dense|does not divide"),
+    "lora_pissa_fast": row(
+        "LoraConfig",
+        r=2,
+        init_lora_weights="pissa_niter_4",
+        not_for="grouped experts",
+        refused="one dense|does not divide",
+    ),
+    "lora_olora": row(
+        "LoraConfig", r=2, init_lora_weights="olora", not_for="grouped experts", refused="one dense|does not divide"
+    ),
     "dora": row("LoraConfig", r=4, use_dora=True, not_for="experts", refused="stacked experts"),
     "loha": row("LoHaConfig", r=3, alpha=4, not_for="parameter"),
     "loha_core": row("LoHaConfig", r=3, use_effective_conv2d=True, not_for="parameter"),

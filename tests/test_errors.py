@@ -52,7 +52,11 @@ BAD_ATTACHMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("LoraConfig", {"target_modules": "("}, r"\("),
     ("LoraConfig", {"target_modules": ["act_fn"]}, r"act_fn"),
     ("LoraConfig", {"modules_to_save": ["lm_hed"]}, r"did you mean 'lm_head'"),
-    ("LoraConfig", {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, r"matches only .lm_head., which modules_to_save"),
+    (
+        "LoraConfig",
+        {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
+        r"matches only .lm_head., which modules_to_save",
+    ),
     ("LoraConfig", {"trainable_token_indices": [5000]}, r"beyond its 64 rows"),
     ("OFTConfig", {"oft_block_size": 7, "target_modules": ["q_proj"]}, r"7 does not divide its 32.*nearest: 8"),
     ("LoraConfig", {"r": 64, "init_lora_weights": "pissa"}, r"r=64 is above the rank"),

@@ -38,12 +38,16 @@ def test_methods_import_method_and_operators_only(name: str) -> None:
     assert not inside(imports(SRC / name), "veneer.method", "veneer.operators")
 
 
-@pytest.mark.parametrize("name", [f for f in FILES if f.split("/")[0] in ("layers", "backends", "kernels", "inits", "interop")])
+@pytest.mark.parametrize(
+    "name", [f for f in FILES if f.split("/")[0] in ("layers", "backends", "kernels", "inits", "interop")]
+)
 def test_layers_backends_and_inits_know_no_method(name: str) -> None:
     assert not {m for m in imports(SRC / name) if m.startswith("veneer.methods")}
 
 
-@pytest.mark.parametrize("name", ["runtime.py", "site.py", "router.py", "operators.py", "targets.py", "codec.py", "model.py"])
+@pytest.mark.parametrize(
+    "name", ["runtime.py", "site.py", "router.py", "operators.py", "targets.py", "codec.py", "model.py"]
+)
 def test_the_core_names_no_method(name: str) -> None:
     text = (SRC / name).read_text()
     assert not {m for m in imports(SRC / name) if m.startswith("veneer.methods")}

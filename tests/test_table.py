@@ -28,9 +28,7 @@ def tags_of(layer: Layer) -> set[str]:
     return tags
 
 
-CELLS = [
-    (m, n) for m, method in METHODS.items() for n, layer in LAYERS.items() if not method.not_for & tags_of(layer)
-]
+CELLS = [(m, n) for m, method in METHODS.items() for n, layer in LAYERS.items() if not method.not_for & tags_of(layer)]
 REFUSED = [
     (m, n)
     for m, method in METHODS.items()
@@ -74,7 +72,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items() if ":" not in k}
+    return {
+        k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items() if ":" not in k
+    }
 
 
 @cells

@@ -46,7 +46,9 @@ def test_one_file_and_one_row(tmp_path: Path) -> None:
     import shutil
 
     here = Path(__file__).parent
-    shutil.copytree(Path(veneer.__file__).parent, tmp_path / "veneer", ignore=shutil.ignore_patterns("cli", "__pycache__"))
+    shutil.copytree(
+        Path(veneer.__file__).parent, tmp_path / "veneer", ignore=shutil.ignore_patterns("cli", "__pycache__")
+    )
     (tmp_path / "veneer" / "methods" / "toy.py").write_text(TOY)
     for name in ("test_table.py", "conftest.py"):
         shutil.copy(here / name, tmp_path / name)

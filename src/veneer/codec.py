@@ -7,8 +7,9 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,9 @@ def load_weights(
     try:
         found = torch.load(path, map_location=device or "cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as plain tensors ({error}); save the adapter as safetensors") from error
+        raise ValueError(
+            f"{path} cannot be read as plain tensors ({error}); save the adapter as safetensors"
+        ) from error
     bad = [k for k, v in found.items() if not isinstance(v, Tensor)] if isinstance(found, dict) else ["the file"]
     if bad:
         raise ValueError(f"{path}: {bad[0]} is not a tensor")
@@ -182,6 +185,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+
+
 def folder_to_write(folder: str | os.PathLike[str]) -> Path:
     """The folder, made if it is not there."""
     target = Path(folder)
@@ -196,7 +203,7 @@ def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) 
     target = folder_to_write(folder)
     values = {**config.to_dict(), **changes, "peft_version": PEFT_VERSION}
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    write_atomic(target / CONFIG_NAME, lambda p: p.write_text(text, "utf-8") and None)
+    write_atomic(target / CONFIG_NAME, partial(write_text, text=text))
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
@@ -232,7 +239,7 @@ def save_adapter(
     save_config(config, folder, **{"inference_mode": True, **fields})
     card = Path(folder) / "README.md"
     if not card.exists():
-        write_atomic(card, lambda p: p.write_text(model_card(config), "utf-8") and None)
+        write_atomic(card, partial(write_text, text=model_card(config)))
 
 
 def model_card(config: Method) -> str:
@@ -243,7 +250,14 @@ def model_card(config: Method) -> str:
         lines.insert(1, f"base_model: {base}")
     lines += ["---", "", f"# {config.peft_name} adapter", ""]
     lines.append(f"A thin layer for `{base or 'its base model'}`, trained with Veneer on frozen weights.")
-    code = ["", "```python", "from veneer import PeftModel", "", 'model = PeftModel.from_pretrained(base, "FOLDER")', "```"]
+    code = [
+        "",
+        "```python",
+        "from veneer import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(base, "FOLDER")',
+        "```",
+    ]
     return "\n".join([*lines, *code, ""])
 
 
@@ -268,7 +282,7 @@ def attached(model: nn.Module) -> Runtime:
     Raises:
         ValueError: it has no adapters.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: nn.Module = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     found = runtime_of(base)
     if found is None:
         raise ValueError(f"{type(base).__name__} has no adapters; attach one with get_peft_model(model, config)")
@@ -295,7 +309,11 @@ def adapter_tensors(
         for get in ("get_input_embeddings", "get_output_embeddings"):
             module = getattr(runtime.root, get, lambda: None)()
             name = next((n for n, m in runtime.root.named_modules() if m is module and n), None)
-            if module is not None and name is not None and not any(k.startswith(f"{prefix}{name}.weight") for k in found):
+            if (
+                module is not None
+                and name is not None
+                and not any(k.startswith(f"{prefix}{name}.weight") for k in found)
+            ):
                 inner = ".base_layer" if name in runtime.sites else ""
                 found[f"{prefix}{name}{inner}.weight"] = gathered(module.weight.detach())
     return found
@@ -335,8 +353,8 @@ def get_peft_model_state_dict(
     if state_dict is None:
         return dict(found)
     names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
-    own = {k: names.get(id(t)) for k, t in runtime.named_tensors(adapter_name, prefix)}
-    return {k: gathered(state_dict[n]) if (n := own.get(k)) in state_dict else t for k, t in found.items()}
+    own = {k: names.get(id(t), "") for k, t in runtime.named_tensors(adapter_name, prefix)}
+    return {k: gathered(state_dict[n]) if (n := own.get(k, "")) in state_dict else t for k, t in found.items()}
 
 
 def set_peft_model_state_dict(
@@ -387,4 +405,3 @@ def set_peft_model_state_dict(
 def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:
     """Read an adapter's tensors from a folder or a hub id; see `load_weights`."""
     return load_weights(model_id, device=device, **hf_hub_download_kwargs)
-

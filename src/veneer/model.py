@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -80,7 +80,9 @@ class PeftModel(nn.Module):
         self.base_model = BaseTuner(model)
         self.__dict__["_runtime"] = Runtime.ensure(model)
         if checkpoints(model) and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
+            cast(
+                Any, model
+            ).enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
 
     # What it holds.
 
@@ -131,7 +133,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters."""
-        return self.base_model.model.generate(*args, **kwargs)
+        return cast(Any, self.get_base_model()).generate(*args, **kwargs)
 
     # Switching.
 
@@ -347,7 +349,9 @@ class PeftModel(nn.Module):
             ValueError: `safe_serialization` is False, an unknown name, or parameters that were not gathered.
         """
         if not safe_serialization:
-            raise ValueError("save_pretrained(safe_serialization=False): pickles can run code; Veneer writes safetensors")
+            raise ValueError(
+                "save_pretrained(safe_serialization=False): pickles can run code; Veneer writes safetensors"
+            )
         if kwargs.get("path_initial_model_for_weight_conversion") is not None:
             raise ValueError(
                 "save_pretrained(path_initial_model_for_weight_conversion=...): not needed; the base model was not "
@@ -540,7 +544,14 @@ class _AutoPeftModel:
             )
         base = loader.from_pretrained(found.base_model_name_or_path, revision=found.revision or "main", **kwargs)
         return PeftModel.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, found, revision=revision, strict=strict, **hub
+            base,
+            pretrained_model_name_or_path,
+            adapter_name,
+            is_trainable,
+            found,
+            revision=revision,
+            strict=strict,
+            **hub,
         )
 
 
@@ -626,7 +637,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             if site.kind.whole:
                 held = list(runtime.layers[site.name]._modules[copy_name(name)].parameters())  # type: ignore[union-attr]
             else:
-                held = [site.owner._parameters[a] for _, a in entry.trained]  # type: ignore[misc]
+                held = [site.owner._parameters[a] for _, a in entry.trained]
             flags = {p.requires_grad for p in held}
             grads[name] = flags.pop() if len(flags) == 1 else "irregular"
             devices[name] = sorted({str(p.device) for p in held})

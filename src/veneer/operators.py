@@ -20,7 +20,7 @@ class Operator:
     scales_bias: bool = True  # as L: whether the layer's bias is mapped too
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) -> x M^T (..., out), in the dtype of x."""
+        """X (..., in) -> x M^T (..., out), in the dtype of x."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -28,11 +28,11 @@ class Operator:
         raise NotImplementedError
 
     def rmul(self, weight: Tensor) -> Tensor:
-        """weight (..., n) -> weight M (..., in), for M as R."""
+        """Weight (..., n) -> weight M (..., in), for M as R."""
         return weight @ self.dense().to(weight.dtype)
 
     def lmul(self, weight: Tensor) -> Tensor:
-        """weight (in, n) -> M weight (out, n), for M as L."""
+        """Weight (in, n) -> M weight (out, n), for M as L."""
         return self.dense().to(weight.dtype) @ weight
 
     def sample(self) -> Operator:
@@ -179,7 +179,7 @@ class BlockDiagonal(Operator):
         return torch.einsum("...nb,nab->...na", parts, self.blocks.to(x.dtype)).reshape(x.shape)
 
     def dense(self) -> Tensor:
-        return torch.block_diag(*self.blocks)
+        return block_diagonal(self.blocks)
 
     def rmul(self, weight: Tensor) -> Tensor:
         n, b, _ = self.blocks.shape
@@ -216,7 +216,7 @@ class Rows(Operator):
         return out.index_copy(-1, self.index, F.linear(x, rows))
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids (...) int -> the columns of `axis="in"` they name, (..., n)."""
+        """Ids (...) int -> the columns of `axis="in"` they name, (..., n)."""
         k = self.rows.shape[0]
         place = torch.full((self.count,), k, dtype=torch.long, device=self.index.device)
         place = place.index_copy(0, self.index, torch.arange(k, device=self.index.device))
@@ -258,6 +258,13 @@ class Sum(Operator):
         return self.terms[0].size
 
 
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """(n, a, b) -> (n a, n b) with the blocks on its diagonal."""
+    n, a, b = blocks.shape
+    full = blocks.new_zeros(n, a, n, b)
+    return full.diagonal_scatter(blocks.permute(1, 2, 0), 0, 0, 2).reshape(n * a, n * b)
+
+
 def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
     """Reshape (n,) so that it broadcasts on `axis` of a tensor with `ndim` dimensions."""
     shape = [1] * ndim
@@ -269,7 +276,7 @@ def ungroup(matrix: Tensor, groups: int) -> Tensor:
     """(out, n) with grouped columns -> block-diagonal (out, n * groups)."""
     out, n = matrix.shape
     blocks = matrix.view(groups, out // groups, n)
-    return torch.block_diag(*blocks)
+    return block_diagonal(blocks)
 
 
 def regroup(matrix: Tensor, groups: int) -> Tensor | None:

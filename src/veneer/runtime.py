@@ -356,7 +356,7 @@ class Runtime:
         self, loader: Loader, prefix: str, strict: bool, adapter: str, plan: Sequence[Place]
     ) -> dict[str, tuple[nn.Module, str, Tensor]]:
         """Deal with keys that found no place; return those that are base tensors, to be loaded as such."""
-        overrides = {}
+        overrides: dict[str, tuple[nn.Module, str, Tensor]] = {}
         modules = dict(self.root.named_modules())
         for key in list(loader.left):
             name = key.removeprefix(prefix).removesuffix(".weight").removesuffix(".base_layer")
@@ -488,7 +488,9 @@ class Runtime:
     def known(self, adapter: str) -> Method:
         if adapter not in self.configs:
             there = ", ".join(map(repr, self.configs)) or "none"
-            raise ValueError(f"no adapter is named {adapter!r}; there are {there}{targets.suggest(adapter, self.configs)}")
+            raise ValueError(
+                f"no adapter is named {adapter!r}; there are {there}{targets.suggest(adapter, self.configs)}"
+            )
         return self.configs[adapter]
 
     # Switching.
@@ -615,7 +617,7 @@ class Runtime:
         for adapter in list(self.configs):
             for site in list(self.places[adapter]):
                 if site.kind.whole and merge and adapter in merge:
-                    self.replace_module(site.key, self.layers[site.name]._modules[copy_name(adapter)])  # type: ignore
+                    self.replace_module(site.key, self.layers[site.name]._modules[copy_name(adapter)])  # type: ignore[arg-type]
         self.router.set((), merged=())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -677,7 +679,7 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
             if isinstance(original.bias_token, Tensor):
                 original.bias = original.bias_token
         if groups != site.groups:
-            site.owner.groups = groups
+            site.owner.__dict__["groups"] = groups
         site.original = original
 
 
@@ -696,7 +698,7 @@ def restore(site: Site) -> None:
     if original.bias_token is not None:
         site.backend.restore(site.owner, site.kind.bias, original.bias_token)
     if site.groups > 1:
-        site.owner.groups = original.groups  # type: ignore[assignment]
+        site.owner.__dict__["groups"] = original.groups
     site.original = None
 
 
@@ -780,4 +782,3 @@ def short_names(names: Sequence[str], root: nn.Module) -> set[str]:
     clashing = {n.rpartition(".")[2] for n, m in root.named_modules() if n not in wanted and layers.supported(m)}
     short = {leaf for leaf in leaves - clashing if leaf and not leaf.isdigit()}
     return short | {n for n in wanted if n.rpartition(".")[2] not in short}
-

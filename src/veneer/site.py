@@ -22,7 +22,6 @@ from .interop import offload
 from .operators import Operator
 
 if TYPE_CHECKING:
-    from .backends import Backend
     from .layers.kind import LayerKind
     from .method import Method
     from .router import Router
@@ -170,7 +169,8 @@ class Site:
         """The frozen base weight as the layer stores it, without any merged adapter."""
         if self.original is not None:
             return self.original.weight
-        return self.backend.read(self.owner, self.param)
+        stored: Tensor = self.backend.read(self.owner, self.param)
+        return stored
 
     def current_weight(self) -> Tensor:
         """The layer's weight as a matrix, with whatever is merged into it."""

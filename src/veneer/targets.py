@@ -69,7 +69,9 @@ def resolve(
     kept = excluded(named, getattr(config, "exclude_modules", None), modules)
     kept = in_layers(kept, config)
     if named and not kept:
-        raise ValueError(f"target_modules={show(spec)} matches {named[0]!r} and others, but exclude_modules removes all")
+        raise ValueError(
+            f"target_modules={show(spec)} matches {named[0]!r} and others, but exclude_modules removes all"
+        )
     if not kept and not parameters:
         raise ValueError(f"target_modules={show(spec)} matches no module of {type(model).__name__}")
     for name in kept:
@@ -162,7 +164,7 @@ def find_parameters(model: nn.Module, spec: Collection[str] | None) -> list[str]
             bare = {".".join(n.split(".")[-2:]) for n in names}
             raise ValueError(
                 f"target_parameters: no parameter is named {entry!r}{suggest(entry, bare)}; name them as in "
-                f"model.named_parameters(), for instance {sorted(bare)[0]!r}"
+                f"model.named_parameters(), for instance {min(bare)!r}"
             )
     return found
 

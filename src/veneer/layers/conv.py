@@ -89,9 +89,7 @@ class Conv(LayerKind):
         double._parameters["bias"] = bias  # type: ignore[assignment]
         return double
 
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
         if isinstance(op, Sum):
             return super().delta(site, op, x, target, state, training)
         channel = -1 - len(site.kernel)
@@ -107,8 +105,8 @@ class Conv(LayerKind):
         double = self.with_weight(target, site, dense, None)
         if dense.shape[1] * site.groups == site.patch:
             double.__dict__["groups"] = site.groups
-        y = state.call(double, x)
-        return y
+        summed: Tensor = state.call(double, x)
+        return summed
 
     def left(self, site: Site, op: Operator, y: Tensor) -> Tensor:
         return self.on_channels(op, y, -1 - len(site.kernel))

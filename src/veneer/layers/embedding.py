@@ -56,9 +56,7 @@ class Embedding(LayerKind):
                 y = link.post(ids, y)
         return y
 
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
         dtype = site.stored().dtype
         if isinstance(op, Sum):

@@ -118,9 +118,7 @@ class LayerKind(ABC):
                 y = link.post(before, y)
         return y
 
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
         """Delta x, in the layout of the layer's output."""
         if isinstance(op, Sum):
             y = self.delta(site, op.terms[0], x, target, state, training)

@@ -33,8 +33,8 @@ class Conv1D(LayerKind):
         return library is not None and isinstance(module, library.Conv1D)
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:
-        fan_in, fan_out = owner.weight.shape
-        return Geometry(int(fan_in), int(fan_out), bias=owner._parameters.get("bias") is not None)
+        shape = owner._parameters[param].shape  # type: ignore[union-attr]
+        return Geometry(shape[0], shape[1], bias=owner._parameters.get("bias") is not None)
 
     def canonical(self, site: Site, stored: Tensor) -> Tensor:
         return stored.T  # (in, out) -> (out, in)

@@ -1,5 +1,6 @@
 """Bare parameters: weights that a module uses on its own terms, so operators reach them only as an
-effective weight. Fused experts (3-D), attention in-projections, single matrices, and biases (1-D)."""
+effective weight. Fused experts (3-D), attention in-projections, single matrices, and biases (1-D).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 class Parameter(LayerKind):
     """A parameter of 1 to 3 dimensions. 3-D ones are stacked experts, (experts, out, in) in transformers 5;
-    a module with `is_transposed` (GPT-OSS) stores (experts, in, out)."""
+    a module with `is_transposed` (GPT-OSS) stores (experts, in, out).
+    """
 
     name = "parameter"
     by_parameter = True

@@ -126,7 +126,7 @@ class LoraConfig(Method):
 
     @property
     def iterations(self) -> int | None:
-        """n of "pissa_niter_<n>", else None."""
+        """N of "pissa_niter_<n>", else None."""
         head, _, n = str(self.init_lora_weights).rpartition("_")
         return int(n) if head == "pissa_niter" and n.isdigit() and int(n) > 0 else None
 
@@ -214,8 +214,9 @@ class LoraConfig(Method):
         """||W + scale B A|| of each row, (out,), in float32 at least."""
         weight = site.weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        whole = weight.to(wide) + self.delta(p, site).dense().to(device=weight.device, dtype=wide)  # (out, in)
-        return torch.linalg.vector_norm(whole, dim=1)
+        full = weight.to(wide) + self.delta(p, site).dense().to(device=weight.device, dtype=wide)  # (out, in)
+        norm: Tensor = torch.linalg.vector_norm(full, dim=1)
+        return norm
 
     def left(self, p: Tensors, site: Site) -> Operator | None:
         if not self.use_dora:

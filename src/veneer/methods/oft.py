@@ -102,7 +102,7 @@ class OFTConfig(Method):
         return {"Q": site.zeros(*shape) if self.init_weights else site.normal(*shape, std=0.1)} | self.init_bias(site)
 
     def rotation(self, p: Tensors, site: Site) -> Operator:
-        """blkdiag of R^T, from the entries of Q above the diagonal."""
+        """Blkdiag of R^T, from the entries of Q above the diagonal."""
         n, b = self.blocks(site)
         upper = p["Q"]  # (blocks, b (b - 1) / 2)
         if self.coft:
@@ -120,7 +120,8 @@ class OFTConfig(Method):
         """Skew-symmetric Q (n, b, b) -> orthogonal R (n, b, b)."""
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
         if not self.use_cayley_neumann:
-            return torch.linalg.solve(eye + Q, eye - Q, left=False)  # (I - Q)(I + Q)^-1 on row vectors
+            R: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)  # (I - Q)(I + Q)^-1 on row vectors
+            return R
         # R = I + 2 (Q + ... + Q^(k-1)) + Q^k, the last power halved; k as peft counts its terms.
         terms = self.num_cayley_neumann_terms
         if terms == 1:

@@ -251,8 +251,8 @@ class Method:
     def companions(self, model: nn.Module) -> list[Method]:
         """Further methods attached under the same adapter name (full copies of modules, rows, biases)."""
         made: list[Method] = []
-        wanted = list(getattr(self, "modules_to_save", None) or [])
-        heads = [h for h in TASK_HEADS.get(self.task_type or "", ()) if h not in wanted]
+        heads = list(TASK_HEADS.get(self.task_type or "", ()))  # of these a model has one or none
+        wanted = [m for m in getattr(self, "modules_to_save", None) or [] if m not in heads]
         if wanted or heads:
             made.append(_REGISTRY["MODULES_TO_SAVE"](modules=wanted, optional=heads))  # type: ignore[call-arg]
         if rows := getattr(self, "trainable_token_indices", None):
@@ -264,6 +264,11 @@ class Method:
     def prepare(self, model_type: str | None) -> Method:
         """Return the config with the defaults of an architecture filled in."""
         return self
+
+    @property
+    def saves_every_site(self) -> bool:
+        """Where all sites use one tensor, whether each writes it to the file under its own key."""
+        return True
 
     @property
     def saves_shared(self) -> bool:

@@ -215,13 +215,18 @@ class Runtime:
             site.dtype = parameter_dtype(site, autocast)
             fresh = entry.method.init(site)
             if first is not None:  # all sites use the first one's tensors
-                self.assign(place, adapter, {k: first.values[attr_of(first, k, adapter)] for k in fresh}, save=False)
+                save = config.saves_every_site
+                self.assign(place, adapter, {k: first.values[attr_of(first, k, adapter)] for k in fresh}, save=save)
+                for key, _ in entry.trained if save and loader is not None else ():
+                    loader.left.pop(file_key(prefix, entry, key), None)  # type: ignore[union-attr]
                 continue
             if loader is not None:
                 self.fill(place, fresh, loader, prefix, home)
-            self.assign(place, adapter, fresh)
             if config.one_for_all:
+                kept = entry.method.frozen
+                fresh = {k: t if k in kept else nn.Parameter(t) for k, t in fresh.items()}
                 first = place
+            self.assign(place, adapter, fresh)
         return places, shared
 
     def fill(self, place: Place, fresh: dict[str, Tensor], loader: Loader, prefix: str, home: torch.device) -> None:
@@ -384,7 +389,9 @@ class Runtime:
         mine = [p for p in plan if type(p.entry.method) is type(config)]
         if hasattr(config, "target_modules") and config.sites_of(self.root) is None:
             wanted = config.target_modules
-            if wanted is None or wanted == "all-linear":
+            if wanted is None and (default := targets.wanted(self.root, config)[0]) is not None:
+                config = config.replace(target_modules=default)
+            elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
                 names = [p.site.name for p in mine if p.role == "main"]
                 config = config.replace(target_modules=short_names(names, self.root))
         if hasattr(config, "fan_in_fan_out"):
@@ -427,12 +434,10 @@ class Runtime:
                 if attr in frozen:
                     site.owner._buffers[attr] = value
                     site.owner._non_persistent_buffers_set.add(attr)
-                elif isinstance(value, nn.Parameter):
-                    site.owner._parameters[attr] = value
+                elif isinstance(value, nn.Parameter):  # shared by several sites
+                    site.owner._parameters[attr] = value.requires_grad_(trainable)
                 else:
-                    value = nn.Parameter(value, requires_grad=trainable)
-                    site.owner._parameters[attr] = value
-                place.values[attr] = value
+                    site.owner._parameters[attr] = nn.Parameter(value, requires_grad=trainable)
             if place.whole is not None:
                 place.whole.requires_grad_(trainable)
                 layer._modules[copy_name(adapter)] = place.whole

@@ -147,6 +147,10 @@ class Site:
         return self.geometry.bare
 
     @property
+    def low_rank_factor(self) -> float:
+        return self.kind.low_rank_factor
+
+    @property
     def patch(self) -> int:
         """Columns of the weight as a matrix: fan_in times the kernel's size."""
         return self.fan_in * math.prod(self.kernel)

@@ -17,7 +17,6 @@ from torch import nn
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
-HEADS = ("score", "classifier")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
@@ -131,18 +130,18 @@ def matches(key: str, spec: str | Collection[str] | None) -> bool:
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Every linear layer, but for those that would change what the model computes rather than how.
 
-    Left out: the output head (`get_output_embeddings`), or without one the classification head; routers of
-    mixtures of experts, which are linear layers called gate or router beside `experts`, or anything inside a
-    module called router; and the output projection inside nn.MultiheadAttention, whose forward is never called.
+    Left out: the output head (`get_output_embeddings`); routers of mixtures of experts, which are linear layers
+    called gate or router beside `experts`, or anything inside a module called router; and the output projection
+    inside nn.MultiheadAttention, whose forward is never called. A new classification head is left out because the
+    task types train it as a full copy.
     """
     library = sys.modules.get("transformers.pytorch_utils")
     kinds: tuple[type, ...] = (nn.Linear,) if library is None else (nn.Linear, library.Conv1D)
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    heads = [head] if head is not None else [modules.get(n) for n in HEADS if n in modules][:1]
     found = []
     for name, module in modules.items():
-        if not isinstance(module, kinds) or any(module is h for h in heads):
+        if not isinstance(module, kinds) or module is head:
             continue
         parent, _, leaf = name.rpartition(".")
         if leaf in ROUTERS and f"{parent}.experts" in modules:

@@ -21,6 +21,7 @@ class LayerKind(ABC):
     param = "weight"
     bias = "bias"
     whole = False  # the adapter is a copy of the module
+    low_rank_factor = 1.0  # what a low-rank delta is multiplied by, so that peft's files mean the same here
     by_parameter = False  # a module can have several sites of this kind, one a parameter
 
     @abstractmethod

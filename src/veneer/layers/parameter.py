@@ -85,6 +85,7 @@ class OutProjection(Parameter):
     """The output projection of nn.MultiheadAttention: a Linear whose forward the attention never calls."""
 
     name = "MultiheadAttention.out_proj"
+    low_rank_factor = 2.0  # peft up to 0.21.2 adds this projection's delta twice, in forward and in merge
     by_parameter = False
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:

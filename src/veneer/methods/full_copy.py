@@ -93,6 +93,10 @@ class TrainableTokensConfig(Method):
         tied = [n for n, m in modules.items() if n not in first and m._parameters.get("weight") is weight]
         return [*first, *tied]
 
+    @property
+    def saves_every_site(self) -> bool:
+        return not self.wrapped
+
     def file_names(self, site: Site) -> Mapping[str, str]:
         return {"rows": f"token_adapter.{self.names['rows']}"} if self.wrapped else self.names
 
@@ -125,7 +129,7 @@ class TrainedBias(Method):
     names = {"copy": ""}  # the parameter's own name
 
     def sites_of(self, model: nn.Module) -> Collection[str]:
-        return [n for n, _ in model.named_parameters() if "bias" in n and ":" not in n]
+        return [n for n, _ in model.named_parameters() if n == "bias" or n.endswith(".bias")]
 
     def init(self, site: Site) -> dict[str, Tensor]:
         stored = site.stored()

@@ -193,7 +193,7 @@ class LoraConfig(Method):
             )
         how = "olora" if self.init_lora_weights == "olora" else "pissa"
         options = {"iterations": self.iterations} if how == "pissa" else {}
-        B, A = site.start(how, self.r, self.scale, **options)
+        B, A = site.start(how, self.r, self.scale * site.low_rank_factor, **options)
         B, A = B.reshape(B_shape), A.reshape(A_shape)
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
@@ -207,8 +207,10 @@ class LoraConfig(Method):
         if site.experts:
             A = A.view(site.experts, -1, site.fan_in)  # (experts, r, in)
             B = B.view(site.fan_out, -1, site.experts).permute(2, 0, 1)  # (experts, out, r)
-        return Factored(B.flatten(1) if site.kernel else B, A.flatten(1) if site.kernel else A, scale,
-                        dropout=dropout, groups=site.groups)  # fmt: skip
+        scale *= site.low_rank_factor
+        if site.kernel:
+            A, B = A.flatten(1), B.flatten(1)  # (r, in * kernel), (out, r / groups)
+        return Factored(B, A, scale, dropout=dropout, groups=site.groups)
 
     def row_norm(self, p: Tensors, site: Site) -> Tensor:
         """||W + scale B A|| of each row, (out,), in float32 at least."""

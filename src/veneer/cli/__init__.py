@@ -1,0 +1,12 @@
+"""The command line: `veneer train | generate | merge | inspect | methods`."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the `veneer` command."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"veneer: the command line needs {error.name}; install it with: pip install 'veneer[train]'") from None
+    app(prog_name="veneer")

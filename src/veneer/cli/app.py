@@ -1,0 +1,144 @@
+"""The commands and their flags. What they do is in the modules beside; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import InputError, user_input
+from .recipe import FIELDS, HELP, build, read_recipe
+
+
+class LazyMethodFlags(click.Command):
+    """A command with one flag for every field of every method's config."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if "--" not in self.__dict__:
+            self.__dict__["--"] = [*self.params, *method_flags({p.name for p in self.params})]
+        known = super().get_params(ctx)
+        return [*known[:-1], *self.__dict__["--"][len(self.params) :], known[-1]]
+
+
+def method_flags(taken: set[str | None]) -> list[click.Parameter]:
+    """`--lora-alpha` and its like. Values are YAML, checked by the config itself."""
+    from ..method import METHODS  # type: ignore[attr-defined]
+
+    owners: dict[str, list[str]] = {}
+    flags: dict[str, bool] = {}
+    for peft_type, cls in METHODS.items():
+        for f in dataclasses.fields(cls):
+            if f.init and f.name not in (*COMMON, *taken):
+                owners.setdefault(f.name, []).append(peft_type.lower())
+                flags[f.name] = flags.get(f.name, True) and str(f.type) == "bool"
+    made: list[click.Parameter] = []
+    for name, methods in owners.items():
+        option = f"--{name.replace('_', '-')}"
+        text = f"field of {', '.join(methods)}"
+        if flags[name]:
+            made.append(click.Option([f"{option}/--no{option[1:]}", f"method__{name}"], default=None, help=text))
+        else:
+            made.append(click.Option([option, f"method__{name}"], metavar="YAML", help=text))
+    return made
+
+
+COMMON = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", "revision")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="veneer")
+def app() -> None:
+    """Fine-tune large pretrained models by training a thin layer on frozen weights."""
+
+
+def run_flags(command: Any) -> Any:
+    """One flag for every field of a run."""
+    for f in reversed(FIELDS):
+        if f.name == "method":
+            command = click.option("--method", metavar="NAME", help=HELP[f.name])(command)
+            continue
+        option = f"--{f.name.replace('_', '-')}"
+        if f.type == "bool":
+            command = click.option(f"{option}/--no{option[1:]}", f.name, default=None, help=HELP[f.name])(command)
+        else:
+            command = click.option(option, f.name, metavar="VALUE", help=HELP[f.name])(command)
+    return command
+
+
+@app.command(cls=LazyMethodFlags)
+@click.argument("recipe", required=False, metavar="[RECIPE]")
+@run_flags
+@click.option("--resume", is_flag=True, help="continue an interrupted run from its last checkpoint")
+@click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
+def train(recipe: str | None, resume: bool, overwrite: bool, **flags: Any) -> None:
+    """Fine-tune a model.
+
+    RECIPE is a YAML file, or the name of a packaged recipe such as demo-en-es. Flags win over it.
+    """
+    with user_input():
+        given = read_recipe(recipe) if recipe else {}
+        run = build(given, flags)
+    from .train import train as start
+
+    start(run, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+@click.argument("model")
+@click.option("--adapter", metavar="FOLDER", help="adapter to put on the model; folder or hub id")
+@click.option("--prompt", "-p", "prompts", multiple=True, help="text to continue; may be given several times")
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="file with one prompt a line")
+@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm"]), default="causal-lm", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
+@click.option("--chat", is_flag=True, help="wrap each prompt in the model's chat template")
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Path | None, **options: Any) -> None:
+    """Continue prompts with MODEL, with or without an adapter. Prompts can also come on standard input."""
+    texts = [*prompts, *(file.read_text("utf-8").splitlines() if file else [])]
+    if not texts and not sys.stdin.isatty():
+        texts = sys.stdin.read().splitlines()
+    texts = [t.replace("\\n", "\n") for t in texts if t.strip()]
+    if not texts:
+        raise InputError("no prompt was given; use --prompt TEXT, --file FILE, or pipe prompts in, one a line")
+    from .generate import generate as start
+
+    start(model, adapter, texts, **options)
+
+
+@app.command()
+@click.argument("model")
+@click.argument("adapter")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm", "classification"]), help="default: the adapter's")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def merge(model: str, adapter: str, out: Path, task: str | None, dtype: str) -> None:
+    """Bake ADAPTER into MODEL and write a plain model to the folder OUT."""
+    from .merge import merge as start
+
+    start(model, adapter, out, task, dtype)
+
+
+@app.command()
+@click.argument("adapter")
+@click.option("--all", "everything", is_flag=True, help="list every tensor, not one line a module name")
+@click.option("--check", is_flag=True, help="read the tensors and flag those that are not finite or all zero")
+def inspect(adapter: str, everything: bool, check: bool) -> None:
+    """Show what is in ADAPTER, a folder or hub id, without loading a model."""
+    from .inspect import inspect as start
+
+    with user_input():
+        start(adapter, everything, check)
+
+
+@app.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or the fields of the method NAME."""
+    from .methods import methods as start
+
+    with user_input():
+        start(name)

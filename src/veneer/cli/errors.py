@@ -1,0 +1,23 @@
+"""How a command says that its input is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+
+class InputError(click.ClickException):
+    """Input that cannot be used: one message, exit status 2, no traceback."""
+
+    exit_code = 2
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Turn the library's own complaints about values and files into an `InputError`."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,74 @@
+"""Looking into an adapter's files without loading a model."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from typing import Any
+
+from .. import codec
+from .errors import InputError
+
+
+def inspect(adapter: str, everything: bool, check: bool) -> None:
+    """Print an adapter's config and its tensors."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    config = codec.load_config(adapter)
+    path = codec.find_file(adapter, codec.WEIGHTS_NAME)
+    if path is None:
+        raise InputError(f"{adapter} holds no {codec.WEIGHTS_NAME}")
+    tensors = header(str(path))
+    size = sum(math.prod(shape) for shape, _ in tensors.values())
+    dtypes = sorted({dtype for _, dtype in tensors.values()})
+
+    about = Table.grid(padding=(0, 2))
+    about.add_row("method", f"[bold]{config.peft_type}[/]  {type(config).__name__}")
+    about.add_row("base model", str(config.base_model_name_or_path))
+    about.add_row("task", str(config.task_type))
+    about.add_row("parameters", f"{size:,} in {len(tensors)} tensors, {', '.join(dtypes)}")
+    about.add_row("file", f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")
+    hidden = {"peft_type", "base_model_name_or_path", "task_type", "peft_version", "inference_mode", "auto_mapping"}
+    set_fields = {k: v for k, v in config.to_dict().items() if k not in hidden and v not in (None, False, {}, [])}
+    about.add_row("config", ", ".join(f"{k}={v}" for k, v in sorted(set_fields.items())))
+    console.print(about)
+
+    table = Table("tensor", "shape", "dtype", "count")
+    groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
+    for key, (shape, dtype) in sorted(tensors.items()):
+        name = key.removeprefix("base_model.").removeprefix("model.")
+        groups[(name if everything else re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, dtype)] += 1
+    for (name, shape, dtype), count in groups.items():
+        table.add_row(name, " x ".join(map(str, shape)), dtype, str(count))
+    console.print(table)
+    if check:
+        report(console, adapter)
+
+
+def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Key -> shape and dtype, from the file's header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            return {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}; fetch or save it again") from error
+
+
+def report(console: Any, adapter: str) -> None:
+    """Flag tensors that are not finite or all zero."""
+    bad = 0
+    for key, tensor in sorted(codec.load_weights(adapter).items()):
+        if not tensor.isfinite().all():
+            console.print(f"[red]not finite[/] {key}")
+            bad += 1
+        elif not tensor.any():
+            console.print(f"[yellow]all zero[/]   {key}")
+            bad += 1
+    console.print("every tensor is finite and not zero" if not bad else f"{bad} tensors flagged")

@@ -1,0 +1,193 @@
+"""A run: its fields, where their values come from, and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..targets import suggest
+
+TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+PACKAGED = Path(__file__).parent / "recipes"
+
+
+def setting(default: Any, text: str, *, allowed: tuple[Any, ...] = (), low: float | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "allowed": allowed, "low": low})
+
+
+@dataclass
+class Run:
+    """What `veneer train` does. Every field is a key of a recipe and a flag.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    model: str = setting("", "hub id, folder, or embedded name (smollm2-135m, minilm-l6-v2)")
+    data: str = setting("", "embedded name (ui-en-es, ui-en-fr, ui-en-de), a JSONL, CSV or Parquet file, or a datasets id")
+    task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASKS), allowed=tuple(TASKS))
+    method: dict[str, Any] = field(
+        default_factory=lambda: {"name": "lora"},
+        metadata={"help": "the method; its fields are flags too, see `veneer methods NAME`", "allowed": (), "low": None},
+    )
+    out: str = setting("", "folder for the adapter, its checkpoints and the report [default: runs/DATA-METHOD]")
+    eval_data: str | None = setting(None, "held-out data, like --data [default: a part of --data]")
+    held_out: float = setting(0.1, "part of the data, or number of rows, kept for measuring", low=0)
+    prompt_column: str = setting("prompt", "column with the input of a completion")
+    completion_column: str = setting("completion", "column with the text to learn")
+    text_column: str = setting("text", "column with plain text, or with what is classified")
+    label_column: str = setting("label", "column with the class")
+    chat: bool = setting(False, "wrap prompts and completions in the model's chat template")
+    limit: int | None = setting(None, "use this many training rows at most", low=1)
+    epochs: float = setting(1.0, "passes over the data, unless --steps is given", low=0)
+    steps: int | None = setting(None, "optimizer steps", low=1)
+    batch_size: int = setting(8, "rows a step and device", low=1)
+    gradient_accumulation: int = setting(1, "batches an optimizer step", low=1)
+    learning_rate: float = setting(1e-3, "peak learning rate", low=0)
+    warmup: int = setting(0, "steps of linear warm-up", low=0)
+    scheduler: str = setting("linear", "how the rate falls", allowed=("linear", "cosine", "constant"))
+    weight_decay: float = setting(0.0, "weight decay", low=0)
+    max_length: int = setting(128, "tokens a row is cut to", low=4)
+    dtype: str = setting("float32", "dtype of the frozen model", allowed=("float32", "bfloat16", "float16"))
+    gradient_checkpointing: bool = setting(False, "compute activations again in backward, to save memory")
+    eval_every: int = setting(25, "steps between measurements of the held-out loss; 0 only at the ends", low=0)
+    save_every: int = setting(50, "steps between checkpoints; 0 for none", low=0)
+    log_every: int = setting(5, "steps between lines of metrics.jsonl", low=1)
+    samples: int = setting(3, "generations shown before and after", low=0)
+    max_new_tokens: int = setting(32, "tokens of a shown generation", low=1)
+    seed: int = setting(0, "seed of everything random", low=0)
+
+    def __post_init__(self) -> None:
+        for f in FIELDS:
+            value = getattr(self, f.name)
+            low, allowed = f.metadata["low"], f.metadata["allowed"]
+            if value is None or f.name == "method":
+                continue
+            if allowed and value not in allowed:
+                hint = suggest(str(value), map(str, allowed))
+                raise ValueError(f"{f.name}={value!r}: must be one of {', '.join(map(str, allowed))}{hint}")
+            if low is not None and value < low:
+                raise ValueError(f"{f.name}={value!r}: must be {low} or more")
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name} or the key {name!r} in the recipe ({HELP[name]})")
+
+    @property
+    def folder(self) -> Path:
+        stem = Path(self.data).stem if Path(self.data).suffix else self.data.replace("/", "-")
+        return Path(self.out) if self.out else Path("runs") / f"{stem}-{self.method['name']}"
+
+    def config(self) -> Any:
+        """The method's config.
+
+        Raises:
+            ValueError: an unknown method or field, or a value out of its range.
+        """
+        from ..method import METHODS  # type: ignore[attr-defined]
+
+        options = dict(self.method)
+        name = str(options.pop("name", "lora"))
+        known = {key.lower(): cls for key, cls in METHODS.items()}
+        cls = known.get(name.lower())
+        if cls is None:
+            raise ValueError(f"method={name!r}: must be one of {', '.join(sorted(known))}{suggest(name.lower(), known)}")
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in options:
+            if key not in fields and key not in cls.foreign:
+                raise ValueError(f"method {name!r} has no field {key!r}{suggest(key, fields)}; see: veneer methods {name}")
+        try:
+            return cls(task_type=TASKS[self.task], **options)
+        except TypeError as error:
+            raise ValueError(f"method {name!r}: {error}") from error
+
+
+FIELDS = dataclasses.fields(Run)
+HELP: dict[str, str] = {}
+for _f in FIELDS:
+    _default = "" if _f.default in (dataclasses.MISSING, None, "") else f" [default: {_f.default}]"
+    HELP[_f.name] = _f.metadata["help"] + _default
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read a recipe: a YAML file, or the name of a packaged one.
+
+    Raises:
+        ValueError: no such recipe, no YAML, or no mapping.
+    """
+    path = Path(name)
+    if not path.is_file():
+        packaged = {p.stem: p for p in sorted(PACKAGED.glob("*.yaml"))}
+        if name not in packaged:
+            raise ValueError(
+                f"recipe {name!r}: there is no such file; packaged recipes are {', '.join(packaged)}{suggest(name, packaged)}"
+            )
+        path = packaged[name]
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold keys and values, such as `model: smollm2-135m`")
+    return values
+
+
+def build(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
+    """A run from a recipe's keys and the command's flags, which win.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or one out of range.
+    """
+    known = {f.name: f for f in FIELDS}
+    values: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key not in known:
+            raise ValueError(f"recipe: unknown key {key!r}{suggest(str(key), known)}; keys are {', '.join(known)}")
+        values[key] = typed(known[key], value)
+    method = values.pop("method", {"name": "lora"})
+    method = dict(method) if isinstance(method, dict) else {"name": str(method)}
+    if flags.get("method"):
+        if flags["method"].lower() != str(method.get("name", "lora")).lower():
+            method = {}  # another method's fields mean nothing to it
+        method["name"] = flags["method"]
+    for key, value in flags.items():
+        if value is None:
+            continue
+        if key.startswith("method__"):
+            method[key.removeprefix("method__")] = yaml.safe_load(value) if isinstance(value, str) else value
+        elif key != "method":
+            values[key] = typed(known[key], value)
+    method.setdefault("name", "lora")
+    run = Run(**values, method=method)
+    run.config()  # complains now, before anything is loaded
+    return run
+
+
+def typed(f: dataclasses.Field[Any], value: Any) -> Any:
+    """A recipe's or a flag's value in the type of its field."""
+    kind = str(f.type)
+    if value is None or f.name == "method":
+        return value
+    try:
+        if kind.startswith("int"):
+            if isinstance(value, bool) or int(value) != float(value):
+                raise ValueError
+            return int(value)
+        if kind.startswith("float"):
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if kind == "bool":
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+    except (TypeError, ValueError):
+        raise ValueError(f"{f.name}={value!r}: must be of type {kind.split(' |')[0]}") from None
+    if not isinstance(value, str):
+        raise ValueError(f"{f.name}={value!r}: must be text")
+    return value
+
+

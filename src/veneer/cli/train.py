@@ -1,0 +1,215 @@
+"""Running a recipe on transformers' Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .. import codec
+from . import data as rows_of
+from .errors import InputError, user_input
+from .generate import complete
+from .models import load_model, load_tokenizer
+from .recipe import Run
+from .report import Report, peak_memory, plot, show
+
+OURS = (codec.CONFIG_NAME, codec.WEIGHTS_NAME, "metrics.jsonl", "loss.png", "report.json", "report.md", "recipe.yaml")
+
+
+def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
+    """Fine-tune, measure before and after, and leave adapter, metrics, plot and report in the run's folder.
+
+    Raises:
+        InputError: input that cannot be used, or a folder that holds another run.
+    """
+    from rich.console import Console
+
+    console = Console()
+    folder = prepare_folder(run, resume, overwrite)
+    found = rows_of.load(run)
+    import transformers
+
+    import veneer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(run.seed)
+    with console.status(f"loading {run.model}"):
+        tokenizer = load_tokenizer(run.model)
+        options = {"num_labels": len(found.labels), "id2label": dict(enumerate(found.labels))} if found.labels else {}
+        base = load_model(run.model, run.task, run.dtype, **options)
+        if base.config.pad_token_id is None:
+            base.config.pad_token_id = tokenizer.pad_token_id
+        if run.gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train_rows = rows_of.encode(run, found.train, tokenizer, found.labels)
+        held_out = rows_of.encode(run, found.held_out, tokenizer, found.labels)
+    with user_input():
+        config = run.config().replace(base_model_name_or_path=run.model)
+        model = veneer.get_peft_model(base, config)
+    console.print(f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}")
+    model.print_trainable_parameters()
+
+    trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console)
+    prompts = [rows_of.prompt_text(run.chat, str(r[run.prompt_column]), tokenizer) for r in found.held_out
+               if run.prompt_column in r][: run.samples if run.task != "classification" else 0]  # fmt: skip
+    started = time.perf_counter()
+    checkpoint = last_checkpoint(folder) if resume else None
+    with console.status("measuring before training"):
+        with model.disable_adapter():  # the base model itself, also when a run is resumed
+            says_before = complete(base, tokenizer, prompts, run.max_new_tokens)
+        before = trainer.evaluate()
+    if checkpoint is not None:
+        before = json.loads((folder / "before.json").read_text())
+        console.print(f"resuming from {checkpoint}")
+    else:
+        codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with console.status("measuring after training"):
+        after = trainer.evaluate()
+        says_after = complete(base, tokenizer, prompts, run.max_new_tokens)
+    with user_input():
+        model.save_pretrained(folder)
+    plot(folder)
+    trained, total = model.get_nb_trainable_parameters()
+    report = Report(
+        run=dataclasses.asdict(run),
+        loss_before=before["eval_loss"],
+        loss_after=after["eval_loss"],
+        accuracy_before=before.get("eval_accuracy"),
+        accuracy_after=after.get("eval_accuracy"),
+        samples=[{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, says_before, says_after, strict=True)],
+        trained_parameters=trained,
+        all_parameters=total,
+        adapter_bytes=(folder / codec.WEIGHTS_NAME).stat().st_size,
+        model_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if ":" not in n),
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak_memory(),
+    )
+    report.save(folder)
+    (folder / "before.json").unlink(missing_ok=True)
+    show(console, report, folder)
+    return report
+
+
+def prepare_folder(run: Run, resume: bool, overwrite: bool) -> Path:
+    """The run's folder, without anything of another run in it."""
+    import yaml
+
+    folder = run.folder
+    if resume and overwrite:
+        raise InputError("--resume continues a run and --overwrite replaces it; give one of them")
+    if folder.is_file():
+        raise InputError(f"out={str(folder)!r} is a file; give a folder")
+    started = (folder / "recipe.yaml").is_file()
+    finished = (folder / "report.json").is_file()
+    if resume:
+        if finished:
+            raise InputError(f"{folder} holds a finished run; there is nothing to resume (see {folder / 'report.md'})")
+        if last_checkpoint(folder) is None:
+            raise InputError(f"{folder} holds no checkpoint to resume from; start it without --resume")
+        before = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+        now = json.loads(json.dumps(dataclasses.asdict(run)))
+        free = ("out", "samples", "max_new_tokens", "save_every", "log_every")
+        changed = [k for k in now if k not in free and before.get(k) != now[k]]
+        if changed:
+            k = changed[0]
+            raise InputError(f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe")
+        return folder
+    if (started or finished) and not overwrite:
+        what = "a finished run" if finished else "an unfinished run"
+        remedy = "" if finished else "--resume to continue it, "
+        raise InputError(f"{folder} holds {what}; use {remedy}--overwrite to replace it, or another --out")
+    if overwrite:
+        for name in OURS:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(run))), sort_keys=False, allow_unicode=True)
+    codec.write_atomic(folder / "recipe.yaml", lambda p: codec.write_text(p, text))
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def make_trainer(
+    run: Run, model: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any
+) -> Any:
+    """transformers' Trainer on the adapted base model, saving and loading only the adapter."""
+    import numpy as np
+    import transformers
+    from transformers import Trainer, TrainingArguments
+
+    from .progress import Bar, Metrics
+
+    class AdapterTrainer(Trainer):  # type: ignore[misc]
+        """The base model is trained in place; its checkpoints hold the adapter."""
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            target = output_dir or self.args.output_dir
+            model.save_pretrained(target)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model_: Any = None) -> None:
+            tensors = codec.load_weights(resume_from_checkpoint)
+            codec.set_peft_model_state_dict(model, tensors)
+
+    if run.task == "classification":
+        collator: Any = transformers.DataCollatorWithPadding(tokenizer)
+    else:
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    per_step = run.batch_size * run.gradient_accumulation
+    total = run.steps or math.ceil(math.ceil(len(train_rows) / per_step) * run.epochs)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=total,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type=run.scheduler,
+        warmup_steps=run.warmup,
+        weight_decay=run.weight_decay,
+        logging_steps=run.log_every,
+        eval_strategy="steps" if run.eval_every else "no",
+        eval_steps=run.eval_every or None,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        save_total_limit=2,
+        prediction_loss_only=run.task != "classification",
+        disable_tqdm=True,
+        report_to=[],
+        seed=run.seed,
+        data_seed=run.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="random",
+    )
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids).mean())}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = AdapterTrainer(
+            model=model.get_base_model(),
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=held_out,
+            data_collator=collator,
+            compute_metrics=accuracy if run.task == "classification" else None,
+            callbacks=[Bar(console, total), Metrics(folder / "metrics.jsonl")],
+        )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer

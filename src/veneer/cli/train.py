@@ -144,10 +144,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def make_trainer(
-    run: Run, model: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any
+    run: Run, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any
 ) -> Any:
     """transformers' Trainer on the adapted base model, saving and loading only the adapter."""
     import numpy as np
+    import torch
     import transformers
     from transformers import Trainer, TrainingArguments
 
@@ -156,13 +157,34 @@ def make_trainer(
     class AdapterTrainer(Trainer):  # type: ignore[misc]
         """The base model is trained in place; its checkpoints hold the adapter."""
 
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
+            if run.task == "classification":
+                return dict(super().evaluate(*args, **kwargs))
+            base, summed, tokens = self.model, 0.0, 0
+            was_training = base.training
+            base.eval()
+            for batch in self.get_eval_dataloader():
+                inputs = self._prepare_inputs(batch)
+                labels = inputs["labels"]
+                scored = labels if base.config.is_encoder_decoder else labels[:, 1:]
+                n = int((scored != -100).sum())
+                with torch.no_grad():
+                    summed += float(base(**inputs).loss) * n
+                tokens += n
+            base.train(was_training)
+            metrics = {"eval_loss": summed / max(tokens, 1)}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             target = output_dir or self.args.output_dir
-            model.save_pretrained(target)
+            adapted.save_pretrained(target)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model_: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             tensors = codec.load_weights(resume_from_checkpoint)
-            codec.set_peft_model_state_dict(model, tensors)
+            codec.set_peft_model_state_dict(adapted, tensors)
 
     if run.task == "classification":
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)
@@ -193,7 +215,7 @@ def make_trainer(
         data_seed=run.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        train_sampling_strategy="random",
+        train_sampling_strategy="group_by_length",
     )
 
     def accuracy(prediction: Any) -> dict[str, float]:
@@ -203,7 +225,7 @@ def make_trainer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = AdapterTrainer(
-            model=model.get_base_model(),
+            model=adapted.get_base_model(),
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=held_out,

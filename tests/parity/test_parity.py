@@ -11,12 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import EXPERTS, MODELS
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
+from models import EXPERTS, MODELS
 from veneer import codec
 
 TEXT = ("llama", "gpt2", "bert", "t5", "mt5", "opt", "whisper", "vit", "mixtral")
@@ -153,7 +153,10 @@ def test_files_have_the_same_keys_and_shapes(case: str, name: str, tmp_path: Pat
             for w in ("peft", "veneer"))  # fmt: skip
     # peft adds the untouched base embedding where one is targeted; Veneer leaves it out, and reads it.
     a = {k: s for k, s in a.items() if not k.endswith("base_layer.weight")}
-    if (case, name) == ("lora_all", "mixtral"):  # there peft's "all-linear" means the fused experts and the router as well
+    if (case, name) == (
+        "lora_all",
+        "mixtral",
+    ):  # there peft's "all-linear" means the fused experts and the router as well
         a = {k: s for k, s in a.items() if ".mlp." not in k}
         assert a == b
         return

@@ -8,5 +8,7 @@ def main() -> None:
     try:
         from .app import app
     except ModuleNotFoundError as error:
-        raise SystemExit(f"veneer: the command line needs {error.name}; install it with: pip install 'veneer[train]'") from None
+        raise SystemExit(
+            f"veneer: the command line needs {error.name}; install it with: pip install 'veneer[train]'"
+        ) from None
     app(prog_name="veneer")

@@ -25,7 +25,7 @@ class LazyMethodFlags(click.Command):
 
 def method_flags(taken: set[str | None]) -> list[click.Parameter]:
     """`--lora-alpha` and its like. Values are YAML, checked by the config itself."""
-    from ..method import METHODS  # type: ignore[attr-defined]
+    from ..method import METHODS
 
     owners: dict[str, list[str]] = {}
     flags: dict[str, bool] = {}
@@ -45,7 +45,15 @@ def method_flags(taken: set[str | None]) -> list[click.Parameter]:
     return made
 
 
-COMMON = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", "revision")
+COMMON = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -90,7 +98,9 @@ def train(recipe: str | None, resume: bool, overwrite: bool, **flags: Any) -> No
 @click.argument("model")
 @click.option("--adapter", metavar="FOLDER", help="adapter to put on the model; folder or hub id")
 @click.option("--prompt", "-p", "prompts", multiple=True, help="text to continue; may be given several times")
-@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="file with one prompt a line")
+@click.option(
+    "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="file with one prompt a line"
+)
 @click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm"]), default="causal-lm", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")

@@ -55,7 +55,9 @@ def load(run: Run) -> Data:
         if new:
             raise InputError(f"held-out rows have classes that are not trained on: {', '.join(new[:5])}")
         if len(labels) < 2:
-            raise InputError(f"column {run.label_column!r} has only the class {labels}; classification needs two or more")
+            raise InputError(
+                f"column {run.label_column!r} has only the class {labels}; classification needs two or more"
+            )
     random.Random(run.seed).shuffle(train)
     return Data(train[: run.limit], held_out, labels)
 
@@ -150,7 +152,9 @@ def encode(run: Run, rows: list[dict[str, Any]], tokenizer: Any, labels: list[st
             made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
     kept = [m for m in made if not isinstance(m["labels"], list) or any(t != -100 for t in m["labels"])]
     if not kept:
-        raise InputError(f"max_length={run.max_length}: prompts alone are longer, so nothing is left to learn; raise it")
+        raise InputError(
+            f"max_length={run.max_length}: prompts alone are longer, so nothing is left to learn; raise it"
+        )
     return kept
 
 

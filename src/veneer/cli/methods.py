@@ -13,7 +13,7 @@ def methods(name: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..method import METHODS, suggest  # type: ignore[attr-defined]
+    from ..method import METHODS, suggest
 
     console = Console()
     known = {key.lower(): cls for key, cls in sorted(METHODS.items())}
@@ -32,7 +32,7 @@ def methods(name: str | None) -> None:
     table = Table("field", "type", "default", "meaning")
     for f in dataclasses.fields(cls):
         if f.init and f.name in texts:
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            default = getattr(cls(), f.name)
             table.add_row(f.name, escape(str(f.type)), escape(repr(default)), escape(texts[f.name]))
     console.print(table)
 

@@ -83,7 +83,7 @@ def locate(name: str) -> str:
     """
     known = EMBEDDED.get(name.lower())
     if known is None:
-        if Path(name).is_dir() or "/" in name and not name.startswith((".", "/", "~")):
+        if Path(name).is_dir() or ("/" in name and not name.startswith((".", "/", "~"))):
             return name
         hint = suggest(name.lower(), EMBEDDED)
         raise InputError(
@@ -120,7 +120,9 @@ def verify(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise InputError(f"{path}: sha256 {found[:12]}... is not the expected {expected[:12]}...; install the package again")
+        raise InputError(
+            f"{path}: sha256 {found[:12]}... is not the expected {expected[:12]}...; install the package again"
+        )
 
 
 AUTO = {

@@ -28,11 +28,17 @@ class Run:
     """
 
     model: str = setting("", "hub id, folder, or embedded name (smollm2-135m, minilm-l6-v2)")
-    data: str = setting("", "embedded name (ui-en-es, ui-en-fr, ui-en-de), a JSONL, CSV or Parquet file, or a datasets id")
+    data: str = setting(
+        "", "embedded name (ui-en-es, ui-en-fr, ui-en-de), a JSONL, CSV or Parquet file, or a datasets id"
+    )
     task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASKS), allowed=tuple(TASKS))
     method: dict[str, Any] = field(
         default_factory=lambda: {"name": "lora"},
-        metadata={"help": "the method; its fields are flags too, see `veneer methods NAME`", "allowed": (), "low": None},
+        metadata={
+            "help": "the method; its fields are flags too, see `veneer methods NAME`",
+            "allowed": (),
+            "low": None,
+        },
     )
     out: str = setting("", "folder for the adapter, its checkpoints and the report [default: runs/DATA-METHOD]")
     eval_data: str | None = setting(None, "held-out data, like --data [default: a part of --data]")
@@ -87,18 +93,22 @@ class Run:
         Raises:
             ValueError: an unknown method or field, or a value out of its range.
         """
-        from ..method import METHODS  # type: ignore[attr-defined]
+        from ..method import METHODS
 
         options = dict(self.method)
         name = str(options.pop("name", "lora"))
         known = {key.lower(): cls for key, cls in METHODS.items()}
         cls = known.get(name.lower())
         if cls is None:
-            raise ValueError(f"method={name!r}: must be one of {', '.join(sorted(known))}{suggest(name.lower(), known)}")
+            raise ValueError(
+                f"method={name!r}: must be one of {', '.join(sorted(known))}{suggest(name.lower(), known)}"
+            )
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for key in options:
             if key not in fields and key not in cls.foreign:
-                raise ValueError(f"method {name!r} has no field {key!r}{suggest(key, fields)}; see: veneer methods {name}")
+                raise ValueError(
+                    f"method {name!r} has no field {key!r}{suggest(key, fields)}; see: veneer methods {name}"
+                )
         try:
             return cls(task_type=TASKS[self.task], **options)
         except TypeError as error:
@@ -185,9 +195,7 @@ def typed(f: dataclasses.Field[Any], value: Any) -> Any:
                 raise ValueError
             return value
     except (TypeError, ValueError):
-        raise ValueError(f"{f.name}={value!r}: must be of type {kind.split(' |')[0]}") from None
+        raise ValueError(f"{f.name}={value!r}: must be of type {kind.split(' |', maxsplit=1)[0]}") from None
     if not isinstance(value, str):
         raise ValueError(f"{f.name}={value!r}: must be text")
     return value
-
-

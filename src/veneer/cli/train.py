@@ -53,7 +53,9 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     with user_input():
         config = run.config().replace(base_model_name_or_path=run.model)
         model = veneer.get_peft_model(base, config)
-    console.print(f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}")
+    console.print(
+        f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}"
+    )
     model.print_trainable_parameters()
 
     trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console)
@@ -84,7 +86,9 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         loss_after=after["eval_loss"],
         accuracy_before=before.get("eval_accuracy"),
         accuracy_after=after.get("eval_accuracy"),
-        samples=[{"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, says_before, says_after, strict=True)],
+        samples=[
+            {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, says_before, says_after, strict=True)
+        ],
         trained_parameters=trained,
         all_parameters=total,
         adapter_bytes=(folder / codec.WEIGHTS_NAME).stat().st_size,
@@ -121,7 +125,9 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool) -> Path:
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             k = changed[0]
-            raise InputError(f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe")
+            raise InputError(
+                f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe"
+            )
         return folder
     if (started or finished) and not overwrite:
         what = "a finished run" if finished else "an unfinished run"
@@ -146,7 +152,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def make_trainer(
     run: Run, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any
 ) -> Any:
-    """transformers' Trainer on the adapted base model, saving and loading only the adapter."""
+    """Trainer on the adapted base model, saving and loading only the adapter."""
     import numpy as np
     import torch
     import transformers
@@ -175,7 +181,7 @@ def make_trainer(
             base.train(was_training)
             metrics = {"eval_loss": summed / max(tokens, 1)}
             self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

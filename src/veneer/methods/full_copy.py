@@ -29,12 +29,13 @@ class ModulesToSave(Method):
     whole_module = True
 
     def sites_of(self, model: nn.Module) -> Collection[str]:
-        names = [n for n, _ in model.named_modules() if n]
+        names = [n for n, _ in model.named_modules() if n and ":" not in n]
         for wanted in self.modules:
-            if not any(matches(n, [wanted]) for n in names):
+            if not any(n.endswith(wanted) for n in names):
                 leaves = {n.rpartition(".")[2] for n in names}
                 raise ValueError(f"modules_to_save: no module is named {wanted!r}{suggest(wanted, leaves)}")
-        return [n for n in names if matches(n, [*self.modules, *self.optional])]
+        # By the end of the name, as peft matches here: "norm" means input_layernorm too.
+        return [n for n in names if n.endswith((*self.modules, *self.optional))]
 
 
 @method("TRAINABLE_TOKENS")

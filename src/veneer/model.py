@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -238,8 +237,6 @@ class PeftModel(nn.Module):
         config = kwargs.pop("config", None)
         if config is None:
             config = codec.load_config(model_id, **kwargs)
-        if is_trainable and config.is_prompt_learning:
-            config.inference_mode = False
         config = config.replace(inference_mode=not is_trainable)
         tensors = codec.load_weights(model_id, **kwargs)
         return self.runtime.attach(
@@ -404,13 +401,6 @@ class PeftModel(nn.Module):
 
     def get_model_status(self) -> TunerModelStatus:
         return get_model_status(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PeftModel:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        for name, value in self.__dict__.items():
-            made.__dict__[name] = copy.deepcopy(value, memo)
-        return made
 
 
 def checkpoints(model: nn.Module) -> bool:

@@ -237,7 +237,8 @@ class Runtime:
                 continue
             found = loader.take(file_key(prefix, entry, key), shape.shape)
             if found is not None:
-                fresh[key] = found.to(device=home, dtype=site.dtype)
+                device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
+                fresh[key] = found.to(device=device, dtype=site.dtype)
         if loader.report.missing or loader.report.mismatched:  # what a lenient load leaves at its start
             lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
             if lacking and home.type != "meta":

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -24,28 +25,16 @@ from .targets import default_feedforward, matches, pattern_value, suggest
 Tensors = Mapping[str, Tensor]
 
 
-class TaskType(str):
-    """What the adapted model is for. A plain string with the six values as attributes."""
+class TaskType(StrEnum):
+    """What the adapted model is for."""
 
-    SEQ_CLS: ClassVar[TaskType]
-    SEQ_2_SEQ_LM: ClassVar[TaskType]
-    CAUSAL_LM: ClassVar[TaskType]
-    TOKEN_CLS: ClassVar[TaskType]
-    QUESTION_ANS: ClassVar[TaskType]
-    FEATURE_EXTRACTION: ClassVar[TaskType]
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
-    @property
-    def value(self) -> str:
-        return str(self)
-
-    @property
-    def name(self) -> str:
-        return str(self)
-
-
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-for _task in TASKS:
-    setattr(TaskType, _task, TaskType(_task))
 
 # Heads that are new, and therefore saved with the adapter, for a task.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -71,12 +60,16 @@ def __getattr__(name: str) -> Any:
 
 class _PeftTypes(type):
     def __getattr__(cls, name: str) -> PeftType:
-        if not name.startswith("_") and name in registry():
+        if not name.startswith("_") and name in cls.members():
             return PeftType(name)
-        raise AttributeError(f"PeftType has no member {name!r}{suggest(name, registry())}")
+        raise AttributeError(f"PeftType has no member {name!r}{suggest(name, cls.members())}")
 
     def __iter__(cls) -> Iterator[PeftType]:
-        return (PeftType(name) for name in registry())
+        return map(PeftType, cls.members())
+
+    def members(cls) -> list[str]:
+        """Names of the methods that a user can name."""
+        return [name for name, found in registry().items() if not found.internal]
 
 
 class PeftType(str, metaclass=_PeftTypes):
@@ -199,10 +192,10 @@ class Method:
             self.peft_type = PeftType(cls.peft_name)
         if self.task_type is not None:
             task = str(getattr(self.task_type, "value", self.task_type))
-            if task not in TASKS:
+            if task not in list(TaskType):
                 raise ValueError(
-                    f"{cls.__name__}(task_type={task!r}): must be None or one of {', '.join(TASKS)}"
-                    f"{suggest(task.upper(), TASKS)}"
+                    f"{cls.__name__}(task_type={task!r}): must be None or one of {', '.join(TaskType)}"
+                    f"{suggest(task.upper(), TaskType)}"
                 )
             self.task_type = TaskType(task)
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):

@@ -110,41 +110,15 @@ class Site:
     ) -> None:
         self.name, self.key, self.owner, self.param = name, key, owner, param
         self.kind, self.backend, self.router = kind, backend, router
-        self.geometry = kind.measure(owner, param)
+        self.geometry = geometry = kind.measure(owner, param)
+        # Under the names that methods use.
+        self.fan_in, self.fan_out, self.kernel = geometry.fan_in, geometry.fan_out, geometry.kernel
+        self.groups, self.experts = geometry.groups, geometry.experts
+        self.lookup, self.bare = geometry.lookup, geometry.bare
         self.entries: dict[str, Entry] = {}
         self.original: Original | None = None  # while adapters are merged
         self.device: torch.device | None = None
         self.dtype = torch.float32
-
-    # Geometry, under the names that methods use.
-
-    @property
-    def fan_in(self) -> int:
-        return self.geometry.fan_in
-
-    @property
-    def fan_out(self) -> int:
-        return self.geometry.fan_out
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return self.geometry.kernel
-
-    @property
-    def groups(self) -> int:
-        return self.geometry.groups
-
-    @property
-    def experts(self) -> int:
-        return self.geometry.experts
-
-    @property
-    def lookup(self) -> bool:
-        return self.geometry.lookup
-
-    @property
-    def bare(self) -> bool:
-        return self.geometry.bare
 
     @property
     def low_rank_factor(self) -> float:

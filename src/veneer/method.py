@@ -195,7 +195,7 @@ class Method:
             if task not in list(TaskType):
                 raise ValueError(
                     f"{cls.__name__}(task_type={task!r}): must be None or one of {', '.join(TaskType)}"
-                    f"{suggest(task.upper(), TaskType)}"
+                    f"{suggest(task.upper(), map(str, TaskType))}"
                 )
             self.task_type = TaskType(task)
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):

@@ -405,7 +405,7 @@ class PeftModel(nn.Module):
 
 def checkpoints(model: nn.Module) -> bool:
     """Whether a transformers model has gradient checkpointing on."""
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    return any(m.__dict__.get("gradient_checkpointing", False) for m in model.modules())
 
 
 def base_name(model: nn.Module) -> str | None:

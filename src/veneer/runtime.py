@@ -135,6 +135,7 @@ class Runtime:
         self.sites: dict[str, Site] = {}
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
         self.places: dict[str, list[Site]] = {}
+        self.named: dict[str, nn.Module] = {}  # the model's modules, while an adapter is being attached
 
     @classmethod
     def ensure(cls, root: nn.Module) -> Runtime:
@@ -175,19 +176,22 @@ class Runtime:
         """
         check_name(adapter, self.configs)
         refuse_sharded(self.root)
-        config = copy.deepcopy(config).prepare(targets.model_type(self.root))
-        loader = None if tensors is None else Loader(tensors)
-        plan: list[Place] = []
-        shared: dict[str, Tensor] = {}
-        parts = [config, *config.companions(self.root)]
-        copied = {n for part in parts if part.whole_module for n in part.sites_of(self.root) or ()}
-        for part in parts:
-            places, drawn = self.plan(adapter, part, plan, copied, loader, prefix, autocast, meta)
-            plan += places
-            shared |= drawn
-        overrides = self.settle(loader, prefix, strict, adapter, plan) if loader is not None else {}
-        config = self.described(config, plan)
-        self.commit(adapter, config, plan, shared, trainable, overrides)
+        self.named = dict(self.root.named_modules())
+        try:
+            config = copy.deepcopy(config).prepare(targets.model_type(self.root))
+            loader = None if tensors is None else Loader(tensors)
+            plan: list[Place] = []
+            shared: dict[str, Tensor] = {}
+            parts = [config, *config.companions(self.root)]
+            copied = {n for part in parts if part.whole_module for n in part.sites_of(self.root) or ()}
+            for part in parts:
+                places, drawn = self.plan(adapter, part, plan, copied, loader, prefix, autocast, meta)
+                plan += places
+                shared |= drawn
+            overrides = {} if loader is None else self.settle(loader, prefix, strict, adapter)
+            self.commit(adapter, self.described(config, plan), plan, shared, trainable, overrides)
+        finally:
+            self.named = {}
         return LoadReport() if loader is None else loader.report
 
     def plan(
@@ -285,16 +289,23 @@ class Runtime:
             return places + self.parameter_places(found.parameters, config)
         if config.whole_module:
             return self.copy_places(named, config, taken)
-        parameters = [n for n in named if is_parameter(self.root, n)]
+        parameters = [n for n in named if self.is_parameter(n)]
         mine = {id(p.site.owner) for p in taken if p.role == "main"}
-        parameters = [n for n in parameters if id(self.root.get_submodule(n.rpartition(".")[0])) not in mine]
-        modules = [p for n in named if n not in parameters and not is_parameter(self.root, n)
+        parameters = [n for n in parameters if id(self.module(n.rpartition(".")[0])) not in mine]
+        modules = [p for n in named if n not in parameters and not self.is_parameter(n)
                    for p in self.module_places(n, config)]  # fmt: skip
         return modules + [self.place_parameter(n, n, config) for n in parameters]
 
+    def module(self, name: str) -> nn.Module:
+        return self.named[name]
+
+    def is_parameter(self, name: str) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return leaf in self.named[owner]._parameters
+
     def module_places(self, name: str, config: Method) -> list[Place]:
-        module = self.root.get_submodule(name)
-        parent = self.root.get_submodule(name.rpartition(".")[0])
+        module = self.module(name)
+        parent = self.module(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):  # its out_proj is a weight to it; the forward is never called
             return [self.place(self.site(name, name, parent, module, layers.OUT_PROJECTION), parent, "bare", config)]
         if isinstance(module, nn.MultiheadAttention):
@@ -321,7 +332,7 @@ class Runtime:
 
     def place_parameter(self, name: str, key: str, config: Method) -> Place:
         owner_name, _, param = name.rpartition(".")
-        owner = self.root.get_submodule(owner_name)
+        owner = self.module(owner_name)
         site = self.site(name, key, owner, owner, layers.PARAMETER, param)
         place = self.place(site, owner, "bare", config)
         place.entry.key = key
@@ -330,7 +341,7 @@ class Runtime:
     def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
         places = []
         for name in names:
-            module = self.root.get_submodule(name)
+            module = self.module(name)
             inside = [p.site.name for p in taken if (p.site.name + ".").startswith(name + ".")]
             if inside:
                 raise ValueError(
@@ -359,21 +370,28 @@ class Runtime:
         return Place(site, layer, role, Entry(method, site.key, names))
 
     def settle(
-        self, loader: Loader, prefix: str, strict: bool, adapter: str, plan: Sequence[Place]
+        self, loader: Loader, prefix: str, strict: bool, adapter: str
     ) -> dict[str, tuple[nn.Module, str, Tensor]]:
         """Deal with keys that found no place; return those that are base tensors, to be loaded as such."""
         overrides: dict[str, tuple[nn.Module, str, Tensor]] = {}
-        modules = dict(self.root.named_modules())
+        head = getattr(self.root, "get_output_embeddings", lambda: None)()
+        vocabulary = {id(head), *(id(m) for m in self.named.values() if isinstance(m, nn.Embedding))}
         for key in list(loader.left):
             name = key.removeprefix(prefix).removesuffix(".weight").removesuffix(".base_layer")
-            module = modules.get(name)
-            weight = module._parameters.get("weight") if module is not None and key.endswith(".weight") else None
-            if module is not None and weight is not None and isinstance(module, (nn.Embedding, nn.Linear)):
-                value = loader.left.pop(key)
-                if value.shape == weight.shape:
-                    overrides[key] = (module, "weight", value)
-                else:
-                    loader.report.mismatched.append((key, tuple(value.shape), tuple(weight.shape)))
+            module: nn.Module | None = self.named.get(name) if key.endswith(".weight") else None
+            if module is None or id(module) not in vocabulary:
+                continue
+            value, weight = loader.left.pop(key), module._parameters["weight"]
+            assert weight is not None
+            if value.shape != weight.shape:
+                loader.report.mismatched.append((key, tuple(value.shape), tuple(weight.shape)))
+            elif weight.device.type == "meta" or not torch.equal(value.to(weight), weight):
+                overrides[key] = (module, "weight", value)
+        if overrides:
+            names = ", ".join(sorted(overrides))
+            warnings.warn(
+                f"adapter {adapter!r} brings weights of the base model, which replace its own: {names}", stacklevel=2
+            )
         loader.report.unexpected = sorted(loader.left)
         if not loader.report.clean:
             text = (
@@ -751,11 +769,6 @@ def parameter_dtype(site: Site, autocast: bool) -> torch.dtype:
     assert weight is not None
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     return torch.float32 if autocast and dtype in HALF else dtype
-
-
-def is_parameter(root: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf in root.get_submodule(owner)._parameters
 
 
 def check_name(adapter: str, taken: Iterable[str]) -> None:

@@ -17,7 +17,9 @@ from torch import nn
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
-ROUTERS = ("gate", "router", "shared_expert_gate")
+ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
+HEADS = ("score", "classifier")  # what transformers calls the head of a sequence classifier
+KINDS = "Linear, Conv1D (GPT-2), Conv1d/2d/3d, Embedding and MultiheadAttention"
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Targets:
     """What was chosen.
 
     Attributes:
-        modules: full names, in the model's order.
-        parameters: full names of bare parameters, in the model's order.
-        source: how they were chosen, for messages.
+        modules: full names, in the order of `named_modules`.
+        parameters: full names of bare parameters, in the order of `named_parameters`.
+        source: how they were chosen, for messages: "suffixes", "regex", "all-linear", "parameters" or
+            "defaults for <model_type>".
     """
 
     modules: list[str]
@@ -40,71 +43,96 @@ def resolve(
 ) -> Targets:
     """Find the modules and parameters that `config` names in `model`.
 
+    Names are chosen as peft 0.21.2 chooses them, except that a choice which comes to nothing is an error, and that
+    "all-linear" leaves out routers (see `all_linear`).
+
     Args:
         model: the base model.
         config: anything with `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`,
-            `target_parameters` and `peft_type`; a missing attribute counts as None.
-        supported: whether a module can be adapted.
+            `target_parameters`, `modules_to_save`, `peft_type` and `task_type`; a missing attribute counts as None.
+        supported: whether a module can be adapted. A named module that cannot is an error; "all-linear" passes
+            over it.
         skip: names of modules to leave out, with everything below them.
 
     Raises:
-        ValueError: nothing matches, a match cannot be adapted, a bad regular expression, no default for the
-            architecture, or layer indices that do not exist.
+        ValueError: nothing matches, or exclusion removes all that matches; a match cannot be adapted; a bad regular
+            expression; no default for the architecture; layer indices that do not exist.
+        TypeError: a field is neither a string nor a collection of strings.
     """
     spec, source = wanted(model, config)
-    parameters = find_parameters(model, getattr(config, "target_parameters", None))
-    modules = {n: m for n, m in model.named_modules() if n and ":" not in n}
-    below = tuple(f"{s}." for s in skip)
-    free = {n for n in modules if n not in skip and not n.startswith(below)} if skip else set(modules)
+    modules = {n: m for n, m in model.named_modules() if n and ":" not in n}  # ":" marks what an adapter added
+    hidden: set[str] = set()
+    for name in modules if skip else ():  # a parent comes before its children
+        if name in skip or name.rpartition(".")[0] in hidden:
+            hidden.add(name)
+    parameters = find_parameters(model, getattr(config, "target_parameters", None), hidden)
+    if spec is None or (not spec and parameters):
+        return Targets([], parameters, source)
+
+    said = f"target_modules={show(spec)}"
+    if source.startswith("defaults"):
+        said += f" (the {source})"
+    exact: Collection[str] = ()
+    lost: list[str] = []
     if spec == ALL_LINEAR:
-        named = [n for n in all_linear(model, modules) if n in free]
-    elif spec is None or (not spec and parameters):
-        named = []
+        named = all_linear(model, modules, task=getattr(config, "task_type", None), supported=supported)
+    elif isinstance(spec, str):
+        pattern = compiled(spec, "target_modules")
+        named = [n for n in modules if pattern.fullmatch(n)]
     else:
-        named = [n for n in modules if n in free and matches(n, spec)]
-        if not named:
-            raise ValueError(nothing(spec, modules, free))
-        report_unmatched(spec, modules)
-    kept = excluded(named, getattr(config, "exclude_modules", None), modules)
-    kept = in_layers(kept, config)
-    if named and not kept:
-        raise ValueError(
-            f"target_modules={show(spec)} matches {named[0]!r} and others, but exclude_modules removes all"
-        )
-    if not kept and not parameters:
-        raise ValueError(f"target_modules={show(spec)} matches no module of {type(model).__name__}")
+        exact = frozenset(spec)
+        named, lost = with_suffixes(modules, exact)
+    if not named:
+        if parameters and source.startswith("defaults"):
+            return Targets([], parameters, source)
+        raise ValueError(nothing(said, spec, modules, supported))
+    if lost and source == "suffixes":
+        warnings.warn(f"target_modules: no module is named {hints(lost, modules)}", stacklevel=3)
+
+    kept = in_layers(named, config, spec, exact)
+    kept = excluded(kept, said, getattr(config, "exclude_modules", None), modules)
+    kept = not_copied(kept, said, getattr(config, "modules_to_save", None), hidden)
     for name in kept:
         if not supported(modules[name]):
             raise ValueError(
-                f"target_modules={show(spec)} matches {name!r}, a {type(modules[name]).__name__}, which cannot be "
-                "adapted; allowed are Linear, Conv1D (GPT-2), Conv1d/2d/3d, Embedding and MultiheadAttention: name the "
-                "layers inside it, exclude it with exclude_modules, or train it whole with modules_to_save"
+                f"{said} matches {name!r}, a {type(modules[name]).__name__}, which cannot be adapted; allowed are "
+                f"{KINDS}: name the layers inside it, exclude it with exclude_modules, or train it whole with "
+                "modules_to_save"
             )
     return Targets(kept, parameters, source)
 
 
 def wanted(model: nn.Module, config: Any) -> tuple[str | Collection[str] | None, str]:
-    """The config's target_modules, or the architecture's default, and where it came from."""
+    """The config's target_modules, or the architecture's default, and where it came from.
+
+    None stands for no module, which only `target_parameters` allows. Where `target_parameters` is given, target_modules
+    None still means the default if peft has one for the architecture, as it does in peft; [] means no module.
+
+    Raises:
+        ValueError: an empty list, or no default.
+        TypeError: neither a string nor a collection of strings.
+    """
     spec = getattr(config, "target_modules", None)
+    parameters = getattr(config, "target_parameters", None)
     if isinstance(spec, str):
-        if spec.lower() == ALL_LINEAR:
-            return ALL_LINEAR, ALL_LINEAR
-        check_pattern(spec, "target_modules")
-        return spec, "regex"
+        return (ALL_LINEAR, ALL_LINEAR) if spec.lower() == ALL_LINEAR else (spec, "regex")
     if spec is not None:
-        if not spec and not getattr(config, "target_parameters", None):
+        check_names(spec, "target_modules")
+        if not spec and not parameters:
             raise ValueError('target_modules=[]: name at least one module, or use target_modules="all-linear"')
         return spec, "suffixes"
-    if getattr(config, "target_parameters", None):
+    kind, method = model_type(model), plain(getattr(config, "peft_type", None)) or ""
+    default = default_targets(method, kind, more=not parameters)
+    if default is not None:
+        return default, f"defaults for {kind}"
+    if parameters:
         return None, "parameters"
-    kind, method = model_type(model), str(getattr(config, "peft_type", ""))
-    default = default_targets(method, kind)
-    if default is None:
-        raise ValueError(
-            f"target_modules=None: {method or type(config).__name__} has no default for model type {kind!r}; name the "
-            'modules, such as target_modules=["q_proj", "v_proj"], or use target_modules="all-linear"'
-        )
-    return default, f"defaults for {kind}"
+    leaves = {n.rpartition(".")[2]: m for n, m in model.named_modules()}
+    linear = [n for n, m in leaves.items() if isinstance(m, linear_kinds()) and not n.isdigit()]
+    raise ValueError(
+        f"target_modules=None: {method or type(config).__name__} has no default for model type {kind!r}; name the "
+        f'modules, such as target_modules={linear[:2] or ["q_proj", "v_proj"]!r}, or use target_modules="all-linear"'
+    )
 
 
 def matches(key: str, spec: str | Collection[str] | None) -> bool:
@@ -127,162 +155,313 @@ def matches(key: str, spec: str | Collection[str] | None) -> bool:
     return False
 
 
-def all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Every linear layer, but for those that would change what the model computes rather than how.
+def with_suffixes(names: Iterable[str], entries: Collection[str]) -> tuple[list[str], list[str]]:
+    """The `names` that end in one of `entries`, and the entries that none ends in: one look-up for each ending."""
+    found: list[str] = []
+    hit: set[str] = set()
+    for name in names:
+        met = len(found)
+        tail, at = name, 0
+        while True:
+            if tail in entries:
+                hit.add(tail)
+                if len(found) == met:
+                    found.append(name)
+            at = name.find(".", at) + 1
+            if not at:
+                break
+            tail = name[at:]
+    return found, sorted(e for e in entries if e not in hit)
 
-    Left out: the output head (`get_output_embeddings`); routers of mixtures of experts, which are linear layers
-    called gate or router beside `experts`, or anything inside a module called router; and the output projection
-    inside nn.MultiheadAttention, whose forward is never called. A new classification head is left out because the
-    task types train it as a full copy.
+
+def all_linear(
+    model: nn.Module, modules: Mapping[str, nn.Module], *, task: object, supported: Callable[[nn.Module], bool]
+) -> list[str]:
+    """Every linear layer that can be adapted, but for those that decide rather than compute.
+
+    A linear layer is an nn.Linear, transformers' Conv1D, or a class with "Linear" in its name, which is what the
+    quantization libraries call theirs. Left out, as in peft:
+
+    - the output head, `model.get_output_embeddings()`;
+    - in sequence classifiers without one, the head: `model.score`, else `model.classifier`.
+
+    Left out here only:
+
+    - routers of mixtures of experts: what is called gate, router or shared_expert_gate beside a module `experts`, and
+      everything inside it, or inside any module called router. A thin layer on a router changes which expert a token
+      goes to, which nobody means by "all linear layers", and most routers in transformers 5 are bare
+      parameters that peft leaves out too;
+    - the output projection inside nn.MultiheadAttention, which uses the weight and never calls the layer. Name it,
+      or the attention, to adapt it.
     """
-    library = sys.modules.get("transformers.pytorch_utils")
-    kinds: tuple[type, ...] = (nn.Linear,) if library is None else (nn.Linear, library.Conv1D)
+    kinds = linear_kinds()
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
+    if head is None and plain(task) == "SEQ_CLS":
+        head = next((h for h in (getattr(model, n, None) for n in HEADS) if h is not None), None)
     found = []
+    routers: set[str] = set()
     for name, module in modules.items():
-        if not isinstance(module, kinds) or module is head:
-            continue
         parent, _, leaf = name.rpartition(".")
-        if leaf in ROUTERS and f"{parent}.experts" in modules:
+        if parent in routers or (leaf in ROUTERS and (f"{parent}.experts" if parent else "experts") in modules):
+            routers.add(name)
             continue
-        if "router" in parent.split(".") or isinstance(modules.get(parent), nn.MultiheadAttention):
+        if leaf == "router":
+            routers.add(name)  # for what is inside it
+        if module is head or isinstance(modules.get(parent), nn.MultiheadAttention):
             continue
-        found.append(name)
+        if (isinstance(module, kinds) or "Linear" in type(module).__name__) and supported(module):
+            found.append(name)
     return found
 
 
-def find_parameters(model: nn.Module, spec: Collection[str] | None) -> list[str]:
-    """Full names of the parameters that `target_parameters` names by suffix."""
+def linear_kinds() -> tuple[type, ...]:
+    library = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear,) if library is None else (nn.Linear, library.Conv1D)
+
+
+def find_parameters(model: nn.Module, spec: Collection[str] | None, hidden: Collection[str] = ()) -> list[str]:
+    """Full names of the parameters that `target_parameters` names by suffix, outside the modules in `hidden`.
+
+    A tied parameter counts once for each module that owns it, as in peft.
+
+    Raises:
+        ValueError: no entry names a parameter.
+        TypeError: `spec` is one string.
+    """
     if not spec:
         return []
-    names = [n for n, _ in model.named_parameters() if ":" not in n]
-    found = [n for n in names if matches(n, set(spec))]
-    for entry in spec:
-        if not any(matches(n, {entry}) for n in found):
-            bare = {".".join(n.split(".")[-2:]) for n in names}
+    check_names(spec, "target_parameters")
+    names = [
+        f"{owner}.{n}" if owner else n
+        for owner, module in model.named_modules()
+        if ":" not in owner and owner not in hidden
+        for n in module._parameters
+        if ":" not in n and module._parameters[n] is not None
+    ]
+    found, lost = with_suffixes(names, frozenset(spec))
+    if lost:
+        text = f"no parameter is named {hints(lost, names)}"
+        if not found:
+            bare = [n for n in names if not n.endswith((".weight", ".bias"))] or names
+            sample = ", ".join(dict.fromkeys(".".join(n.split(".")[-2:]) for n in bare[:200]))
             raise ValueError(
-                f"target_parameters: no parameter is named {entry!r}{suggest(entry, bare)}; name them as in "
-                f"model.named_parameters(), for instance {min(bare)!r}"
+                f"target_parameters={show(spec)}: {text}; name them as model.named_parameters() does, by their last "
+                f"components; there are {sample[:400] or 'none'}"
             )
+        warnings.warn(f"target_parameters: {text}", stacklevel=4)
     return found
 
 
-def excluded(names: list[str], spec: str | Collection[str] | None, modules: Mapping[str, Any]) -> list[str]:
+def in_layers(
+    names: list[str], config: Any, spec: str | Collection[str] = (), exact: Collection[str] = ()
+) -> list[str]:
+    """Those of `names` in the layers that `layers_to_transform` counts, and those in `exact`.
+
+    A layer's index is the first number in the name that follows the list's name, so that an expert's index is not
+    taken for a layer's. The list is named by `layers_pattern` (regular expressions; the first that matches counts).
+    Without one it is any component that has another before it, as in peft; a model whose layers stand first
+    ("h.0.attn") has none of those, which peft refuses and Veneer takes.
+
+    Raises:
+        ValueError: an index that no name has; a pattern without indices; a regular expression in target_modules.
+    """
+    chosen, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    if chosen is None:
+        if pattern:
+            raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform to say which layers")
+        return names
+    if not isinstance(chosen, int) and not chosen:
+        return names
+    if isinstance(spec, str) and spec != ALL_LINEAR:
+        raise ValueError(
+            f"layers_to_transform={chosen!r} cannot be used with a regular expression in target_modules ({spec!r}); "
+            "name the modules in a list, or the layers in the expression"
+        )
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    forms = [compiled(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", "layers_pattern", p) for p in lists if p]
+    free = [n for n in names if n not in exact]  # a full name says its layer itself
+    index = layer_of(free, forms or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")])
+    if not index and not forms:
+        index = layer_of(free, [re.compile(r"[^.]*\.(?P<index>\d+)\.")])
+    layers = {chosen} if isinstance(chosen, int) else set(chosen)
+    there = sorted(set(index.values()))
+    absent = sorted(layers.difference(there))
+    if absent and free:
+        span = f"{there[0]} to {there[-1]}" if len(there) > 1 and there[-1] - there[0] == len(there) - 1 else there
+        raise ValueError(
+            f"layers_to_transform={chosen!r}: there is no layer {absent} among the targeted modules; layers are "
+            f"{span or 'none'} (layers_pattern={pattern!r}, first target {free[0]!r})"
+        )
+    return [n for n in names if n in exact or index.get(n) in layers]
+
+
+def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str]]) -> dict[str, int]:
+    """Name -> index of its layer, for the names that have one."""
+    found = {}
+    for name in names:
+        hit = next((m for m in (f.match(name) for f in forms) if m), None)
+        if hit is not None:
+            found[name] = int(hit["index"])
+    return found
+
+
+def excluded(
+    names: list[str], said: str, spec: str | Collection[str] | None, modules: Mapping[str, nn.Module]
+) -> list[str]:
     """`names` without those that exclude_modules means; warns of entries that mean nothing."""
     if not spec:
         return names
     if isinstance(spec, str):
-        check_pattern(spec, "exclude_modules")
-    kept = [n for n in names if not matches(n, spec)]
+        pattern = compiled(spec, "exclude_modules")
+        kept = [n for n in names if not pattern.fullmatch(n)]
+    else:
+        check_names(spec, "exclude_modules")
+        entries = frozenset(spec)
+        kept = [n for n in names if not matches(n, entries)]
+        lost = with_suffixes(modules, entries)[1]
+        if lost:
+            warnings.warn(f"exclude_modules: no module is named {hints(lost, modules)}", stacklevel=4)
+            if len(lost) == len(entries):
+                return kept
     if len(kept) == len(names):
-        warnings.warn(f"exclude_modules={show(spec)} excludes nothing that was targeted", stacklevel=2)
+        warnings.warn(f"exclude_modules={show(spec)} excludes nothing that was targeted", stacklevel=4)
+    if names and not kept:
+        raise ValueError(
+            f"{said} matches {names[0]!r} and {len(names) - 1} others, but exclude_modules removes all "
+            f"(exclude_modules={show(spec)}); exclude less or target more"
+        )
     return kept
 
 
-def in_layers(names: list[str], config: Any) -> list[str]:
-    """Those of `names` in the layers that `layers_to_transform` counts."""
-    chosen = getattr(config, "layers_to_transform", None)
-    pattern = getattr(config, "layers_pattern", None)
-    if chosen is None or chosen == []:
-        if pattern:
-            raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform to say which layers")
-        return names
-    if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() != ALL_LINEAR:
-        raise ValueError("layers_to_transform cannot be used with a regular expression in target_modules; use a list")
-    wanted_layers = {chosen} if isinstance(chosen, int) else set(chosen)
-    patterns = [pattern] if isinstance(pattern, str) and pattern else list(pattern or [r"[^.]*"])
-    # The first number in the name counts, so that an expert's index is not taken for a layer's.
-    forms = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns]
-    indices = {}
-    for name in names:
-        hit = next((m for m in (f.match(name) for f in forms) if m), None)
-        if hit:
-            indices[name] = int(hit.group(1))
-    absent = wanted_layers - set(indices.values())
-    if absent:
-        there = sorted(set(indices.values()))
-        span = f"{there[0]} to {there[-1]}" if there else "none"
+def not_copied(names: list[str], said: str, copies: Collection[str] | None, hidden: Collection[str] = ()) -> list[str]:
+    """`names` without those that `modules_to_save` trains as full copies or that are in `hidden`."""
+    kept = [n for n in names if n not in hidden] if hidden else names
+    if copies:
+        check_names(copies, "modules_to_save")
+        joined = "|".join(f"(?:{compiled(c, 'modules_to_save').pattern})" for c in copies)
+        copied = re.compile(rf"(?:^|.*\.)(?:{joined})(?:$|\..*)")
+        kept = [n for n in kept if not copied.match(n)]
+    if names and not kept:
         raise ValueError(
-            f"layers_to_transform={chosen!r}: there is no layer {sorted(absent)} among the targeted modules; layers are "
-            f"{span} (layers_pattern={pattern!r})"
+            f"{said} matches only {names[0]!r}, which modules_to_save trains as a full copy; take it out of one of "
+            "the two"
         )
-    return [n for n in names if indices.get(n) in wanted_layers]
+    return kept
 
 
-def report_unmatched(spec: str | Collection[str], modules: Mapping[str, Any]) -> None:
-    """Warn of entries of a list that name no module."""
-    if isinstance(spec, str):
-        return
-    leaves = {n.rpartition(".")[2] for n in modules}
-    lost = [e for e in sorted(spec) if e not in leaves and not any(matches(n, {e}) for n in modules)]
-    if lost:
-        hints = ", ".join(f"{e!r}{suggest(e, leaves)}" for e in lost)
-        warnings.warn(f"target_modules: no module is named {hints}", stacklevel=3)
-
-
-def nothing(spec: str | Collection[str], modules: Mapping[str, Any], free: Collection[str]) -> str:
+def nothing(
+    said: str, spec: str | Collection[str], modules: Mapping[str, nn.Module], supported: Callable[[nn.Module], bool]
+) -> str:
     """What to say when a spec matches no module."""
-    hidden = [n for n in modules if n not in free and matches(n, spec)]
-    if hidden:
+    leaves = dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if supported(m))
+    named = [n for n in leaves if not n.isdigit()] or list(leaves)
+    sample = f"names in this model: {', '.join(named[:16]) or 'none that can be adapted'}" + ", …" * (len(named) > 16)
+    if spec == ALL_LINEAR:
+        return f"{said}: the model has no linear layer that can be adapted; {sample}"
+    if not isinstance(spec, str):
+        return f"{said} matches no module: there is no {hints(sorted(spec), modules)}; {sample}"
+    if near := difflib.get_close_matches(spec.lower(), [ALL_LINEAR], cutoff=0.75):
+        return f"{said} matches no module; did you mean {near[0]!r}?"
+    whole = re.compile(rf".*\.({spec})")
+    if any(whole.fullmatch(n) for n in modules):
         return (
-            f"target_modules={show(spec)} matches only {hidden[0]!r}, which modules_to_save trains as a full copy; take "
-            "it out of one of the two"
+            f'{said} matches no module: a string is a regular expression for the whole name; write it as r"{whole.pattern}"'
+            f", or name endings in a list; {sample}"
         )
-    leaves = sorted({n.rpartition(".")[2] for n in modules if not n.rpartition(".")[2].isdigit()})
-    hint = "" if isinstance(spec, str) else "".join(suggest(e, leaves) for e in sorted(spec)[:3])
-    return f"target_modules={show(spec)} matches no module{hint}; names in this model: {', '.join(leaves[:24])}"
+    return f"{said} matches no module{suggest(spec, leaves)}; a string is a regular expression for the whole name; {sample}"
 
 
-def check_pattern(pattern: str, field: str) -> None:
+def hints(entries: Iterable[str], names: Iterable[str]) -> str:
+    """The entries, at most five, each with the ending of `names` that is nearest to it."""
+    entries, names = list(entries), list(names)
+    said = []
+    for entry in entries[:5]:
+        depth = entry.count(".") + 1
+        tails = dict.fromkeys(".".join(n.split(".")[-depth:]) for n in names)
+        said.append(f"{entry!r}{suggest(entry, (t for t in tails if not t.isdigit()))}")
+    return ", ".join(said) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
+
+
+def check_names(spec: object, field: str) -> None:
+    if isinstance(spec, str) or not isinstance(spec, Collection) or not all(isinstance(e, str) for e in spec):
+        raise TypeError(f'{field}={spec!r}: must be a list of names, such as ["q_proj", "v_proj"]')
+
+
+def compiled(pattern: str, field: str, value: str | None = None) -> re.Pattern[str]:
     try:
-        re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{field}={pattern!r} is no valid regular expression: {error}") from error
+        raise ValueError(f"{field}={value or pattern!r} is no valid regular expression: {error}") from error
 
 
 def show(spec: object) -> str:
-    return repr(sorted(spec) if isinstance(spec, (set, frozenset)) else spec)
+    if isinstance(spec, str) or not isinstance(spec, Collection):
+        return repr(spec)
+    names = sorted(spec) if isinstance(spec, (set, frozenset)) else list(spec)
+    return repr(names) if len(names) <= 12 else f"[{', '.join(map(repr, names[:12]))}, … {len(names)} names]"
+
+
+def plain(value: object) -> str | None:
+    """A string, also of an enum of strings, whose `str` is not its value."""
+    return None if value is None else str(getattr(value, "value", value))
 
 
 def model_type(model: nn.Module) -> str | None:
-    """The architecture, as `model.config.model_type` says it, or None."""
+    """The architecture, as `model.config.model_type` (or the dict `model.config`) says it, or None."""
     config = getattr(model, "config", None)
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return None if found is None else str(found)
 
 
 @functools.cache
-def defaults() -> dict[str, dict[str, Any]]:
-    """The table of defaults, each method's own with what it takes over from another filled in."""
+def defaults() -> dict[str, Any]:
+    """The content of defaults.toml, as it stands there."""
     with open(Path(__file__).with_name("defaults.toml"), "rb") as file:
-        table: dict[str, dict[str, Any]] = tomllib.load(file)
-    for name, own in table.items():
-        like = own.pop("like", None)
-        if like is not None:
-            table[name] = {**table[like], **own}
-    return table
+        return tomllib.load(file)
 
 
-def default_targets(method: str, kind: str | None) -> list[str] | str | None:
-    """Default target_modules of a method (its peft_type) for an architecture, or None."""
-    if kind is None:
-        return None
-    found: list[str] | str | None = defaults().get(method.lower(), {}).get(kind)
-    return found
+@functools.cache
+def defaults_of(table: str, *, more: bool = True) -> dict[str, list[str] | str]:
+    """One table of defaults.toml with what it takes over filled in; `more`: with the entries that peft lacks."""
+    own = dict(defaults().get(table, {}))
+    like, without = own.pop("like", None), own.pop("without", ())
+    base = defaults_of(like, more=more) if like is not None else {}
+    extra = defaults()["more"].get(table, {}) if more else {}
+    return {k: v for k, v in {**extra, **base}.items() if k not in without} | own
 
 
-def default_feedforward(kind: str | None) -> list[str] | None:
+def default_targets(method: str, model_type: str | None, *, more: bool = True) -> list[str] | str | None:
+    """Default target_modules of a method (its peft_type) for an architecture, or None.
+
+    Args:
+        method: the peft_type; case does not matter.
+        model_type: as transformers' configs name it.
+        more: whether to count the architectures for which peft has no default.
+    """
+    table = defaults_of(method.lower(), more=more)
+    found = table.get(model_type or "", table.get("*"))
+    return list(found) if isinstance(found, list) else found
+
+
+def default_feedforward(model_type: str | None) -> list[str] | None:
     """Default feedforward_modules of (IA)^3 for an architecture, or None."""
-    found: list[str] | None = defaults()["ia3_feedforward"].get(kind or "")
-    return found
+    found = defaults_of("ia3_feedforward").get(model_type or "")
+    return list(found) if isinstance(found, list) else None
 
 
 def pattern_value(patterns: Mapping[str, T], key: str, default: T) -> T:
-    """Value of the first pattern that matches a module's name, as a regular expression for its last components."""
+    """Value of the first pattern that matches a module's name, as a regular expression for its last components.
+
+    Raises:
+        ValueError: a bad regular expression.
+    """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", key):
+                return value
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no valid regular expression: {error}") from error
     return default
 
 

@@ -68,3 +68,14 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_public_names_resolve() -> None:
+    import veneer
+
+    names = {}
+    exec("from veneer import *", names)
+    assert {"LoraConfig", "PeftModel", "get_peft_model", "PeftConfig", "TaskType"} <= names.keys()
+    assert set(veneer.__all__) <= names.keys() and set(veneer.__all__) <= set(dir(veneer))
+    with pytest.raises(AttributeError, match="no attribute 'LoraModle'"):
+        veneer.LoraModle  # noqa: B018

@@ -239,3 +239,31 @@ def test_inject_in_place() -> None:
     assert torch.allclose(other(IDS).logits, expected)
     third = veneer.inject_adapter_in_model(veneer.LoraConfig(r=2), llama(), "mine", state_dict=state)
     assert torch.allclose(third(IDS).logits, expected)
+
+
+def test_two_copies_of_one_module_exclude_each_other() -> None:
+    model = lora(modules_to_save=["norm"])
+    model.add_adapter("b", veneer.LoraConfig(modules_to_save=["lm_head", "norm"]))
+    with pytest.raises(ValueError, match="'default' and 'b' both bring a full copy"):
+        model.set_adapter(["default", "b"])
+    assert model.active_adapters == ["default"]
+
+
+@pytest.mark.slow
+def test_many_loads_switches_and_deletes_leave_nothing_behind(tmp_path: Any) -> None:
+    model = lora(modules_to_save=["lm_head"], trainable_token_indices=[1])
+    model.save_pretrained(tmp_path)
+    expected = model(IDS).logits
+    names = [n for n, _ in model.named_parameters()]
+    layers = [type(m) for m in model.modules()]
+    for i in range(300):
+        model.load_adapter(tmp_path, f"n{i}")
+        model.set_adapter(f"n{i}")
+        if i % 20 == 0:
+            assert torch.allclose(model(IDS).logits, expected, atol=1e-6)
+        model.set_adapter("default")
+        model.delete_adapter(f"n{i}")
+    assert [n for n, _ in model.named_parameters()] == names
+    assert [type(m) for m in model.modules()] == layers
+    assert len(model.runtime.sites) == len(model.runtime.layers)
+    assert torch.equal(model(IDS).logits, expected)

@@ -6,7 +6,35 @@ Public names are peft's. Importing the package imports torch and nothing heavy; 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
+    from .codec import get_peft_model_state_dict as get_peft_model_state_dict
+    from .codec import load_peft_weights as load_peft_weights
+    from .codec import set_peft_model_state_dict as set_peft_model_state_dict
+    from .method import Method as PeftConfig
+    from .method import PeftType as PeftType
+    from .method import TaskType as TaskType
+    from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
+    from .methods.ia3 import IA3Config as IA3Config
+    from .methods.loha import LoHaConfig as LoHaConfig
+    from .methods.lora import LoraConfig as LoraConfig
+    from .methods.oft import OFTConfig as OFTConfig
+    from .methods.vera import VeraConfig as VeraConfig
+    from .model import AutoPeftModel as AutoPeftModel
+    from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from .model import PeftModel as PeftModel
+    from .model import get_layer_status as get_layer_status
+    from .model import get_model_status as get_model_status
+    from .model import get_peft_model as get_peft_model
+    from .model import inject_adapter_in_model as inject_adapter_in_model
+    from .runtime import AdapterLoadError as AdapterLoadError
+
 
 __version__ = "0.1.0"
 
@@ -42,6 +70,8 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         home = importlib.import_module(_NAMES[name])
         found = getattr(home, "Method" if name == "PeftConfig" else name)
+    elif name == "__all__":
+        found = sorted([*_NAMES, *_configs()])
     elif name.endswith("Config") and name in (configs := _configs()):
         found = configs[name]
     else:

@@ -85,9 +85,10 @@ def resolve(
     if not named:
         if parameters and source.startswith("defaults"):
             return Targets([], parameters, source)
-        raise ValueError(nothing(said, spec, modules, supported))
+        raise ValueError(nothing(said, spec, modules, supported, parameter_names(model)))
     if lost and source == "suffixes":
-        warnings.warn(f"target_modules: no module is named {hints(lost, modules)}", stacklevel=3)
+        text = hints(lost, modules, parameter_names(model))
+        warnings.warn(f"target_modules: no module is named {text}", stacklevel=3)
 
     kept = in_layers(named, config, spec, exact)
     kept = excluded(kept, said, getattr(config, "exclude_modules", None), modules)
@@ -177,7 +178,7 @@ def with_suffixes(names: Iterable[str], entries: Collection[str]) -> tuple[list[
 def all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], *, task: object, supported: Callable[[nn.Module], bool]
 ) -> list[str]:
-    """Every linear layer that can be adapted, but for those that decide rather than compute.
+    """Every linear layer that can be adapted, but for heads and routers.
 
     A linear layer is an nn.Linear, transformers' Conv1D, or a class with "Linear" in its name, which is what the
     quantization libraries call theirs. Left out, as in peft:
@@ -188,9 +189,8 @@ def all_linear(
     Left out here only:
 
     - routers of mixtures of experts: what is called gate, router or shared_expert_gate beside a module `experts`, and
-      everything inside it, or inside any module called router. A thin layer on a router changes which expert a token
-      goes to, which nobody means by "all linear layers", and most routers in transformers 5 are bare
-      parameters that peft leaves out too;
+      everything inside it, or inside any module called router. A thin layer there changes which expert a token goes
+      to; and most routers in transformers 5 are bare parameters, which peft leaves out too;
     - the output projection inside nn.MultiheadAttention, which uses the weight and never calls the layer. Name it,
       or the attention, to adapt it.
     """
@@ -232,13 +232,7 @@ def find_parameters(model: nn.Module, spec: Collection[str] | None, hidden: Coll
     if not spec:
         return []
     check_names(spec, "target_parameters")
-    names = [
-        f"{owner}.{n}" if owner else n
-        for owner, module in model.named_modules()
-        if ":" not in owner and owner not in hidden
-        for n in module._parameters
-        if ":" not in n and module._parameters[n] is not None
-    ]
+    names = parameter_names(model, hidden)
     found, lost = with_suffixes(names, frozenset(spec))
     if lost:
         text = f"no parameter is named {hints(lost, names)}"
@@ -251,6 +245,17 @@ def find_parameters(model: nn.Module, spec: Collection[str] | None, hidden: Coll
             )
         warnings.warn(f"target_parameters: {text}", stacklevel=4)
     return found
+
+
+def parameter_names(model: nn.Module, hidden: Collection[str] = ()) -> list[str]:
+    """Full names of all parameters of the base model outside `hidden`, tied ones under each of their names."""
+    return [
+        f"{owner}.{name}" if owner else name
+        for owner, module in model.named_modules()
+        if ":" not in owner and owner not in hidden
+        for name, parameter in module._parameters.items()
+        if ":" not in name and parameter is not None
+    ]
 
 
 def in_layers(
@@ -309,27 +314,24 @@ def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str]]) -> dict[str
 def excluded(
     names: list[str], said: str, spec: str | Collection[str] | None, modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """`names` without those that exclude_modules means; warns of entries that mean nothing."""
+    """`names` without those that exclude_modules means; warns of entries that name no module of the model."""
     if not spec:
         return names
     if isinstance(spec, str):
         pattern = compiled(spec, "exclude_modules")
         kept = [n for n in names if not pattern.fullmatch(n)]
+        if len(kept) == len(names) and not any(pattern.fullmatch(n) for n in modules):
+            warnings.warn(f"exclude_modules={spec!r} matches no module, so it excludes nothing", stacklevel=4)
     else:
         check_names(spec, "exclude_modules")
         entries = frozenset(spec)
         kept = [n for n in names if not matches(n, entries)]
-        lost = with_suffixes(modules, entries)[1]
-        if lost:
+        if lost := with_suffixes(modules, entries)[1]:
             warnings.warn(f"exclude_modules: no module is named {hints(lost, modules)}", stacklevel=4)
-            if len(lost) == len(entries):
-                return kept
-    if len(kept) == len(names):
-        warnings.warn(f"exclude_modules={show(spec)} excludes nothing that was targeted", stacklevel=4)
     if names and not kept:
         raise ValueError(
-            f"{said} matches {names[0]!r} and {len(names) - 1} others, but exclude_modules removes all "
-            f"(exclude_modules={show(spec)}); exclude less or target more"
+            f"{said} matches {len(names)} modules such as {names[0]!r}, but exclude_modules={show(spec)} removes all; "
+            "exclude less or target more"
         )
     return kept
 
@@ -351,7 +353,11 @@ def not_copied(names: list[str], said: str, copies: Collection[str] | None, hidd
 
 
 def nothing(
-    said: str, spec: str | Collection[str], modules: Mapping[str, nn.Module], supported: Callable[[nn.Module], bool]
+    said: str,
+    spec: str | Collection[str],
+    modules: Mapping[str, nn.Module],
+    supported: Callable[[nn.Module], bool],
+    parameters: Iterable[str],
 ) -> str:
     """What to say when a spec matches no module."""
     leaves = dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if supported(m))
@@ -360,24 +366,30 @@ def nothing(
     if spec == ALL_LINEAR:
         return f"{said}: the model has no linear layer that can be adapted; {sample}"
     if not isinstance(spec, str):
-        return f"{said} matches no module: there is no {hints(sorted(spec), modules)}; {sample}"
+        return f"{said} matches no module: there is no {hints(sorted(spec), modules, parameters)}; {sample}"
     if near := difflib.get_close_matches(spec.lower(), [ALL_LINEAR], cutoff=0.75):
         return f"{said} matches no module; did you mean {near[0]!r}?"
     whole = re.compile(rf".*\.({spec})")
     if any(whole.fullmatch(n) for n in modules):
         return (
-            f'{said} matches no module: a string is a regular expression for the whole name; write it as r"{whole.pattern}"'
-            f", or name endings in a list; {sample}"
+            f"{said} matches no module: a string is a regular expression for the whole name; write it as "
+            f'r"{whole.pattern}", or name endings in a list; {sample}'
         )
-    return f"{said} matches no module{suggest(spec, leaves)}; a string is a regular expression for the whole name; {sample}"
+    hint = suggest(spec, leaves)
+    return f"{said} matches no module{hint}; a string is a regular expression for the whole name; {sample}"
 
 
-def hints(entries: Iterable[str], names: Iterable[str]) -> str:
-    """The entries, at most five, each with the ending of `names` that is nearest to it."""
-    entries, names = list(entries), list(names)
+def hints(entries: Iterable[str], names: Iterable[str], parameters: Iterable[str] = ()) -> str:
+    """The entries, at most five, each with the ending of `names` nearest to it, or the parameter that it names."""
+    entries, names, parameters = list(entries), list(names), list(parameters)
     said = []
     for entry in entries[:5]:
         depth = entry.count(".") + 1
+        bare = next((p for p in parameters if matches(p, (entry,))), None)
+        if bare is not None:
+            short = ".".join(bare.split(".")[-max(depth, 2) :])
+            said.append(f"{entry!r} (it is a bare parameter: use target_parameters=[{short!r}])")
+            continue
         tails = dict.fromkeys(".".join(n.split(".")[-depth:]) for n in names)
         said.append(f"{entry!r}{suggest(entry, (t for t in tails if not t.isdigit()))}")
     return ", ".join(said) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .codec import get_peft_model_state_dict as get_peft_model_state_dict
     from .codec import load_peft_weights as load_peft_weights
     from .codec import set_peft_model_state_dict as set_peft_model_state_dict
-    from .method import Method as PeftConfig
+    from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
 __version__ = "0.1.0"
 
 _HOMES = {
-    "veneer.method": ("PeftType", "TaskType"),
+    "veneer.method": ("PeftConfig", "PeftType", "TaskType"),
     "veneer.model": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
@@ -57,7 +57,7 @@ _HOMES = {
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
     "veneer.runtime": ("AdapterLoadError",),
 }
-_NAMES = {name: home for home, names in _HOMES.items() for name in names} | {"PeftConfig": "veneer.method"}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def _configs() -> dict[str, type]:
@@ -69,7 +69,7 @@ def _configs() -> dict[str, type]:
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         home = importlib.import_module(_NAMES[name])
-        found = getattr(home, "Method" if name == "PeftConfig" else name)
+        found = getattr(home, name)
     elif name == "__all__":
         found = sorted([*_NAMES, *_configs()])
     elif name.endswith("Config") and name in (configs := _configs()):

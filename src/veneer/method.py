@@ -338,6 +338,9 @@ class Method:
         save_config(self, save_directory)
 
 
+PeftConfig = Method
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -380,6 +383,6 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 
 __all__ = [
-    "Method", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "one_of",
+    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "one_of",
     "positive", "probability", "registry", "suggest", "whole",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, user_input
 from .models import load_model, load_tokenizer
@@ -26,7 +27,7 @@ def merge(model: str, adapter: str, out: Path, task: str | None, dtype: str) -> 
             base = load_model(model, chosen, dtype)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)
         with console.status("merging"):
-            plain = adapted.merge_and_unload(safe_merge=True)
+            plain: Any = adapted.merge_and_unload(safe_merge=True)
         with console.status(f"writing {out}"):
             plain.save_pretrained(out)
             load_tokenizer(model).save_pretrained(out)

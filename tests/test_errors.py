@@ -13,6 +13,7 @@ from torch import nn
 
 import veneer
 from small import IDS, bits, llama, lora
+from veneer import codec
 
 BAD_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("LoraConfig", {"r": 0}, r"r=0.*whole number"),
@@ -222,14 +223,16 @@ def test_a_save_that_fails_leaves_the_old_adapter(tmp_path: Path, monkeypatch: p
     model.save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        Path(args[1]).write_bytes(b"half")
+    def full(path: Path, data: bytes) -> None:
+        path.write_text("half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(codec, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         lora(seed=9).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1, "all files must be as readable as each other"
 
 
 def test_attaching_after_fully_shard() -> None:

@@ -189,6 +189,10 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, "utf-8")
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def folder_to_write(folder: str | os.PathLike[str]) -> Path:
     """The folder, made if it is not there."""
     target = Path(folder)
@@ -212,7 +216,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     empty = [k for k, v in tensors.items() if v.numel() == 0 or v.device.type == "meta"]
     if empty:
@@ -222,7 +226,8 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) 
         )
     target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_atomic(target / WEIGHTS_NAME, lambda p: save_file(ready, p, metadata={"format": "pt"}))
+    data = save(ready, metadata={"format": "pt"})
+    write_atomic(target / WEIGHTS_NAME, lambda p: write_bytes(p, data))
 
 
 def save_adapter(

@@ -138,6 +138,7 @@ def load_model(name: str, task: str, dtype: str = "float32", **options: Any) -> 
     import transformers
 
     where = locate(name)
+    transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
         return getattr(transformers, AUTO[task]).from_pretrained(where, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError) as error:

@@ -38,7 +38,6 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     import veneer
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.seed)
     with console.status(f"loading {run.model}"):
         tokenizer = load_tokenizer(run.model)

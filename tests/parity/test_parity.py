@@ -21,6 +21,7 @@ from veneer import codec
 
 TEXT = ("llama", "gpt2", "bert", "t5", "mt5", "opt", "whisper", "vit", "mixtral")
 MAIN = ("llama", "gpt2", "bert", "t5")
+NO_CONV1D = tuple(n for n in TEXT if n != "gpt2")  # peft has no LoHa and no OFT for GPT-2's layers
 # Method, its options, the architectures it is checked on. No targets: the defaults of the architecture.
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "lora": ("LoraConfig", {"r": 4, "lora_alpha": 7}, TEXT),
@@ -50,14 +51,14 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "tokens": ("TrainableTokensConfig", {"token_indices": [3, 9]}, ("llama", "llama_tied")),
     "lora_classifier": ("LoraConfig", {"r": 4, "task_type": "SEQ_CLS"}, ("bert",)),
     "dora": ("LoraConfig", {"r": 4, "use_dora": True}, TEXT),
-    "loha": ("LoHaConfig", {"r": 4, "alpha": 5, "target_modules": "all-linear"}, ("llama", "bert", "t5", "vit", "whisper")),
-    "ia3": ("IA3Config", {}, ("llama", "gpt2", "bert", "t5", "mt5", "opt")),
-    "oft": ("OFTConfig", {"oft_block_size": 8}, ("llama", "bert", "t5", "mt5", "opt", "mixtral")),
+    "loha": ("LoHaConfig", {"r": 4, "alpha": 5, "target_modules": "all-linear"}, NO_CONV1D),
+    "ia3": ("IA3Config", {}, TEXT),
+    "oft": ("OFTConfig", {"oft_block_size": 8}, NO_CONV1D),
     "oft_exact": ("OFTConfig", {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False}, ("llama", "bert")),
     "oft_shared": ("OFTConfig", {"oft_block_size": 8, "block_share": True, "num_cayley_neumann_terms": 7}, ("llama",)),
     "oft_constrained": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 1e-2}, ("llama",)),
     "oft_embedding": ("OFTConfig", {"oft_block_size": 8, "target_modules": ["embed_tokens"]}, ("llama",)),
-    "vera": ("VeraConfig", {"r": 6}, ("llama", "gpt2", "bert", "t5", "opt")),
+    "vera": ("VeraConfig", {"r": 6}, TEXT),
     "vera_by_seed": ("VeraConfig", {"r": 6, "save_projection": False}, ("llama", "bert")),
 }  # fmt: skip
 TARGETS = {"whisper": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj"], "qwen3_moe": ["q_proj"], "gpt_oss": ["q_proj"]}
@@ -71,7 +72,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def config_of(library: Any, case: str, name: str) -> Any:
     cls, options, _ = CASES[case]
     options = dict(options)
-    if name in TARGETS and cls != "TrainableTokensConfig":
+    if name in TARGETS and cls == "IA3Config":
+        inner = ["fc2"] if name in ("whisper", "vit") else []
+        options |= {"target_modules": ["k_proj", "v_proj", *inner], "feedforward_modules": inner}
+    elif name in TARGETS and cls != "TrainableTokensConfig":
         options.setdefault("target_modules", TARGETS[name])
     return getattr(library, cls)(**options)
 

@@ -97,7 +97,9 @@ def train(recipe: str | None, resume: bool, overwrite: bool, **flags: Any) -> No
 @app.command()
 @click.argument("model")
 @click.option("--adapter", metavar="FOLDER", help="adapter to put on the model; folder or hub id")
-@click.option("--prompt", "-p", "prompts", multiple=True, help="text to continue; may be given several times")
+@click.option(
+    "--prompt", "-p", "prompts", multiple=True, help="text to continue, \\n for a new line; may be given several times"
+)
 @click.option(
     "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="file with one prompt a line"
 )

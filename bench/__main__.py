@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m bench [NAME ...] [--quick]`."""
+"""Run the benchmarks: `python -m bench [NAME ...] [--list] [--quick]`."""
 
 from __future__ import annotations
 
@@ -8,41 +8,59 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import sys
+import time
 
 from rich.console import Console
 from rich.table import Table
 
-from .figures import BENCHES
-from .harness import Figure, Red, number, save
+from .figures import BENCHES, CHECKS
+from .harness import Figure, Red, gain, load, number, save
+
+
+def summary(name: str) -> str:
+    return (BENCHES[name].__doc__ or "").splitlines()[0]
 
 
 def main() -> int:
+    """Checks first, then speeds; 1 on a red check, and then no speed is reported."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all without any")
+    parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; results are shown and not saved")
     given = parser.parse_args()
+    console = Console()
+    if given.list:
+        for name in BENCHES:
+            console.print(f"{name}: {summary(name)}", markup=False)
+        return 0
     unknown = [n for n in given.names if n not in BENCHES]
     if unknown:
         parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(BENCHES)}")
-    console = Console()
     figures: list[Figure] = []
-    chosen = given.names or list(BENCHES)
-    if not given.names:
-        chosen = ["parity", *[n for n in chosen if n != "parity"]]  # no speed on a red check
+    before = load()
+    # Checks come first; each speed also checks what it is about to time, so a name alone is safe.
+    chosen = sorted(given.names or BENCHES, key=lambda n: n not in CHECKS)
     for i, name in enumerate(chosen, 1):
-        console.print(f"[{i}/{len(chosen)}] {name}: {(BENCHES[name].__doc__ or '').splitlines()[0]}", markup=False)
+        console.print(f"[{i}/{len(chosen)}] {name}: {summary(name)}", markup=False)
+        start = time.perf_counter()
         try:
             figures += BENCHES[name](given.quick)
         except Red as red:
             console.print(f"red: {red.what}\n  " + "\n  ".join(red.details), style="red", markup=False)
+            console.print("no speed is reported", style="red")
             return 1
-    table = Table("figure", "measured", "bar", "peft", "")
+        console.print(f"      {time.perf_counter() - start:.0f} s, load {load()}", markup=False, style="dim")
+    table = Table("figure", "measured", "bar", "", "peft", "peft / ours")
     for f in figures:
         verdict = {None: "", True: "[green]within[/]", False: "[red]above[/]"}[f.within]
-        table.add_row(f.name, number(f.value, f.unit), number(f.bar, f.unit), number(f.reference, f.unit), verdict)
+        cells = (number(f.value, f.unit), number(f.bar, f.unit), verdict, number(f.reference, f.unit), gain(f))
+        table.add_row(f.name, *cells)
     console.print(table)
+    above = [f.name for f in figures if f.within is False]
+    if above:
+        console.print(f"above the bar: {', '.join(above)}", style="red", markup=False)
     if not given.names and not given.quick:
-        save(figures)
+        save(figures, (before, load()))
         console.print("written to bench/results")
     return 0
 

@@ -267,3 +267,25 @@ def test_many_loads_switches_and_deletes_leave_nothing_behind(tmp_path: Any) -> 
     assert [type(m) for m in model.modules()] == layers
     assert len(model.runtime.sites) == len(model.runtime.layers)
     assert torch.equal(model(IDS).logits, expected)
+
+
+def test_transformers_trainer_takes_the_model(tmp_path: Any) -> None:
+    """It finds inputs and labels by the signature; a column too many is dropped."""
+    import inspect
+
+    import datasets
+    from transformers import Trainer, TrainingArguments
+
+    model = lora()
+    assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(model, veneer.PeftModel)
+    assert inspect.signature(model.forward).parameters.keys() >= {"input_ids", "labels"}
+    row = {"input_ids": IDS[0].tolist(), "labels": IDS[0].tolist(), "note": 1}
+    rows = datasets.Dataset.from_list([row] * 16)
+    arguments = TrainingArguments(str(tmp_path), max_steps=6, learning_rate=1e-2, report_to=[], save_strategy="no",
+                                  disable_tqdm=True, use_cpu=True)  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    base = bits(model.get_base_model())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert bits(model.get_base_model()) == base

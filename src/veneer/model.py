@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class PeftModel(nn.Module):
             raise ValueError("this is a PeftModel already; add another adapter with model.add_adapter(name, config)")
         self.base_model = BaseTuner(model)
         self.__dict__["_runtime"] = Runtime.ensure(model)
+        self.__class__ = facade_of(type(model))
         if checkpoints(model) and hasattr(model, "enable_input_require_grads"):
             cast(
                 Any, model
@@ -124,6 +126,9 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model.model, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self.get_base_model()),), self.__dict__
 
     # Running.
 
@@ -401,6 +406,33 @@ class PeftModel(nn.Module):
 
     def get_model_status(self) -> TunerModelStatus:
         return get_model_status(self)
+
+
+_FACADES: dict[type[nn.Module], type[PeftModel]] = {}
+
+
+def facade_of(base: type[nn.Module]) -> type[PeftModel]:
+    """`PeftModel` with the signature of `base.forward`, named after its task as in peft.
+
+    transformers' Trainer reads a model's inputs and labels off the signature of its class, and drops every column of
+    the data that it does not find there.
+    """
+    if base in _FACADES:
+        return _FACADES[base]
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model.model(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    task = base.__name__.partition("For")[2]
+    name = f"PeftModelFor{task}" if task else "PeftModel"
+    _FACADES[base] = type(name, (PeftModel,), {"forward": forward, "__module__": __name__})
+    return _FACADES[base]
+
+
+def _rebuild(base: type[nn.Module]) -> PeftModel:
+    cls = facade_of(base)
+    return cls.__new__(cls)
 
 
 def checkpoints(model: nn.Module) -> bool:

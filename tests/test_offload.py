@@ -59,6 +59,10 @@ def test_attach_before_dispatch(way: str, saved: Any, tmp_path: Path) -> None:
     model = veneer.PeftModel.from_pretrained(llama(tie_word_embeddings=False), folder)
     dispatched(model.get_base_model(), way, tmp_path)
     assert torch.allclose(model(IDS).logits, expected, atol=1e-6)
+    if way != "resident":  # accelerate owns the adapter's tensors now: it must not seem to train
+        model.set_requires_grad("default", True)
+        with pytest.raises(RuntimeError, match="dispatch the base model first"):
+            model.train()(input_ids=IDS)
 
 
 @pytest.mark.parametrize("way", WAYS)

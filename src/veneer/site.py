@@ -306,6 +306,8 @@ class Takeover:
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         live = self.router.live()
+        if layer.training and "_hf_hook" in layer.__dict__:
+            offload.refuse_training(layer)
         if self.opaque is not None:
             for name in reversed(live + self.router.merged if self.router.enabled else live):
                 if name in self.opaque.entries:

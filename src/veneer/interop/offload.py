@@ -97,6 +97,20 @@ class Resident:
         return self._around("detach_hook", module)
 
 
+def refuse_training(module: nn.Module) -> None:
+    """Raise RuntimeError where a layer was dispatched after it was adapted and is now to be trained.
+
+    Its hook then offloads the adapter with the layer and makes new Parameters on every forward.
+    """
+    if isinstance(module.__dict__["_hf_hook"], Resident) or hook_of(module) is None or not torch.is_grad_enabled():
+        return
+    if any(":" in name and p is not None and p.requires_grad for name, p in module._parameters.items()):
+        raise RuntimeError(
+            f"{type(module).__name__}: the model was dispatched with offloading after the adapter was attached, so the "
+            "optimizer's parameters would get no gradient; dispatch the base model first, then attach the adapter"
+        )
+
+
 def keep_resident(module: nn.Module) -> None:
     """Hide the module's adapter tensors from its offloading hook. Safe to call again."""
     hook = module.__dict__.get("_hf_hook")

@@ -273,7 +273,8 @@ class Method:
     def init_bias(self, site: Site) -> dict[str, Tensor]:
         """A trained copy (out,) of the layer's bias, where the config's `bias` asks for one."""
         own = site.bias
-        if own is None or getattr(self, "bias", "none") == "none":
+        packed = site.kind.bias != "bias"  # an attention's packed bias, which peft does not train either
+        if own is None or packed or getattr(self, "bias", "none") == "none":
             return {}
         return {"bias": site.computed(tuple(own.shape), lambda: own)}
 

@@ -290,7 +290,9 @@ class Runtime:
         if config.whole_module:
             return self.copy_places(named, config, taken)
         parameters = [n for n in named if self.is_parameter(n)]
-        mine = {id(p.site.owner) for p in taken if p.role == "main"}
+        inside = tuple(f"{name}." for name in copied)  # a full copy brings its own bias
+        parameters = [n for n in parameters if not n.startswith(inside)]
+        mine = {id(p.site.owner) for p in taken if p.role != "opaque"}
         parameters = [n for n in parameters if id(self.module(n.rpartition(".")[0])) not in mine]
         modules = [p for n in named if n not in parameters and not self.is_parameter(n)
                    for p in self.module_places(n, config)]  # fmt: skip

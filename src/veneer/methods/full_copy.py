@@ -54,6 +54,7 @@ class TrainableTokensConfig(Method):
     init_weights: bool = True
 
     wrapped: bool = field(default=False, init=False, repr=False)  # named by another config's field
+    alone: bool = field(default=False, init=False, repr=False)  # other embeddings are named beside it
 
     names = {"rows": "trainable_tokens_delta"}
     frozen = frozenset({"index"})
@@ -72,7 +73,7 @@ class TrainableTokensConfig(Method):
         made: list[Method] = []
         for name, indices in table.items():
             config = cls(token_indices=list(indices), target_modules=name)
-            config.wrapped = True
+            config.wrapped, config.alone = True, len(table) > 1
             made.append(config)
         return made
 
@@ -90,6 +91,10 @@ class TrainableTokensConfig(Method):
             raise ValueError(
                 f"trainable tokens: no embedding is named {self.target_modules!r}; the model has {', '.join(named)}"
             )
+        # As in peft: what is tied follows only where the model's input embedding is meant, and it alone.
+        inputs = getattr(model, "get_input_embeddings", lambda: None)()
+        if self.alone or modules[first[0]] is not inputs:
+            return first
         weight = modules[first[0]]._parameters.get("weight")
         tied = [n for n, m in modules.items() if n not in first and m._parameters.get("weight") is weight]
         return [*first, *tied]

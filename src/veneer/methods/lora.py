@@ -163,7 +163,7 @@ class LoraConfig(Method):
             p["B"] = site.kaiming_uniform(*B.shape)
         elif how == "gaussian" and not site.lookup:
             p["A"] = site.normal(*A.shape, std=1 / r)
-        elif isinstance(how, str) and how != "gaussian":
+        elif isinstance(how, str) and how != "gaussian" and not site.lookup:  # as in peft, embeddings start at zero
             p |= self.start(site, A.shape, B.shape)
         if self.lora_bias:
             if site.lookup or site.bare:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .operators import Operator
 from .site import Site
-from .targets import default_feedforward, matches, pattern_value, suggest
+from .targets import default_feedforward, matches, model_type, pattern_value, suggest
 
 Tensors = Mapping[str, Tensor]
+HOOKS = ("delta", "left", "right", "shift", "post")  # what a method may say at a site
 
 
 class TaskType(StrEnum):
@@ -110,7 +111,7 @@ def method(
         cls.foreign = {**(foreign or {})}
         cls.patterns = {**(patterns or {})}
         cls.internal = internal
-        cls.hooks = tuple(h for h in ("delta", "left", "right", "shift", "post") if h in _defined(cls))
+        cls.hooks = tuple(h for h in HOOKS if h in _defined(cls))
         generated = cls.__init__
 
         def __init__(self: Method, *args: Any, **kwargs: Any) -> None:
@@ -179,6 +180,7 @@ class Method:
     internal: ClassVar[bool] = False
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
+    on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     from_file = False  # the config came from a file; set by the codec
 
     def __post_init__(self) -> None:
@@ -229,8 +231,11 @@ class Method:
     def shift(self, p: Tensors, site: Site) -> Tensor | None:
         """A vector (out,) added to the output."""
 
-    def post(self, p: Tensors, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """What no linear operator can say: maps the site's input and output to its new output."""
+    def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
+        """What no linear operator can say: maps the site's input and output to its new output.
+
+        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name.
+        """
         return y
 
     def file_names(self, site: Site) -> Mapping[str, str]:
@@ -254,8 +259,8 @@ class Method:
             made.append(_REGISTRY["TRAINED_BIAS"]())
         return made
 
-    def prepare(self, model_type: str | None) -> Method:
-        """Return the config with the defaults of an architecture filled in."""
+    def prepare(self, model: nn.Module) -> Method:
+        """Return the config with what it leaves open filled in for a base model."""
         return self
 
     @property
@@ -384,6 +389,6 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 
 __all__ = [
-    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "one_of",
+    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
     "positive", "probability", "registry", "suggest", "whole",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ class Place:
 
     site: Site
     layer: nn.Module  # the module whose forward is taken over
-    role: str  # "main", "bare" or "opaque"
+    role: str  # "main", "bare", "module" or "opaque"
     entry: Entry
     values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
     whole: nn.Module | None = None  # a full copy
@@ -178,7 +178,7 @@ class Runtime:
         refuse_sharded(self.root)
         self.named = dict(self.root.named_modules())
         try:
-            config = copy.deepcopy(config).prepare(targets.model_type(self.root))
+            config = copy.deepcopy(config).prepare(self.root)
             loader = None if tensors is None else Loader(tensors)
             plan: list[Place] = []
             shared: dict[str, Tensor] = {}
@@ -289,6 +289,8 @@ class Runtime:
             return places + self.parameter_places(found.parameters, config)
         if config.whole_module:
             return self.copy_places(named, config, taken)
+        if config.on_modules:
+            return [self.whole_place(n, config) for n in named]
         parameters = [n for n in named if self.is_parameter(n)]
         inside = tuple(f"{name}." for name in copied)  # a full copy brings its own bias
         parameters = [n for n in parameters if not n.startswith(inside)]
@@ -355,6 +357,12 @@ class Runtime:
             )
             places.append(self.place(site, module, "opaque", config))
         return places
+
+    def whole_place(self, name: str, config: Method) -> Place:
+        module = self.module(name)
+        known = self.sites.get(f"{name} (module)")
+        site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
+        return self.place(site, module, "module", config)
 
     def site(
         self, name: str, key: str, layer: nn.Module, owner: nn.Module, kind: LayerKind, param: str | None = None
@@ -448,6 +456,8 @@ class Runtime:
             elif place.role == "bare":
                 if site not in state.bare:
                     state.bare.append(site)
+            elif place.role == "module":
+                state.module = site
             else:
                 state.opaque = site
             frozen = {attr for _, attr in place.entry.frozen}
@@ -571,6 +581,13 @@ class Runtime:
             return
         uses = Counter(id(p) for m in self.root.modules() for p in m._parameters.values() if p is not None)
         sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in wanted)]
+        for site in sites:
+            if site.backend is None:
+                name = next(n for n in wanted if n in site.entries)
+                raise ValueError(
+                    f"{site.name}: adapter {name!r} ({self.configs[name].peft_name}) acts on activations and cannot be "
+                    "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
+                )
         done: list[Site] = []
         try:
             for site in sites:
@@ -629,9 +646,11 @@ class Runtime:
             state.main = None
         if state.opaque is site:
             state.opaque = None
+        if state.module is site:
+            state.module = None
         if site in state.bare:
             state.bare.remove(site)
-        if state.main is None and state.opaque is None and not state.bare:
+        if not state.in_use:
             give_back(layer)
             offload.release(layer)
 
@@ -767,8 +786,7 @@ def file_key(prefix: str, entry: Entry, key: str) -> str:
 
 
 def parameter_dtype(site: Site, autocast: bool) -> torch.dtype:
-    weight = site.owner._parameters[site.param]
-    assert weight is not None
+    weight = site.reference
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     return torch.float32 if autocast and dtype in HALF else dtype
 

@@ -8,6 +8,7 @@ parameters (accelerate, ZeRO-3) act on a layer's own parameters.
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -63,7 +64,7 @@ class Link:
         left: Operator | None,
         right: Operator | None,
         shift: Tensor | None,
-        post: Callable[[Tensor, Tensor], Tensor] | None,
+        post: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
         self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
 
@@ -165,13 +166,18 @@ class Site:
         return bias
 
     @property
+    def reference(self) -> Tensor:
+        """The tensor whose dtype and device the adapter's follow: the weight, or a module's first one."""
+        weight = self.owner._parameters.get(self.param)
+        if weight is None:
+            weight = next((p for n, p in self.owner.named_parameters() if ":" not in n), None)
+        return torch.empty(0) if weight is None else weight
+
+    @property
     def home(self) -> torch.device:
         """Where the adapter's tensors live: the weight's device, or where an offloaded layer computes."""
         device = offload.execution_device(self.owner)
-        if device is None:
-            weight = self.owner._parameters.get(self.param)
-            device = torch.device("cpu") if weight is None else weight.device
-        return device
+        return self.reference.device if device is None else device
 
     # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
 
@@ -257,11 +263,9 @@ def link(method: Method, p: Mapping[str, Tensor], site: Site) -> Link:
 class Adapted:
     """Mixin of the generated classes; also how to recognise an adapted layer."""
 
-    _veneer_base: type[nn.Module]
+    forward: Callable[..., Any]  # of each generated class, with the signature of its base
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state: Takeover = self.__dict__["_veneer"]
-        return state.run(self, args, kwargs)  # type: ignore[arg-type]
+    _veneer_base: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._veneer_base,), self.__dict__
@@ -280,7 +284,18 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` that runs adapters, one per base class."""
     cls = _CLASSES.get(base)
     if cls is None:
-        body = {"_veneer_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state: Takeover = self.__dict__["_veneer"]
+            return state.run(self, args, kwargs)
+
+        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # others read arguments off it
+        body = {
+            "_veneer_base": base,
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "forward": forward,
+        }
         cls = type(base.__name__, (Adapted, base), body)
         cls.__qualname__ = base.__qualname__
         _CLASSES[base] = cls
@@ -295,8 +310,13 @@ class Takeover:
         self.router = router
         self.main: Site | None = None  # a layer whose input and output the operators act on
         self.bare: list[Site] = []  # parameters swapped for their effective value during forward
+        self.module: Site | None = None  # a module whose output is mapped as a whole
         self.opaque: Site | None = None  # a module with full copies
         self.instance_forward: Callable[..., Any] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.main or self.module or self.opaque or self.bare)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
@@ -314,6 +334,14 @@ class Takeover:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
         if not live:
             return self.call(layer, *args, **kwargs)
+        if self.module is not None:
+            links = self.module.links(live)
+            if links:
+                return self.module.kind.forward(self.module, self, layer, links, args, kwargs)
+        return self.inner(layer, live, args, kwargs)
+
+    def inner(self, layer: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer with the adapters of its weights."""
         target = layer
         for site in self.bare:
             links = site.links(live)
@@ -391,7 +419,7 @@ def take_over(layer: nn.Module, router: Router) -> Takeover:
     layer.__dict__["_veneer"] = state
     layer.__class__ = adapted_class(state.base)
     if "_old_forward" in layer.__dict__:
-        layer.__dict__["_old_forward"] = types.MethodType(Adapted.forward, layer)
+        layer.__dict__["_old_forward"] = types.MethodType(type(layer).forward, layer)
     return state
 
 

@@ -8,11 +8,13 @@ from .conv import Conv
 from .embedding import Embedding
 from .kind import LayerKind
 from .linear import Conv1D, Linear
+from .module import Module
 from .opaque import Opaque
 from .parameter import InProjection, OutProjection, Parameter
 
 KINDS: tuple[LayerKind, ...] = (Linear(), Embedding(), Conv(), Conv1D())
-PARAMETER, IN_PROJECTION, OUT_PROJECTION, OPAQUE = Parameter(), InProjection(), OutProjection(), Opaque()
+PARAMETER, IN_PROJECTION, OUT_PROJECTION = Parameter(), InProjection(), OutProjection()
+MODULE, OPAQUE = Module(), Opaque()
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, default_feedforward, matches, method
+from ..method import Method, Site, Tensors, default_feedforward, matches, method, model_type
 from ..operators import Diagonal, Operator
 
 
@@ -39,13 +39,13 @@ class IA3Config(Method):
 
     names = {"l": "ia3_l"}
 
-    def prepare(self, model_type: str | None) -> Method:
+    def prepare(self, model: nn.Module) -> Method:
         if self.feedforward_modules is not None:
             return self
-        found = default_feedforward(model_type)
+        found = default_feedforward(model_type(model))
         if found is None:
             raise ValueError(
-                f"IA3Config(feedforward_modules=None): there is no default for model type {model_type!r}; name the "
+                f"IA3Config(feedforward_modules=None): there is no default for model type {model_type(model)!r}; name the "
                 "targets whose input is rescaled, or [] to rescale outputs only"
             )
         changed: Method = self.replace(feedforward_modules=set(found))

@@ -627,3 +627,85 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
         veneer.PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
     with pytest.raises(ValueError, match=r"num_virtual_tokens=0\): must be a whole number"):
         veneer.PromptTuningConfig(num_virtual_tokens=0)
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder", "both"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+@torch.no_grad()
+def test_prompts_in_either_stack_of_an_encoder_decoder(name: str, kind: str, where: str, tmp_path: Any) -> None:
+    model = soft(name, kind, virtual_tokens_in=where)
+    base, target = SEQ2SEQ[name](), IDS[:, :6].contiguous()
+    site = model.runtime.places["default"][0]
+    method, p = site.entries["default"].method, site.tensors("default")
+    table = p["embedding"] if kind == "prompt" else method.table(p, training=False)
+    first, second = table[:P].expand(2, -1, -1), table[P:].expand(2, -1, -1)
+    embed, ones = base.get_input_embeddings(), torch.ones(2, P, dtype=torch.long)
+    mask = torch.tensor([[1] * 12, [1] * 8 + [0] * 4])
+    call: dict[str, Any] = {"input_ids": IDS, "attention_mask": mask, "decoder_input_ids": target}
+    if where != "decoder":
+        call |= {"inputs_embeds": torch.cat([first, embed(IDS)], 1), "attention_mask": torch.cat([ones, mask], 1)}
+        del call["input_ids"]
+    if where != "encoder":
+        words = torch.cat([first if where == "decoder" else second, embed(target)], 1)
+        call["decoder_inputs_embeds"] = words
+        del call["decoder_input_ids"]
+    expected = base(use_cache=False, **call).logits[:, -6:]
+    close(model(input_ids=IDS, attention_mask=mask, decoder_input_ids=target).logits, expected)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    said = model.generate(input_ids=IDS, attention_mask=mask, **options)
+    assert torch.equal(said, model.generate(input_ids=IDS, attention_mask=mask, use_cache=False, **options))
+    model.save_pretrained(tmp_path)
+    again = veneer.PeftModel.from_pretrained(SEQ2SEQ[name](), tmp_path)
+    assert again.peft_config["default"].virtual_tokens_in == where
+    close(again(input_ids=IDS, attention_mask=mask, decoder_input_ids=target).logits, expected)
+
+
+@methods
+def test_copies_and_pickles(method: str) -> None:
+    import io
+
+    model = soft("llama", method)
+    expected = model(input_ids=IDS).logits
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(input_ids=IDS).logits, expected)
+        scramble(twin, 8)
+        assert not torch.equal(twin(input_ids=IDS).logits, expected)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        assert twin.get_model_status().trainable_params == model.get_nb_trainable_parameters()[0]
+
+
+@two
+def test_threads_have_their_own_prompts(method: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = soft("llama", method)
+    model.add_adapter("b", METHODS[method](task_type="CAUSAL_LM"))
+    scramble(model, 5)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def run(name: str) -> Tensor:
+        with model.use_adapter(name):
+            return model.generate(input_ids=IDS, **options)
+
+    alone = {n: run(n) for n in ("default", "b")}
+    assert not torch.equal(alone["default"], alone["b"]) or method == "prefix"
+    names = ["default", "b"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        for name, got in zip(names, pool.map(run, names), strict=True):
+            assert torch.equal(got, alone[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@methods
+def test_half_precision_bases_keep_the_prompt_in_float32(method: str, dtype: torch.dtype) -> None:
+    model = soft(CAUSAL["llama"]().to(dtype), method)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    out = model(input_ids=IDS, labels=IDS)
+    assert out.logits.dtype == dtype and bool(out.logits.isfinite().all())
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)

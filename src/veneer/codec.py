@@ -20,6 +20,7 @@ from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runt
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
+TRAINING_NAME = "adapter_training.safetensors"  # in checkpoints
 SET_NAME = "adapters.json"  # which adapters a folder holds, where they are several
 PEFT_VERSION = "0.21.2"  # the layout written here
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
@@ -452,6 +453,36 @@ def set_peft_model_state_dict(
         for own, value in pairs:
             own.copy_(value)
     return report
+
+
+def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
+    """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
+    from safetensors.torch import save
+
+    state = {
+        k: gathered(t.detach()).cpu().contiguous().clone() for k, t in attached(model).training_state(adapter).items()
+    }
+    write_atomic(folder_to_write(folder) / TRAINING_NAME, lambda p: write_bytes(p, save(state)))
+
+
+def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
+    """Copy what `save_training_state` wrote into an attached adapter, in place.
+
+    Raises:
+        AdapterLoadError: it was written for another adapter. Nothing was changed.
+        ValueError: there is no such file, or it is damaged.
+    """
+    state = attached(model).training_state(adapter)
+    loader = Loader(read_tensors(Path(folder) / TRAINING_NAME))
+    pairs = [(own, loader.take(key, own.shape)) for key, own in state.items()]
+    loader.report.unexpected = sorted(loader.left)
+    if not loader.report.clean:
+        raise AdapterLoadError(
+            f"{folder}: does not fit adapter {adapter!r}:\n  {loader.report.describe()}", loader.report
+        )
+    with torch.no_grad():
+        for own, value in pairs:
+            own.copy_(value)  # type: ignore[arg-type]
 
 
 def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:

@@ -183,6 +183,7 @@ class Method:
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     enters: ClassVar[bool] = False  # its sites are the stacks into which virtual tokens go
     file_prefix: ClassVar[str] = "base_model.model."  # what the names of modules begin with in the file
+    own_fields: ClassVar[frozenset[str]] = frozenset()  # fields that peft's config lacks; written where they are set
     extra_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that `objective` takes
     from_file = False  # the config came from a file; set by the codec
 
@@ -349,7 +350,8 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values, sets sorted, as they are written to the file."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {n: _plain(v) for n, v in values.items() if n not in self.own_fields or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Method:

@@ -39,6 +39,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         token_dim: width of a virtual token; None for that of the model's embeddings.
         num_transformer_submodules: stacks with virtual tokens of their own; None for 2, encoder and decoder, with task
             SEQ_2_SEQ_LM, else 1.
+        virtual_tokens_in: where an encoder-decoder has them: "encoder", "decoder" or "both"; None for both where the table
+            has rows for both, as in peft, which does not know this field.
         num_attention_heads: kept for peft's files; has no effect.
         num_layers: kept for peft's files; has no effect.
         modules_to_save: modules trained as full copies and saved with the adapter.
@@ -109,8 +111,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         return p
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
-        if site.role == "decoder" and self.num_transformer_submodules != 2:
-            return None
         if tasks is None:
             raise ValueError(
                 "multitask prompt tuning: say each row's task with task_ids, a tensor (batch,), in the call or in generate"
@@ -121,6 +121,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             raise ValueError(f"task_ids={tasks.tolist()}: must be (batch,) numbers from 0 to {self.num_tasks - 1}")
         tasks = tasks.to(p["cols"].device)
         factor = p["cols"][tasks] @ p["rows"][tasks]  # (batch, T, width)
-        table = p["embedding"] * factor  # eq. 1
-        half = slice(self.num_virtual_tokens, None) if site.role == "decoder" else slice(self.num_virtual_tokens)
-        return table[:, half]
+        table = p["embedding"] * factor  # (batch, T, width), eq. 1
+        both = "both" if self.num_transformer_submodules == 2 else None
+        return self.part(table, site, self.virtual_tokens_in or both)

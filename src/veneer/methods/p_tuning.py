@@ -31,8 +31,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_num_layers: layers of the LSTM; the MLP always has its own.
         encoder_dropout: probability of dropping an entry between the layers of the LSTM while training.
         token_dim: width of a virtual token; None for that of the model's embeddings.
-        num_transformer_submodules: stacks for which the table has rows; None for 2 with task SEQ_2_SEQ_LM, else 1. As in
-            peft, an encoder-decoder uses the first half, in front of the encoder's input.
+        num_transformer_submodules: stacks for which the table has rows; None for 2 with task SEQ_2_SEQ_LM, else 1.
+        virtual_tokens_in: where an encoder-decoder has them: "encoder", "decoder" or "both"; None for the encoder, as in
+            peft, which does not know this field.
         num_attention_heads: kept for peft's files; has no effect.
         num_layers: kept for peft's files; has no effect.
         modules_to_save: modules trained as full copies and saved with the adapter.
@@ -42,11 +43,14 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
+    virtual_tokens_in: str | None = None
 
     names = {"embedding": "prompt_embeddings"}
+    own_fields = frozenset({"virtual_tokens_in"})
 
     def check(self) -> None:
         super().check()
+        self.check_where(self.virtual_tokens_in)
         how = self.encoder_reparameterization_type
         self.encoder_reparameterization_type = str(getattr(how, "value", how))
         one_of(self, ("MLP", "LSTM"), encoder_reparameterization_type=self.encoder_reparameterization_type)
@@ -82,9 +86,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         return {"embedding": self.table(p, training=False)} if len(p) > 1 else None
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
-        if site.role == "decoder":
-            return None
-        return self.table(p, training=site.owner.training)[: self.num_virtual_tokens]  # (T, width)
+        return self.part(self.table(p, training=site.owner.training), site, self.virtual_tokens_in)  # (T, width)
 
     def table(self, p: Tensors, *, training: bool) -> Tensor:
         """Every row that the network computes, (total, width)."""

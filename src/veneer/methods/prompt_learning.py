@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..method import Method, TaskType, whole
+from ..method import Method, Site, TaskType, one_of, whole
 
 
 @dataclass
@@ -25,6 +25,15 @@ class PromptLearningConfig(Method):
     one_for_all = True  # the tensors of the first stack
     file_prefix = "base_model."
 
+    def check_where(self, where: str | None) -> None:
+        """Raise ValueError where `virtual_tokens_in` cannot be had."""
+        one_of(self, (None, "encoder", "decoder", "both"), virtual_tokens_in=where)
+        if where == "both" and self.num_transformer_submodules == 1:
+            raise ValueError(
+                f"{type(self).__name__}(virtual_tokens_in='both'): needs rows for two stacks; set "
+                "num_transformer_submodules=2, or task_type='SEQ_2_SEQ_LM'"
+            )
+
     def check(self) -> None:
         whole(self, num_virtual_tokens=self.num_virtual_tokens)
         sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
@@ -41,6 +50,15 @@ class PromptLearningConfig(Method):
     @property
     def virtual_tokens(self) -> int:
         return self.num_virtual_tokens
+
+    def part(self, table: Tensor, site: Site, where: str | None) -> Tensor | None:
+        """The rows of a table (..., total, width) that stand in front of a stack, by `virtual_tokens_in`."""
+        P = self.num_virtual_tokens
+        if site.role == "decoder":
+            if where == "both":
+                return table[..., P:, :]
+            return table[..., :P, :] if where == "decoder" else None
+        return table[..., :P, :] if site.role == "model" or where != "decoder" else None
 
     @property
     def total_virtual_tokens(self) -> int:

@@ -30,8 +30,9 @@ class PromptTuningConfig(PromptLearningConfig):
         tokenizer_name_or_path: tokenizer for that text, a hub id or folder.
         tokenizer_kwargs: arguments for loading the tokenizer.
         token_dim: width of a virtual token; None for that of the model's embeddings.
-        num_transformer_submodules: stacks for which the table has rows; None for 2 with task SEQ_2_SEQ_LM, else 1. As in
-            peft, an encoder-decoder uses the first half, in front of the encoder's input.
+        num_transformer_submodules: stacks for which the table has rows; None for 2 with task SEQ_2_SEQ_LM, else 1.
+        virtual_tokens_in: where an encoder-decoder has them: "encoder", "decoder" or "both"; None for the encoder, as in
+            peft, which does not know this field.
         num_attention_heads: kept for peft's files; has no effect.
         num_layers: kept for peft's files; has no effect.
         modules_to_save: modules trained as full copies and saved with the adapter.
@@ -44,11 +45,14 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
+    virtual_tokens_in: str | None = None
 
     names = {"embedding": "prompt_embeddings"}
+    own_fields = frozenset({"virtual_tokens_in"})
 
     def check(self) -> None:
         super().check()
+        self.check_where(self.virtual_tokens_in)
         self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
         self.check_start()
         if self.prompt_tuning_init == "TEXT":
@@ -94,9 +98,7 @@ class PromptTuningConfig(PromptLearningConfig):
         return torch.tensor((ids * math.ceil(count / len(ids)))[:count])
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
-        if site.role == "decoder":
-            return None
-        return p["embedding"][: self.num_virtual_tokens]  # (T, width)
+        return self.part(p["embedding"], site, self.virtual_tokens_in)  # (T, width)
 
 
 def words(site: Site, ids: Tensor) -> Tensor:

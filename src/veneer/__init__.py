@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .methods.full_copy import BitFitConfig as BitFitConfig
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
     from .methods.ia3 import IA3Config as IA3Config
+    from .methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from .methods.loha import LoHaConfig as LoHaConfig
     from .methods.lora import LoraConfig as LoraConfig
     from .methods.oft import OFTConfig as OFTConfig

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from .operators import Operator
+from .layers import supported
+from .operators import Dense, Operator
 from .site import Site
-from .targets import default_feedforward, matches, model_type, pattern_value, suggest
+from .targets import default_feedforward, matches, model_type, pattern_value, resolve, suggest
 
 Tensors = Mapping[str, Tensor]
 HOOKS = ("delta", "left", "right", "shift", "post")  # what a method may say at a site
@@ -243,7 +244,11 @@ class Method:
         return self.names
 
     def sites_of(self, model: nn.Module) -> Collection[str] | None:
-        """Names of the places to adapt when the method finds them itself, else None for `target_modules`."""
+        """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
+
+        A mapping gives each name its key in the file, where that is not the name. A layer's bias is adapted at the
+        layer, by `shift`; every other parameter is a site of its own, with `delta`.
+        """
         return None
 
     def companions(self, model: nn.Module) -> list[Method]:
@@ -289,6 +294,15 @@ class Method:
         if own is None or "bias" not in p:
             return None
         return p["bias"] - own.to(device=p["bias"].device, dtype=p["bias"].dtype)
+
+    def init_copy(self, site: Site) -> Tensor:
+        """A trained copy of the site's weight, in the layer's own layout."""
+        stored = site.stored()
+        return site.computed(tuple(stored.shape), lambda: stored)
+
+    def copy_delta(self, copied: Tensor, site: Site) -> Operator:
+        """The change (out, in) that a trained copy of the weight makes."""
+        return Dense(site.matrix(copied) - site.weight().to(device=copied.device, dtype=copied.dtype))
 
     def at(self, name: str) -> Method:
         """Return the config as it holds at the module `name`, after its `*_pattern` fields."""
@@ -390,5 +404,5 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 __all__ = [
     "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "registry", "suggest", "whole",
+    "positive", "probability", "registry", "resolve", "suggest", "supported", "whole",
 ]  # fmt: skip

@@ -296,9 +296,15 @@ class Runtime:
         parameters = [n for n in parameters if not n.startswith(inside)]
         mine = {id(p.site.owner) for p in taken if p.role != "opaque"}
         parameters = [n for n in parameters if id(self.module(n.rpartition(".")[0])) not in mine]
-        modules = [p for n in named if n not in parameters and not self.is_parameter(n)
-                   for p in self.module_places(n, config)]  # fmt: skip
-        return modules + [self.place_parameter(n, n, config) for n in parameters]
+        keys = named if isinstance(named, Mapping) else {}
+        places = []
+        for name in (n for n in named if not self.is_parameter(n)):
+            for place in self.module_places(name, config):
+                place.entry.key = keys.get(name, place.entry.key)
+                places.append(place)
+        for name in parameters:
+            places.append(self.bias_place(name, config) or self.place_parameter(name, keys.get(name, name), config))
+        return places
 
     def module(self, name: str) -> nn.Module:
         return self.named[name]
@@ -341,6 +347,19 @@ class Runtime:
         place = self.place(site, owner, "bare", config)
         place.entry.key = key
         return place
+
+    def bias_place(self, name: str, config: Method) -> Place | None:
+        """A layer's bias is adapted at the layer, where it stacks with what other adapters do to the output."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.module(owner_name)
+        if not layers.supported(owner):
+            return None
+        for place in self.module_places(owner_name, config):
+            site = place.site
+            if site.owner is owner and site.geometry.bias and site.kind.bias == leaf:
+                place.entry.key = owner_name
+                return place
+        return None
 
     def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
         places = []
@@ -423,6 +442,8 @@ class Runtime:
             elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
                 names = [p.site.name for p in mine if p.role == "main"]
                 config = config.replace(target_modules=short_names(names, self.root))
+        elif getattr(config, "target_modules", "") is None:
+            config = config.replace(target_modules=targets.default_targets(config.peft_name, targets.model_type(self.root)))
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
         kept = getattr(config, "modules_to_save", None)
@@ -708,7 +729,9 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
         groups = site.kind.widen(site, value)
         original = Original(stored, bias, None, groups=site.groups)
         parameter = site.owner._parameters[site.param]
-        if uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
+        if not any(changes_weight(link) for link in links):
+            pass  # what is stored stays as it is, tied, quantized or not
+        elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
             warnings.warn(
                 f"{site.name}: its weight is tied to another module's; merging gives this module a weight of its own "
                 "and leaves the other as it was",
@@ -729,6 +752,10 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
         site.original = original
 
 
+def changes_weight(link: Any) -> bool:
+    return link.delta is not None or link.left is not None or link.right is not None
+
+
 def changes_bias(link: Any) -> bool:
     return link.shift is not None or (link.left is not None and link.left.scales_bias)
 
@@ -739,7 +766,7 @@ def restore(site: Site) -> None:
     assert original is not None
     if original.parameter is not None:
         site.owner._parameters[site.param] = original.parameter
-    else:
+    elif original.token is not None:
         site.backend.restore(site.owner, site.param, original.token)
     if original.bias_token is not None:
         site.backend.restore(site.owner, site.kind.bias, original.bias_token)

@@ -56,7 +56,8 @@ class LNTuningConfig(Method):
                     "would be trained twice; name one of the two"
                 )
             for below, module in modules[name].named_modules(prefix=name):
-                key = f"{name}.{INSIDE}{below.removeprefix(name)}"
+                deeper = below.removeprefix(name)
+                key = f"{name}.{INSIDE}.default{deeper}" if deeper else f"{name}.{INSIDE}"  # as peft's keys come out
                 if isinstance(module, nn.MultiheadAttention):
                     raise ValueError(
                         f"LNTuningConfig: {below!r} is an nn.MultiheadAttention, which has no normalisation of its own; "

@@ -77,9 +77,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    return {
-        k: v.reshape(-1).view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items() if ":" not in k
-    }
+    return {k: v.reshape(-1).view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items() if ":" not in k}
 
 
 @pytest.mark.parametrize(("method", "layer"), [c for c in CELLS if METHODS[c[0]].identity])

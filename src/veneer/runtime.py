@@ -443,7 +443,9 @@ class Runtime:
                 names = [p.site.name for p in mine if p.role == "main"]
                 config = config.replace(target_modules=short_names(names, self.root))
         elif getattr(config, "target_modules", "") is None:
-            config = config.replace(target_modules=targets.default_targets(config.peft_name, targets.model_type(self.root)))
+            config = config.replace(
+                target_modules=targets.default_targets(config.peft_name, targets.model_type(self.root))
+            )
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
         kept = getattr(config, "modules_to_save", None)

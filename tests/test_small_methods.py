@@ -177,3 +177,74 @@ def test_bad_input(name: str, config: str, options: dict[str, Any], message: str
 def test_norm_tuning_refuses_attention() -> None:
     with pytest.raises(ValueError, match="no normalisation of its own"):
         veneer.get_peft_model(nn.Sequential(Attention(8, 2)), veneer.LNTuningConfig(target_modules=["0"]))
+
+
+def pair(first: Any, second: Any, name: str = "bert") -> Any:
+    model = veneer.get_peft_model(MODELS[name].make(), first, "a")
+    model.add_adapter("b", second)
+    scramble(model)
+    return model.eval()
+
+
+def test_a_weighted_adapter_lives_like_any_other(tmp_path: Path) -> None:
+    model = pair(veneer.IA3Config(task_type="SEQ_CLS"), veneer.IA3Config())
+    model.add_weighted_adapter(["a", "b"], [0.25, 0.75], "mean")
+    model.set_adapter("mean")
+    y = says(model, "bert")
+    # Its full copy of the head is the one that "a" brings.
+    heads = [dict(codec.named_tensors(model, n))["base_model.model.classifier.weight"] for n in ("a", "mean")]
+    assert torch.equal(*heads) and heads[0] is not heads[1]
+    scramble(model)  # what becomes of the others does not change it
+    model.delete_adapter("b")
+    model.set_adapter("mean")
+    assert torch.equal(says(model, "bert"), y)
+    model.save_pretrained(tmp_path, selected_adapters=["mean"])
+    again = veneer.PeftModel.from_pretrained(MODELS["bert"].make(), tmp_path / "mean")
+    assert torch.equal(says(again, "bert"), y)
+    model.merge_adapter()
+    assert torch.allclose(says(model, "bert"), y, atol=1e-5)
+
+
+def test_weighting_one_adapter_by_one_is_that_adapter() -> None:
+    model = pair(veneer.IA3Config(), veneer.IA3Config(init_ia3_weights=False))
+    model.set_adapter("b")
+    y = says(model, "bert")
+    model.add_weighted_adapter(["a", "b"], [0.0, 1.0], "only")
+    model.set_adapter("only")
+    assert torch.equal(says(model, "bert"), y)
+
+
+INNER = {"target_modules": ["output.dense"], "feedforward_modules": ["output.dense"]}
+OUTER = {"target_modules": ["output.dense"], "feedforward_modules": []}
+CANNOT: list[Any] = [
+    (("a", "c"), (1, 1), "s", "IA3Config", {}, "IA3Config", {}, "no adapter is named 'c'"),
+    (("a", "b"), (1, 1), "a", "IA3Config", {}, "IA3Config", {}, "exists already"),
+    (("a", "b"), (1,), "s", "IA3Config", {}, "IA3Config", {}, "2 adapters and 1 weights"),
+    ((), (), "s", "IA3Config", {}, "IA3Config", {}, "0 adapters"),
+    (("a", "b"), (1, 1), "s", "IA3Config", {}, "LoraConfig", {}, "'a' is IA3, 'b' is LORA"),
+    (("a", "b"), (1, 1), "s", "BitFitConfig", {}, "BitFitConfig", {}, "BITFIT: there is no weighted combination"),
+    (("a", "b"), (1, 1), "s", "IA3Config", INNER, "IA3Config", OUTER, "their vectors cannot be added"),
+    (("a", "b"), (1, 1), "s", "IA3Config", {}, "IA3Config", {"target_modules": ".*key"}, "a regular expression for some"),
+    (("a", "b"), (1, 1), "s", "IA3Config", {}, "IA3Config", {"exclude_modules": ["key"]}, "exclude_modules is the same"),
+    (("a", "b"), (1, 1), "s", "IA3Config", {"modules_to_save": ["pooler"]}, "IA3Config", {"modules_to_save": ["pooler"]},
+     "each bring a full copy of 'bert.pooler'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("adapters", "weights", "name", "first", "one", "second", "other", "message"), CANNOT)
+def test_what_cannot_be_weighted(
+    adapters: Any, weights: Any, name: str, first: str, one: Any, second: str, other: Any, message: str
+) -> None:
+    model = pair(getattr(veneer, first)(**one), getattr(veneer, second)(**other))
+    before, y = [n for n, _ in model.named_parameters()], says(model, "bert")
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(adapters, weights, name)
+    assert [n for n, _ in model.named_parameters()] == before and torch.equal(says(model, "bert"), y)
+    assert set(model.peft_config) == {"a", "b"}
+
+
+def test_feedforward_modules_that_are_no_targets() -> None:
+    with pytest.raises(ValueError, match=r"names \['output.dense'\], which are not in target_modules=\['key'\]"):
+        veneer.get_peft_model(
+            MODELS["bert"].make(), veneer.IA3Config(target_modules=["key"], feedforward_modules=["output.dense"])
+        )

@@ -637,6 +637,49 @@ class Runtime:
                 restore(site)
         self.router.set(merged=())
 
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, **options: Any) -> None:
+        """Add an adapter that is a weighted combination of others. It is frozen, and not active.
+
+        Args:
+            adapters: those to combine, all of one method. Where some are not, the others count alone.
+            weights: one number for each of them.
+            name: the new adapter's.
+            **options: what the method's `combine` takes further.
+
+        Raises:
+            ValueError: unknown or taken names, as many weights as there are not adapters, different methods, a method
+                that has no combination, configs that do not go together, full copies of one module in several.
+        """
+        check_name(name, self.configs)
+        configs = [self.known(a) for a in adapters]
+        if not configs or len(configs) != len(weights):
+            raise ValueError(
+                f"{len(configs)} adapters and {len(weights)} weights; give one or more adapters, and a weight for each"
+            )
+        if len({type(c) for c in configs}) > 1:
+            kinds = ", ".join(f"{a!r} is {c.peft_name}" for a, c in zip(adapters, configs, strict=True))
+            raise ValueError(f"only adapters of one method can be combined ({kinds}); stack them with set_adapter")
+        tensors: dict[str, Tensor] = {}
+        for site in self.sites.values():
+            there = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in site.entries]
+            if not there:
+                continue
+            entry = site.entries[there[0][0]]
+            if site.kind.whole:
+                if len({a for a, _ in there}) > 1:
+                    raise ValueError(
+                        f"adapters {[a for a, _ in there]} each bring a full copy of {site.key!r} (modules_to_save), and "
+                        "copies cannot be combined; combine adapters of which only one does"
+                    )
+                copied = self.layers[site.name]._modules[copy_name(there[0][0])]
+                tensors |= {f"{PREFIX}{entry.key}.{k}": v for k, v in copied.state_dict().items()}  # type: ignore[union-attr]
+                continue
+            with torch.no_grad():
+                parts = [site.tensors(a) for a, _ in there]
+                made = entry.method.combine(parts, [w for _, w in there], site, **options)
+            tensors |= {file_key(PREFIX, entry, k): v for k, v in made.items()}
+        self.attach(name, configs[0].combined(configs[1:]), tensors=tensors, trainable=False)
+
     def delete(self, adapter: str) -> None:
         """Remove an adapter; layers without any are given back as they were."""
         self.known(adapter)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.full_copy import BitFitConfig as BitFitConfig
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
     from .methods.ia3 import IA3Config as IA3Config

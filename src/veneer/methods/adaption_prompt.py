@@ -120,7 +120,8 @@ class AdaptionPromptConfig(Method):
         if not packed:  # GPT-2's have none, as in peft
             out = attention.o_proj
             added = out(added) if out.bias is None else out(added) - out(torch.zeros_like(added[:1, :1]))
-        return y + added
+        result: Tensor = y + added
+        return result
 
 
 def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

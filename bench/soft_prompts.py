@@ -145,6 +145,6 @@ def soft_prompt_generation(quick: bool) -> list[Figure]:
         note = f"{steps} tokens after 64, {P} virtual, {sizes['num_hidden_layers']} layers{agrees}"
         found.append(
             ratio(f"{kind}: a new token / base with the same cache", times["veneer"], times["base"], bar=1.03,
-                  reference=theirs, note=note)
+                  reference=reference, note=note)
         )  # fmt: skip
     return found

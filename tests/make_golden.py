@@ -23,6 +23,8 @@ CASES = {
     "vera": peft.VeraConfig(r=3, target_modules=["q_proj", "v_proj"]),
     "tokens": peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5]),
     "copy": peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    "ln_tuning": peft.LNTuningConfig(),
+    "adaption_prompt": peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
 }
 
 

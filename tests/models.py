@@ -20,6 +20,10 @@ WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder
 WHISPER |= {"max_source_positions": 10, "max_target_positions": 16, "decoder_start_token_id": 1}
 WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 32}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+BART |= {"dropout": 0.0, "decoder_start_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+
 IDS = (torch.arange(24).reshape(2, 12) * 7 + 3) % 60 + 3  # (2, 12), no special tokens
 
 
@@ -73,6 +77,10 @@ MODELS: dict[str, Architecture] = {
     "bert": Architecture(
         auto("SequenceClassification", "BertConfig", **SIZES, intermediate_size=48, hidden_dropout_prob=0.0,
              attention_probs_dropout_prob=0.0), labelled),
+    "roberta": Architecture(
+        auto("SequenceClassification", "RobertaConfig", **SIZES, intermediate_size=48, max_position_embeddings=40,
+             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), labelled),
+    "bart": Architecture(auto("Seq2SeqLM", "BartConfig", **BART), text),
     "t5": Architecture(auto("Seq2SeqLM", "T5Config", **T5), text),
     "mt5": Architecture(auto("Seq2SeqLM", "MT5Config", **T5), text),
     "opt": Architecture(

@@ -77,13 +77,29 @@ class Row:
     identity: bool = True  # a fresh adapter changes nothing
     not_for: set[str] = field(default_factory=set)  # layer tags with a clear refusal, or no field to name them by
     refused: str = ""  # what the refusal says
+    norms: bool = False  # it is for normalisation layers too
 
 
 def ids() -> Tensor:
     return torch.randint(0, 12, (3, 5))
 
 
+class ShiftedRMSNorm(nn.Module):
+    """A norm of no class that torch knows, which adds one to its scale, as Gemma's does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
 LAYERS: dict[str, Layer] = {
+    "layer_norm": Layer(lambda: nn.LayerNorm(8), lambda: torch.randn(2, 3, 8), tags={"norm"}),
+    "rms_norm": Layer(lambda: ShiftedRMSNorm(8), lambda: torch.randn(2, 3, 8), tags={"norm", "no_bias"}),
+    "group_norm": Layer(lambda: nn.GroupNorm(2, 8), lambda: torch.randn(2, 8, 4), tags={"norm"}),
+    "batch_norm": Layer(lambda: nn.BatchNorm1d(8), lambda: torch.randn(2, 8, 4), tags={"norm"}),
     "linear": Layer(lambda: nn.Linear(8, 12), lambda: torch.randn(2, 3, 8)),
     "linear_no_bias": Layer(lambda: nn.Linear(8, 12, bias=False), lambda: torch.randn(2, 8), tags={"no_bias"}),
     "conv1d_gpt2": Layer(lambda: Conv1D(12, 8), lambda: torch.randn(2, 3, 8)),
@@ -116,8 +132,19 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def row(config: str, *, identity: bool = True, not_for: str = "", refused: str = "", **options: Any) -> Row:
-    return Row(lambda **names: getattr(veneer, config)(**options, **names), identity, set(not_for.split()), refused)
+def row(
+    config: str,
+    *,
+    identity: bool = True,
+    not_for: str = "",
+    refused: str = "",
+    norms: bool = False,
+    **options: Any,
+) -> Row:
+    def make(**names: Any) -> Any:
+        return getattr(veneer, config)(**options, **names)
+
+    return Row(make, identity, set(not_for.split()), refused, norms)
 
 
 # "parameter": methods whose config has no target_parameters, as in peft.
@@ -154,6 +181,8 @@ METHODS: dict[str, Row] = {
     "oft_blocks": row("OFTConfig", r=2, oft_block_size=0, not_for="parameter"),
     "oft_constrained": row("OFTConfig", oft_block_size=4, coft=True, eps=1e-2, not_for="parameter"),
     "vera": row("VeraConfig", r=5, not_for="parameter"),
-    "modules_to_save": row("LoraConfig", r=2, modules_to_save=[NAME], not_for="bare_name"),
+    "ln_tuning": row("LNTuningConfig", not_for="bare", norms=True),  # bare: attention, which it refuses
+    "bitfit": row("BitFitConfig", not_for="parameter no_bias lookup", norms=True),
+    "modules_to_save": row("LoraConfig", r=2, modules_to_save=[NAME], not_for="bare_name", norms=True),
     "tokens": row("TrainableTokensConfig", token_indices=[1, 4, 7], not_for="not_lookup"),
 }

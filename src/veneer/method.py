@@ -18,9 +18,10 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from .operators import Operator
+from .layers import supported
+from .operators import Dense, Operator
 from .site import Site
-from .targets import default_feedforward, matches, model_type, pattern_value, suggest
+from .targets import default_feedforward, matches, model_type, pattern_value, resolve, suggest
 
 Tensors = Mapping[str, Tensor]
 HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
@@ -273,12 +274,34 @@ class Method:
         """What is written to the file where that is not what is trained, under the keys of `names`."""
         return None
 
+    def combine(self, parts: Sequence[Tensors], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
+        """The tensors at `site` of a weighted combination of adapters, those of `parts`, which are at this site.
+
+        Further arguments are what the method lets a caller choose.
+        """
+        raise ValueError(
+            f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
+            'set_adapter(["a", "b"]) instead'
+        )
+
+    def combined(self, others: Sequence[Method]) -> Method:
+        """The config of a weighted combination of an adapter with this one and adapters with `others`."""
+        changes: dict[str, Any] = {"target_modules": self.union("target_modules", others)}
+        self.same("exclude_modules", others)
+        if copied := [m for c in (self, *others) for m in getattr(c, "modules_to_save", None) or ()]:
+            changes["modules_to_save"] = list(dict.fromkeys(copied))
+        return self.replace(**changes)  # type: ignore[no-any-return]
+
     def file_names(self, site: Site) -> Mapping[str, str]:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
         return self.names
 
     def sites_of(self, model: nn.Module) -> Collection[str] | None:
-        """Names of the places to adapt when the method finds them itself, else None for `target_modules`."""
+        """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
+
+        A mapping gives each name its key in the file, where that is not the name. A layer's bias is adapted at the
+        layer, by `shift`; every other parameter is a site of its own, with `delta`.
+        """
         return None
 
     def companions(self, model: nn.Module) -> list[Method]:
@@ -324,6 +347,36 @@ class Method:
         if own is None or "bias" not in p:
             return None
         return p["bias"] - own.to(device=p["bias"].device, dtype=p["bias"].dtype)
+
+    def union(self, field: str, others: Sequence[Method]) -> set[str] | str:
+        """What a field means for several configs together: names, or one regular expression for all of them."""
+        values = [getattr(c, field) for c in (self, *others)]
+        if all(isinstance(v, str) for v in values):
+            return "|".join(f"({v})" for v in dict.fromkeys(values)) if len(set(values)) > 1 else str(values[0])
+        if all(isinstance(v, (set, list)) for v in values):
+            return set().union(*values)
+        raise ValueError(
+            f"{field} is a regular expression for some of these adapters and a list for others ({values!r}); adapters "
+            "can be combined where it is the same for all"
+        )
+
+    def same(self, field: str, others: Sequence[Method]) -> None:
+        """Raise ValueError if a field is not the same for all of several configs."""
+        for other in others:
+            if getattr(self, field, None) != getattr(other, field, None):
+                raise ValueError(
+                    f"adapters can be combined where {field} is the same for all; here it is {getattr(self, field)!r} "
+                    f"and {getattr(other, field)!r}"
+                )
+
+    def init_copy(self, site: Site) -> Tensor:
+        """A trained copy of the site's weight, in the layer's own layout."""
+        stored = site.stored()
+        return site.computed(tuple(stored.shape), lambda: stored)
+
+    def copy_delta(self, copied: Tensor, site: Site) -> Operator:
+        """The change (out, in) that a trained copy of the weight makes."""
+        return Dense(site.matrix(copied) - site.weight().to(device=copied.device, dtype=copied.dtype))
 
     def at(self, name: str) -> Method:
         """Return the config as it holds at the module `name`, after its `*_pattern` fields."""
@@ -433,5 +486,5 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 __all__ = [
     "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "read_tensors", "registry", "suggest", "whole",
+    "positive", "probability", "read_tensors", "registry", "resolve", "suggest", "supported", "whole",
 ]  # fmt: skip

@@ -234,6 +234,22 @@ class PeftModel(nn.Module):
         """Remove an adapter and its tensors."""
         self.runtime.delete(adapter_name)
 
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any
+    ) -> None:
+        """Add an adapter that is a weighted combination of others of the same method. It is frozen, and not active.
+
+        Args:
+            adapters: names of those to combine.
+            weights: one number for each.
+            adapter_name: name of the new one.
+            **options: what the method lets you choose further.
+
+        Raises:
+            ValueError: a method without weighted combinations, adapters that do not go together, bad names.
+        """
+        self.runtime.combine(adapters, weights, adapter_name, **options)
+
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],

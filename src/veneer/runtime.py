@@ -304,9 +304,15 @@ class Runtime:
         parameters = [n for n in parameters if not n.startswith(inside)]
         mine = {id(p.site.owner) for p in taken if p.role != "opaque"}
         parameters = [n for n in parameters if id(self.module(n.rpartition(".")[0])) not in mine]
-        modules = [p for n in named if n not in parameters and not self.is_parameter(n)
-                   for p in self.module_places(n, config)]  # fmt: skip
-        return modules + [self.place_parameter(n, n, config) for n in parameters]
+        keys = named if isinstance(named, Mapping) else {}
+        places = []
+        for name in (n for n in named if not self.is_parameter(n)):
+            for place in self.module_places(name, config):
+                place.entry.key = keys.get(name, place.entry.key)
+                places.append(place)
+        for name in parameters:
+            places.append(self.bias_place(name, config) or self.place_parameter(name, keys.get(name, name), config))
+        return places
 
     def module(self, name: str) -> nn.Module:
         return self.named[name]
@@ -349,6 +355,19 @@ class Runtime:
         place = self.place(site, owner, "bare", config)
         place.entry.key = key
         return place
+
+    def bias_place(self, name: str, config: Method) -> Place | None:
+        """A layer's bias is adapted at the layer, where it stacks with what other adapters do to the output."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.module(owner_name)
+        if not layers.supported(owner):
+            return None
+        for place in self.module_places(owner_name, config):
+            site = place.site
+            if site.owner is owner and site.geometry.bias and site.kind.bias == leaf:
+                place.entry.key = owner_name
+                return place
+        return None
 
     def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
         places = []
@@ -456,6 +475,10 @@ class Runtime:
             elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
                 names = [p.site.name for p in mine if p.role == "main"]
                 config = config.replace(target_modules=short_names(names, self.root))
+        elif getattr(config, "target_modules", "") is None:
+            config = config.replace(
+                target_modules=targets.default_targets(config.peft_name, targets.model_type(self.root))
+            )
         if hasattr(config, "fan_in_fan_out"):
             config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
         kept = getattr(config, "modules_to_save", None)
@@ -679,6 +702,49 @@ class Runtime:
                 restore(site)
         self.router.set(merged=())
 
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], name: str, **options: Any) -> None:
+        """Add an adapter that is a weighted combination of others. It is frozen, and not active.
+
+        Args:
+            adapters: those to combine, all of one method. Where some are not, the others count alone.
+            weights: one number for each of them.
+            name: the new adapter's.
+            **options: what the method's `combine` takes further.
+
+        Raises:
+            ValueError: unknown or taken names, as many weights as there are not adapters, different methods, a method
+                that has no combination, configs that do not go together, full copies of one module in several.
+        """
+        check_name(name, self.configs)
+        configs = [self.known(a) for a in adapters]
+        if not configs or len(configs) != len(weights):
+            raise ValueError(
+                f"{len(configs)} adapters and {len(weights)} weights; give one or more adapters, and a weight for each"
+            )
+        if len({type(c) for c in configs}) > 1:
+            kinds = ", ".join(f"{a!r} is {c.peft_name}" for a, c in zip(adapters, configs, strict=True))
+            raise ValueError(f"only adapters of one method can be combined ({kinds}); stack them with set_adapter")
+        tensors: dict[str, Tensor] = {}
+        for site in self.sites.values():
+            there = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in site.entries]
+            if not there:
+                continue
+            entry = site.entries[there[0][0]]
+            if site.kind.whole:
+                if len({a for a, _ in there}) > 1:
+                    raise ValueError(
+                        f"adapters {[a for a, _ in there]} each bring a full copy of {site.key!r} (modules_to_save), and "
+                        "copies cannot be combined; combine adapters of which only one does"
+                    )
+                copied = self.layers[site.name]._modules[copy_name(there[0][0])]
+                tensors |= {f"{PREFIX}{entry.key}.{k}": v for k, v in copied.state_dict().items()}  # type: ignore[union-attr]
+                continue
+            with torch.no_grad():
+                parts = [site.tensors(a) for a, _ in there]
+                made = entry.method.combine(parts, [w for _, w in there], site, **options)
+            tensors |= {file_key(PREFIX, entry, k): v for k, v in made.items()}
+        self.attach(name, configs[0].combined(configs[1:]), tensors=tensors, trainable=False)
+
     def delete(self, adapter: str) -> None:
         """Remove an adapter; layers without any are given back as they were."""
         self.known(adapter)
@@ -778,7 +844,9 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
         groups = site.kind.widen(site, value)
         original = Original(stored, bias, None, groups=site.groups)
         parameter = site.owner._parameters[site.param]
-        if uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
+        if not any(changes_weight(link) for link in links):
+            pass  # what is stored stays as it is, tied, quantized or not
+        elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
             warnings.warn(
                 f"{site.name}: its weight is tied to another module's; merging gives this module a weight of its own "
                 "and leaves the other as it was",
@@ -799,6 +867,10 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
         site.original = original
 
 
+def changes_weight(link: Any) -> bool:
+    return link.delta is not None or link.left is not None or link.right is not None
+
+
 def changes_bias(link: Any) -> bool:
     return link.shift is not None or (link.left is not None and link.left.scales_bias)
 
@@ -809,7 +881,7 @@ def restore(site: Site) -> None:
     assert original is not None
     if original.parameter is not None:
         site.owner._parameters[site.param] = original.parameter
-    else:
+    elif original.token is not None:
         site.backend.restore(site.owner, site.param, original.token)
     if original.bias_token is not None:
         site.backend.restore(site.owner, site.kind.bias, original.bias_token)

@@ -153,6 +153,10 @@ class Site:
         stored: Tensor = self.backend.read(self.owner, self.param)
         return stored
 
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A tensor in the layer's own layout as a matrix, as `weight()` is of `stored()`."""
+        return self.kind.canonical(self, stored)
+
     def current_weight(self) -> Tensor:
         """The layer's weight as a matrix, with whatever is merged into it."""
         return self.kind.canonical(self, self.backend.read(self.owner, self.param))

@@ -39,7 +39,12 @@ class Targets:
 
 
 def resolve(
-    model: nn.Module, config: Any, *, supported: Callable[[nn.Module], bool], skip: Collection[str] = frozenset()
+    model: nn.Module,
+    config: Any,
+    *,
+    supported: Callable[[nn.Module], bool],
+    skip: Collection[str] = frozenset(),
+    allowed: str = KINDS,
 ) -> Targets:
     """Find the modules and parameters that `config` names in `model`.
 
@@ -53,6 +58,7 @@ def resolve(
         supported: whether a module can be adapted. A named module that cannot is an error; "all-linear" passes
             over it.
         skip: names of modules to leave out, with everything below them.
+        allowed: what `supported` takes, for messages.
 
     Raises:
         ValueError: nothing matches, or exclusion removes all that matches; a match cannot be adapted; a bad regular
@@ -97,7 +103,7 @@ def resolve(
         if not supported(modules[name]):
             raise ValueError(
                 f"{said} matches {name!r}, a {type(modules[name]).__name__}, which cannot be adapted; allowed are "
-                f"{KINDS}: name the layers inside it, exclude it with exclude_modules, or train it whole with "
+                f"{allowed}: name the layers inside it, exclude it with exclude_modules, or train it whole with "
                 "modules_to_save"
             )
     return Targets(kept, parameters, source)

@@ -35,6 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {  # every field at another value than its 
                   "init_weights": False},
     "VeraConfig": {"r": 9, "projection_prng_key": 4, "save_projection": False, "vera_dropout": 0.1, "d_initial": 0.3,
                    "bias": "vera_only", "init_weights": False},
+    "LNTuningConfig": {"target_modules": ["norm"], "exclude_modules": "x", "modules_to_save": ["h"]},
+    "AdaptionPromptConfig": {"target_modules": "attn", "adapter_len": 4, "adapter_layers": 2},
     "TrainableTokensConfig": {"token_indices": [2, 1], "target_modules": ["e"], "init_weights": False},
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ class Backend(ABC):
 
     @abstractmethod
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        """Store `value` as the weight and return a token with which `restore` brings back the exact bits."""
+        """Store `value` as the weight and return a token, not None, with which `restore` brings back the exact bits."""
 
     @abstractmethod
     def restore(self, owner: nn.Module, param: str, token: object) -> None:

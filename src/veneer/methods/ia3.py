@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,14 @@ class IA3Config(Method):
     names = {"l": "ia3_l"}
 
     def prepare(self, model: nn.Module) -> Method:
-        if self.feedforward_modules is not None:
+        targets, inner = self.target_modules, self.feedforward_modules
+        if inner is not None:
+            lost = sorted(inner - targets) if isinstance(inner, set) and isinstance(targets, set) else []
+            if lost and not self.from_file:
+                raise ValueError(
+                    f"IA3Config: feedforward_modules names {lost}, which are not in target_modules={sorted(targets)!r}; "
+                    "it says which of the targets are rescaled at their input"
+                )
             return self
         found = default_feedforward(model_type(model))
         if found is None:
@@ -48,11 +56,35 @@ class IA3Config(Method):
                 f"IA3Config(feedforward_modules=None): there is no default for model type {model_type(model)!r}; name the "
                 "targets whose input is rescaled, or [] to rescale outputs only"
             )
-        changed: Method = self.replace(feedforward_modules=set(found))
+        chosen = set(found)
+        if isinstance(targets, set) and not any(d.endswith(t) for d in chosen - targets for t in targets):
+            chosen = {
+                t for t in targets if t.endswith(tuple(chosen))
+            }  # peft reads no more than a subset of the targets
+        changed: Method = self.replace(feedforward_modules=chosen)
         return changed
 
     def on_input(self, site: Site) -> bool:
-        return matches(site.name, self.feedforward_modules)
+        inner = self.feedforward_modules
+        if isinstance(inner, str):
+            return matches(site.name, inner)
+        return site.name.endswith(tuple(inner))  # by the letters, as peft: "o" means "wo" too
+
+    def combined(self, others: Sequence[Method]) -> Method:
+        inner = self.union("feedforward_modules", others)
+        return super().combined(others).replace(feedforward_modules=inner)  # type: ignore[no-any-return]
+
+    def combine(self, parts: Sequence[Tensors], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
+        """The weighted sum of the vectors, l = w_1 l_1 + w_2 l_2 + ...; an adapter that is not here counts for nothing."""
+        if len({p["l"].shape for p in parts}) > 1:
+            raise ValueError(
+                f"{site.name}: some of these adapters rescale its input and others its output, so their vectors cannot "
+                "be added; combine adapters with the same feedforward_modules"
+            )
+        total = parts[0]["l"] * weights[0]
+        for p, weight in zip(parts[1:], weights[1:], strict=True):
+            total = total + p["l"] * weight
+        return {"l": total}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         n = site.fan_in if self.on_input(site) else site.fan_out

@@ -1,0 +1,91 @@
+"""LN tuning: the scales and offsets of a model's normalisation layers, trained as copies.
+
+References:
+    Zhao et al. 2023, arxiv.org/abs/2312.11420
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..method import Method, Site, Tensors, method, resolve, supported
+from ..operators import Operator
+
+INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
+
+
+@method("LN_TUNING")
+@dataclass
+class LNTuningConfig(Method):
+    """LN tuning. Zhao et al. 2023, arxiv.org/abs/2312.11420, section 3:  y = g' * norm(x) + b', g' and b' trained
+
+    Any normalisation, whatever its class; and, as in peft, any other module, of which every parameter is then trained.
+
+    Args:
+        target_modules: names (suffixes) or a regular expression; None for the norms of the architecture.
+        exclude_modules: names or a regular expression to leave out.
+        modules_to_save: modules trained as full copies and saved with the adapter.
+    """
+
+    target_modules: Any = None
+    exclude_modules: Any = None
+    modules_to_save: list[str] | None = None
+
+    names = {"weight": "weight", "bias": "bias"}
+
+    def check(self) -> None:
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            raise ValueError(
+                'LNTuningConfig(target_modules="all-linear"): this would train every linear layer in full; name '
+                "normalisation layers, or use LoraConfig for the linear ones"
+            )
+
+    def sites_of(self, model: nn.Module) -> Mapping[str, str]:
+        """Site -> its key in the file: layers with an input and output of their own, else single parameters."""
+        modules = dict(model.named_modules())
+        chosen = resolve(model, self, supported=holds_floats, allowed="modules with floating-point parameters").modules
+        found: dict[str, str] = {}
+        for name in chosen:
+            if outer := next((o for o in chosen if name.startswith(f"{o}.")), None):
+                raise ValueError(
+                    f"LNTuningConfig: {name!r} is inside {outer!r}, which target_modules names too, so its parameters "
+                    "would be trained twice; name one of the two"
+                )
+            for below, module in modules[name].named_modules(prefix=name):
+                deeper = below.removeprefix(name)
+                key = f"{name}.{INSIDE}.default{deeper}" if deeper else f"{name}.{INSIDE}"  # as peft's keys come out
+                if isinstance(module, nn.MultiheadAttention):
+                    raise ValueError(
+                        f"LNTuningConfig: {below!r} is an nn.MultiheadAttention, which has no normalisation of its own; "
+                        "name the norms beside it, or train it whole with modules_to_save"
+                    )
+                if supported(module):
+                    found[below] = key
+                else:
+                    own = [n for n, p in module._parameters.items() if p is not None and ":" not in n]
+                    found |= {f"{below}.{n}": f"{key}.{n}" for n in own}
+        return found
+
+    def file_names(self, site: Site) -> Mapping[str, str]:
+        return {"weight": ""} if site.kind.by_parameter else self.names
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        own = site.bias
+        bias = {} if own is None else {"bias": site.computed(tuple(own.shape), lambda: own)}
+        return {"weight": self.init_copy(site), **bias}
+
+    def delta(self, p: Tensors, site: Site) -> Operator:
+        return self.copy_delta(p["weight"], site)
+
+    def shift(self, p: Tensors, site: Site) -> Tensor | None:
+        return self.bias_shift(p, site)
+
+
+def holds_floats(module: nn.Module) -> bool:
+    """Whether a module has parameters, all of them floating-point."""
+    own = [p for n, p in module.named_parameters() if ":" not in n]
+    return bool(own) and all(p.is_floating_point() for p in own)

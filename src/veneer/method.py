@@ -180,6 +180,7 @@ class Method:
     internal: ClassVar[bool] = False
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
+    recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     from_file = False  # the config came from a file; set by the codec
 

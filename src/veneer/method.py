@@ -171,6 +171,7 @@ class Method:
     inference_mode: bool = False
 
     peft_name: ClassVar[str] = ""
+    recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
     names: ClassVar[Mapping[str, str]] = {}  # tensor -> its name in the file, below the module's path
     shared_names: ClassVar[Mapping[str, str]] = {}  # the same for state shared between sites
     frozen: ClassVar[frozenset[str]] = frozenset()  # tensors that are neither trained nor saved
@@ -180,7 +181,6 @@ class Method:
     internal: ClassVar[bool] = False
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
-    recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     from_file = False  # the config came from a file; set by the codec
 

@@ -35,7 +35,7 @@ class Architecture:
 def auto(kind: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         torch.manual_seed(0)
-        model = getattr(t, f"AutoModelFor{kind}").from_config(
+        model = getattr(t, f"AutoModelFor{kind}" if kind else "AutoModel").from_config(
             getattr(t, config)(**options), attn_implementation="eager"
         )
         return model.eval()

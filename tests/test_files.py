@@ -36,7 +36,7 @@ def test_several_adapters_go_into_folders_of_their_names(tmp_path: Path) -> None
     model.add_adapter("b", veneer.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "b",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "adapters.json", "b",
     ]  # fmt: skip
     assert veneer.PeftConfig.from_pretrained(tmp_path, subfolder="b").peft_type == "IA3"
     other = veneer.PeftModel.from_pretrained(llama(), tmp_path, subfolder="b", adapter_name="mine")

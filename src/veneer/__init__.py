@@ -15,11 +15,16 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .methods.cpt import CPTConfig as CPTConfig
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.loha import LoHaConfig as LoHaConfig
     from .methods.lora import LoraConfig as LoraConfig
+    from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from .methods.oft import OFTConfig as OFTConfig
+    from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.vera import VeraConfig as VeraConfig
     from .model import AutoPeftModel as AutoPeftModel
     from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,8 @@ from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runt
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
+TRAINING_NAME = "adapter_training.safetensors"  # in checkpoints
+SET_NAME = "adapters.json"  # which adapters a folder holds, where they are several
 PEFT_VERSION = "0.21.2"  # the layout written here
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
@@ -138,12 +140,23 @@ def load_weights(
     Raises:
         ValueError: there is no weights file, or it is damaged.
     """
-    path = find_file(where, WEIGHTS_NAME, subfolder, **hub)
-    if path is not None:
-        return read_safetensors(path, device)
-    path = find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
+    path = find_file(where, WEIGHTS_NAME, subfolder, **hub) or find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(where)!r} holds neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
+    return read_tensors(path, device)
+
+
+def read_tensors(path: str | os.PathLike[str], device: str | None = None) -> dict[str, Tensor]:
+    """Read a file of tensors: safetensors, or a pickle of plain tensors.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, device)
     try:
         found = torch.load(path, map_location=device or "cpu", weights_only=True)
     except Exception as error:
@@ -245,6 +258,36 @@ def save_adapter(
     card = Path(folder) / "README.md"
     if not card.exists():
         write_atomic(card, partial(write_text, text=model_card(config)))
+
+
+def save_set(names: Sequence[str], active: Sequence[str], folder: str | os.PathLike[str]) -> None:
+    """Write `adapters.json`: the adapters that a folder holds, and those that were active, in order."""
+    text = json.dumps({"adapters": list(names), "active": list(active)}, indent=2) + "\n"
+    write_atomic(folder_to_write(folder) / SET_NAME, partial(write_text, text=text))
+
+
+def load_set(where: str | os.PathLike[str], **hub: Any) -> tuple[list[str], list[str]]:
+    """The adapters of a folder, and those to make active.
+
+    Raises:
+        ValueError: no such file, or no list of names in it.
+    """
+    path = find_file(where, SET_NAME, **hub)
+    if path is None:
+        raise ValueError(
+            f"{os.fspath(where)!r} holds no {SET_NAME}, which save_pretrained writes for several adapters; leave "
+            "adapters=... out to load one, and add others with load_adapter"
+        )
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        names, active = list(found["adapters"]), list(found["active"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of adapters ({error}); save the model again") from error
+    if not all(isinstance(n, str) and n and not set(n) & set("/\\.:") for n in [*names, *active]):
+        raise ValueError(
+            f"{path}: names of adapters must be non-empty and without '/', '\\', '.' and ':'; it has {names}"
+        )
+    return names, active
 
 
 def model_card(config: Method) -> str:
@@ -384,7 +427,12 @@ def set_peft_model_state_dict(
         AdapterLoadError: keys are missing, unexpected or of another shape. Nothing was changed.
     """
     runtime = attached(model)
-    bare = not any(k.startswith("base_model.") for k in peft_model_state_dict)
+    if runtime.computes_its_file(adapter_name):
+        raise ValueError(
+            f"adapter {adapter_name!r}: its file holds what its network computes, which cannot be turned back into the "
+            "network; load it as an adapter of its own with load_adapter(folder, name)"
+        )
+    bare = not any(k.startswith("base_model.") for k in peft_model_state_dict)  # without peft's prefix
     loader = Loader(peft_model_state_dict)
     pairs = []
     for key, own in runtime.named_tensors(adapter_name, "" if bare else PREFIX):
@@ -405,6 +453,36 @@ def set_peft_model_state_dict(
         for own, value in pairs:
             own.copy_(value)
     return report
+
+
+def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
+    """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
+    from safetensors.torch import save
+
+    state = {
+        k: gathered(t.detach()).cpu().contiguous().clone() for k, t in attached(model).training_state(adapter).items()
+    }
+    write_atomic(folder_to_write(folder) / TRAINING_NAME, lambda p: write_bytes(p, save(state)))
+
+
+def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
+    """Copy what `save_training_state` wrote into an attached adapter, in place.
+
+    Raises:
+        AdapterLoadError: it was written for another adapter. Nothing was changed.
+        ValueError: there is no such file, or it is damaged.
+    """
+    state = attached(model).training_state(adapter)
+    loader = Loader(read_tensors(Path(folder) / TRAINING_NAME))
+    pairs = [(own, loader.take(key, own.shape)) for key, own in state.items()]
+    loader.report.unexpected = sorted(loader.left)
+    if not loader.report.clean:
+        raise AdapterLoadError(
+            f"{folder}: does not fit adapter {adapter!r}:\n  {loader.report.describe()}", loader.report
+        )
+    with torch.no_grad():
+        for own, value in pairs:
+            own.copy_(value)  # type: ignore[arg-type]
 
 
 def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from .site import Site
 from .targets import default_feedforward, matches, model_type, pattern_value, suggest
 
 Tensors = Mapping[str, Tensor]
-HOOKS = ("delta", "left", "right", "shift", "post")  # what a method may say at a site
+HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
 
 
 class TaskType(StrEnum):
@@ -182,6 +182,10 @@ class Method:
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
+    enters: ClassVar[bool] = False  # its sites are the stacks into which virtual tokens go
+    file_prefix: ClassVar[str] = "base_model.model."  # what the names of modules begin with in the file
+    own_fields: ClassVar[frozenset[str]] = frozenset()  # fields that peft's config lacks; written where they are set
+    extra_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that `objective` takes
     from_file = False  # the config came from a file; set by the codec
 
     def __post_init__(self) -> None:
@@ -238,6 +242,37 @@ class Method:
         `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name.
         """
         return y
+
+    def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
+        """Embeddings of virtual tokens in front of a stack's input, (T, width), or (batch, T, width) by task."""
+
+    def prefix(self, p: Tensors, site: Site) -> Tensor | None:
+        """Keys and values of virtual positions in a stack's layers, (layers, 2, heads, P, head width)."""
+
+    def objective(self, logits: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The training loss, from logits (batch, T + tokens, vocabulary) and labels (batch, tokens)."""
+        raise NotImplementedError
+
+    def roles(self, there: Sequence[str]) -> Sequence[str]:
+        """The stacks that are its sites, of those that are there: "model", or "encoder" and "decoder".
+
+        `prompt` and `prefix` return None where no virtual tokens go (by `site.role`); a decoder that is a site still
+        sees those of its encoder.
+        """
+        return there
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens stand in front of a sequence."""
+        return 0
+
+    def loaded(self, site: Site) -> dict[str, Tensor]:
+        """The tensors of an adapter that comes from a file; those in `names` are taken from it."""
+        return self.init(site)
+
+    def exported(self, p: Tensors, site: Site) -> dict[str, Tensor] | None:
+        """What is written to the file where that is not what is trained, under the keys of `names`."""
+        return None
 
     def file_names(self, site: Site) -> Mapping[str, str]:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
@@ -316,7 +351,8 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values, sets sorted, as they are written to the file."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {n: _plain(v) for n, v in values.items() if n not in self.own_fields or v is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "config") -> Method:
@@ -360,6 +396,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """Read a file of tensors, safetensors or plain pickled ones; see `codec.read_tensors`."""
+    from .codec import read_tensors
+
+    return read_tensors(path)
+
+
 def positive(config: Method, **values: float) -> None:
     """Raise ValueError naming the first of `values` that is not above zero."""
     for name, value in values.items():
@@ -391,5 +434,5 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 __all__ = [
     "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "registry", "suggest", "whole",
+    "positive", "probability", "read_tensors", "registry", "suggest", "whole",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from . import codec
 from .method import Method
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
+from .targets import suggest
 
 
 class BaseTuner(nn.Module):
@@ -133,11 +134,34 @@ class PeftModel(nn.Module):
     # Running.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+        """The base model's forward, with the active adapters.
+
+        Takes two arguments more: `adapter_names`, the adapter of each row ("__base__" for none), and `task_ids`, the
+        task of each row (batch,) for adapters that hold several.
+        """
+        with self._by_row(kwargs):
+            return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, with the active adapters."""
-        return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+        """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""
+        with self._by_row(kwargs):
+            return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+
+    def _by_row(self, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Hold what is said of single rows, and take it out of the call."""
+        if "adapter_names" not in kwargs and "task_ids" not in kwargs:
+            return nullcontext()
+        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        router = self.runtime.router
+        if names is not None:
+            for name in dict.fromkeys(names):
+                if name != "__base__":
+                    self.runtime.known(name)
+            if router.merged:
+                raise ValueError(
+                    "adapter_names: adapters are merged into the base weights; call unmerge_adapter() first"
+                )
+        return router.hold(rows=None if names is None else tuple(names), tasks=tasks)
 
     # Switching.
 
@@ -265,12 +289,24 @@ class PeftModel(nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         strict: bool = True,
+        adapters: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load a saved adapter onto a base model. Arguments and errors are those of `load_adapter`."""
+        """Load a saved adapter, or several, onto a base model.
+
+        Arguments and errors are those of `load_adapter`, and:
+
+        Args:
+            adapters: "all" loads every adapter that the folder holds and makes those active that were when it was
+                saved; a list of names loads these, and makes them active in that order. None loads the one adapter
+                that lies in the folder itself, as `adapter_name`.
+        """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._wrap(model)
+        if adapters is not None:
+            made._load_set(model_id, adapters, is_trainable, autocast_adapter_dtype, strict, kwargs)
+            return made
         if config is not None:
             kwargs["config"] = config
         made.load_adapter(
@@ -280,6 +316,34 @@ class PeftModel(nn.Module):
         if not is_trainable:
             made.eval()
         return made
+
+    def _load_set(
+        self,
+        folder: str | os.PathLike[str],
+        wanted: str | Sequence[str],
+        is_trainable: bool,
+        autocast: bool,
+        strict: bool,
+        hub: dict[str, Any],
+    ) -> None:
+        names, active = codec.load_set(folder, **hub)
+        if wanted != "all":
+            active = [wanted] if isinstance(wanted, str) else list(wanted)
+            for name in active:
+                if name not in names:
+                    raise ValueError(
+                        f"adapters={wanted!r}: {os.fspath(folder)!r} holds {', '.join(map(repr, names))}{suggest(name, names)}"
+                    )
+            names = active
+        for name in names:
+            where = {} if name == "default" else {"subfolder": name}
+            self.load_adapter(
+                folder, name, is_trainable, autocast_adapter_dtype=autocast, strict=strict, **{**hub, **where}
+            )
+        if active:
+            self.runtime.activate(active)
+        if not is_trainable:
+            self.eval()
 
     # Merging.
 
@@ -371,6 +435,8 @@ class PeftModel(nn.Module):
                 codec.save_adapter(self.runtime, name, folder, embeddings=save_embedding_layers, **fields)
             else:
                 codec.adapter_tensors(self.runtime, name, embeddings=save_embedding_layers)  # takes part in gathering
+        if len(names) > 1 and is_main_process:
+            codec.save_set(names, [n for n in self.active_adapters if n in names], save_directory)
 
     def push_to_hub(
         self,
@@ -421,8 +487,9 @@ def facade_of(base: type[nn.Module]) -> type[PeftModel]:
         return _FACADES[base]
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+        return PeftModel.forward(self, *args, **kwargs)
 
+    forward.__doc__ = PeftModel.forward.__doc__
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     task = base.__name__.partition("For")[2]
     name = f"PeftModelFor{task}" if task else "PeftModel"

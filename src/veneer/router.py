@@ -53,6 +53,20 @@ class Router:
         chosen: tuple[str, ...] | None = getattr(self._local, "chosen", None)
         return self._live if chosen is None else chosen
 
+    def rows(self) -> tuple[str, ...] | None:
+        """The adapter of each row of the batch, chosen for this thread, or None where all rows have the live ones."""
+        rows: tuple[str, ...] | None = getattr(self._local, "rows", None)
+        return rows
+
+    def tasks(self) -> Tensor | None:
+        """The task of each row (batch,), for adapters that hold several, or None."""
+        tasks: Tensor | None = getattr(self._local, "tasks", None)
+        return tasks
+
+    def whole(self) -> bool:
+        """Whether virtual positions stay in what the stacks return, for an objective that needs them."""
+        return bool(getattr(self._local, "whole", False))
+
     def set(
         self,
         active: tuple[str, ...] | None = None,
@@ -75,12 +89,20 @@ class Router:
     @contextmanager
     def choose(self, names: tuple[str, ...]) -> Iterator[None]:
         """Within the block and in this thread only, apply `names` instead of the active adapters."""
-        before = getattr(self._local, "chosen", None)
-        self._local.chosen = names
+        with self.hold(chosen=names):
+            yield
+
+    @contextmanager
+    def hold(self, **choices: Any) -> Iterator[None]:
+        """Within the block and in this thread only, hold `chosen`, `rows`, `tasks` or `whole`."""
+        before = {name: getattr(self._local, name, None) for name in choices}
+        for name, value in choices.items():
+            setattr(self._local, name, value)
         try:
             yield
         finally:
-            self._local.chosen = before
+            for name, value in before.items():
+                setattr(self._local, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "_local"}

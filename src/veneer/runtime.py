@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers, targets
+from . import door, layers, targets
 from .backends import backend_of
+from .door import DOOR, Door
 from .interop import offload, torch_fastpath
 from .layers.kind import LayerKind
 from .method import Method
@@ -105,10 +106,11 @@ class Place:
 
     site: Site
     layer: nn.Module  # the module whose forward is taken over
-    role: str  # "main", "bare", "module" or "opaque"
+    role: str  # "main", "bare", "module", "door", "objective" or "opaque"
     entry: Entry
     values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
     whole: nn.Module | None = None  # a full copy
+    door: Door | None = None
 
 
 def runtime_of(model: nn.Module) -> Runtime | None:
@@ -179,6 +181,7 @@ class Runtime:
         self.named = dict(self.root.named_modules())
         try:
             config = copy.deepcopy(config).prepare(self.root)
+            prefix = prefix_of(config, prefix)
             loader = None if tensors is None else Loader(tensors)
             plan: list[Place] = []
             shared: dict[str, Tensor] = {}
@@ -213,11 +216,14 @@ class Runtime:
             if place.role == "opaque":
                 place.whole = whole_copy(place, loader, prefix)
                 continue
+            if place.role == "objective":
+                place.entry.saved = False
+                continue
             site, entry = place.site, place.entry
             home = site.home
             site.device = torch.device("meta") if loader is not None or meta else home
             site.dtype = parameter_dtype(site, autocast)
-            fresh = entry.method.init(site)
+            fresh = entry.method.init(site) if loader is None else entry.method.loaded(site)
             if first is not None:  # all sites use the first one's tensors
                 save = config.saves_every_site
                 self.assign(place, adapter, {k: first.values[attr_of(first, k, adapter)] for k in fresh}, save=save)
@@ -237,18 +243,18 @@ class Runtime:
         """Replace the shapes in `fresh` by the file's tensors."""
         site, entry = place.site, place.entry
         for key, shape in fresh.items():
-            if key in entry.method.frozen:
+            if key not in entry.names:
                 continue
             found = loader.take(file_key(prefix, entry, key), shape.shape)
             if found is not None:
                 device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
                 fresh[key] = found.to(device=device, dtype=site.dtype)
-        if loader.report.missing or loader.report.mismatched:  # what a lenient load leaves at its start
-            lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
-            if lacking and home.type != "meta":
-                site.device = home
-                start = entry.method.init(site)
-                fresh.update({k: start[k] for k in lacking})
+        # What the file does not bring, and what a lenient load leaves at its start.
+        lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
+        if lacking and home.type != "meta":
+            site.device = home
+            start = entry.method.loaded(site)
+            fresh.update({k: start[k] for k in lacking})
 
     def assign(self, place: Place, adapter: str, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
         """Give a place its tensors under the attribute names they get on the layer."""
@@ -282,6 +288,8 @@ class Runtime:
 
     def choose(self, config: Method, taken: Sequence[Place], copied: set[str]) -> list[Place]:
         """The sites that one config names."""
+        if config.enters:
+            return self.door_places(config)
         named = config.sites_of(self.root)
         if named is None:
             found = targets.resolve(self.root, config, supported=layers.supported, skip=copied)
@@ -356,6 +364,31 @@ class Runtime:
                 f"{name} (copy)", name, module, "", layers.OPAQUE, None, self.router
             )
             places.append(self.place(site, module, "opaque", config))
+        return places
+
+    def door_places(self, config: Method) -> list[Place]:
+        """The stacks into which a config's virtual tokens go, and the model if it says the loss."""
+        stacks = door.stacks(self.root)
+        roles = config.roles(tuple(stacks))
+        places = []
+        for role in roles:
+            name = f"{stacks[role]} ({role})"
+            known = self.sites.get(name)
+            if known is not None:
+                opened = known.owner.__dict__["_veneer"].door
+            else:
+                module = self.module(stacks[role])
+                opened = door.open_door(Site(name, "", module, "", DOOR, None, self.router), role, self.root)
+                opened.site.role = role
+            door.check_fits(opened, config.virtual_tokens, "prefix" in config.hooks)
+            place = self.place(opened.site, opened.site.owner, "door", config)
+            place.door = opened
+            places.append(place)
+        if "objective" in config.hooks:
+            site = self.sites.get("(objective)") or Site(
+                "(objective)", "", self.root, "", layers.MODULE, None, self.router
+            )
+            places.append(self.place(site, self.root, "objective", config))
         return places
 
     def whole_place(self, name: str, config: Method) -> Place:
@@ -458,6 +491,11 @@ class Runtime:
                     state.bare.append(site)
             elif place.role == "module":
                 state.module = site
+            elif place.role == "door":
+                assert place.door is not None
+                door.attach_door(place.door, self.router)
+            elif place.role == "objective":
+                state.objective = site
             else:
                 state.opaque = site
             frozen = {attr for _, attr in place.entry.frozen}
@@ -486,6 +524,7 @@ class Runtime:
                 module._parameters[param].copy_(value)  # type: ignore[union-attr]
         if any(isinstance(m, nn.TransformerEncoderLayer) for m in self.root.modules()):
             torch_fastpath.disable(self.root, [self.layers[s.name] for s in sites])
+        door.join(self.sites.values())
         self.configs[adapter] = config
         self.places[adapter] = sites
 
@@ -494,9 +533,14 @@ class Runtime:
     def named_tensors(self, adapter: str, prefix: str = PREFIX) -> Iterator[tuple[str, Tensor]]:
         """The adapter's saved tensors with their keys in the file."""
         config = self.known(adapter)
+        prefix = prefix_of(config, prefix)
         for site in self.places[adapter]:
             entry = site.entries[adapter]
-            if site.kind.whole:
+            made = None if site.kind.whole or not entry.saved else entry.method.exported(site.tensors(adapter), site)
+            if made is not None:
+                for key, value in made.items():
+                    yield file_key(prefix, entry, key), value
+            elif site.kind.whole:
                 copied = self.layers[site.name]._modules[copy_name(adapter)]
                 assert copied is not None
                 for name, value in copied.state_dict(keep_vars=True).items():
@@ -507,6 +551,27 @@ class Runtime:
         if config.saves_shared:
             for key, name in config.shared_names.items():
                 yield ("base_model." if prefix else "") + name, self.router.shared.get(adapter, key)
+
+    def computes_its_file(self, adapter: str) -> bool:
+        """Whether what is saved is computed from what is trained."""
+        for site in self.places[adapter]:
+            entry = site.entries[adapter]
+            if not site.kind.whole and entry.saved and entry.method.exported(site.tensors(adapter), site) is not None:
+                return True
+        return False
+
+    def training_state(self, adapter: str) -> dict[str, Tensor]:
+        """What is trained, the live Parameters, by the adapter's own names; a checkpoint needs it to go on."""
+        found: dict[str, Tensor] = {}
+        for site in self.places[adapter]:
+            entry = site.entries[adapter]
+            if site.kind.whole:
+                copied = self.layers[site.name]._modules[copy_name(adapter)]
+                assert copied is not None
+                found |= {f"{entry.key}.{n}": t for n, t in copied.state_dict(keep_vars=True).items()}
+            elif entry.saved:
+                found |= {f"{site.key}|{k}": site.owner._parameters[a] for k, a in entry.trained}  # type: ignore[misc]
+        return found
 
     def parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """The adapter's trained parameters, each once."""
@@ -648,6 +713,11 @@ class Runtime:
             state.opaque = None
         if state.module is site:
             state.module = None
+        if state.objective is site:
+            state.objective = None
+        if state.door is not None and state.door.site is site:
+            door.close(state.door)
+            door.join(self.sites.values())
         if site in state.bare:
             state.bare.remove(site)
         if not state.in_use:
@@ -780,8 +850,15 @@ def attr_of(place: Place, key: str, adapter: str) -> str:
     return f"{stem}{owner}:{adapter}"
 
 
+def prefix_of(config: Method, prefix: str) -> str:
+    """What the names of modules begin with in a file of this method."""
+    return config.file_prefix if prefix == PREFIX else prefix
+
+
 def file_key(prefix: str, entry: Entry, key: str) -> str:
     below = entry.names[key]
+    if not entry.key:  # of the adapter as a whole
+        return below
     return f"{prefix}{entry.key}.{below}" if below else f"{prefix}{entry.key}"
 
 

@@ -23,6 +23,7 @@ from .interop import offload
 from .operators import Operator
 
 if TYPE_CHECKING:
+    from .door import Door
     from .layers.kind import LayerKind
     from .method import Method
     from .router import Router
@@ -116,6 +117,7 @@ class Site:
         self.fan_in, self.fan_out, self.kernel = geometry.fan_in, geometry.fan_out, geometry.kernel
         self.groups, self.experts = geometry.groups, geometry.experts
         self.lookup, self.bare = geometry.lookup, geometry.bare
+        self.role = ""  # of a stack: "model", "encoder" or "decoder"
         self.entries: dict[str, Entry] = {}
         self.original: Original | None = None  # while adapters are merged
         self.device: torch.device | None = None
@@ -200,6 +202,10 @@ class Site:
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
         t = self.empty(*shape)
         return t if self.meta else t.normal_(0.0, std)
+
+    def uniform(self, *shape: int, bound: float) -> Tensor:
+        t = self.empty(*shape)
+        return t if self.meta else t.uniform_(-bound, bound)
 
     def kaiming_uniform(self, *shape: int, a: float = math.sqrt(5)) -> Tensor:
         t = self.empty(*shape)
@@ -310,13 +316,17 @@ class Takeover:
         self.router = router
         self.main: Site | None = None  # a layer whose input and output the operators act on
         self.bare: list[Site] = []  # parameters swapped for their effective value during forward
+        self.door: Door | None = None  # a stack into which virtual tokens go
+        self.carries: tuple[str, int] | None = None  # a block's cache argument, which checkpointing takes away
+        self.objective: Site | None = None  # a model whose loss an adapter says
         self.module: Site | None = None  # a module whose output is mapped as a whole
         self.opaque: Site | None = None  # a module with full copies
         self.instance_forward: Callable[..., Any] | None = None
 
     @property
     def in_use(self) -> bool:
-        return bool(self.main or self.module or self.opaque or self.bare)
+        held = (self.main, self.module, self.opaque, self.door, self.carries, self.objective)
+        return bool(self.bare) or any(x is not None for x in held)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
@@ -325,6 +335,9 @@ class Takeover:
         return self.base.forward(module, *args, **kwargs)
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.carries is not None and "veneer_prefix" in kwargs:
+            args, kwargs = self.unpacked(args, dict(kwargs))
+        rows = self.router.rows()
         live = self.router.live()
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
@@ -332,6 +345,12 @@ class Takeover:
             for name in reversed(live + self.router.merged if self.router.enabled else live):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
+        if self.objective is not None and live:
+            return state_objective(self, layer, live, args, kwargs)
+        if self.door is not None and (live or rows):
+            return self.door.run(self, layer, args, kwargs)
+        if rows is not None:
+            return self.by_rows(layer, rows, args, kwargs)
         if not live:
             return self.call(layer, *args, **kwargs)
         if self.module is not None:
@@ -339,6 +358,40 @@ class Takeover:
             if links:
                 return self.module.kind.forward(self.module, self, layer, links, args, kwargs)
         return self.inner(layer, live, args, kwargs)
+
+    def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a block with the prefix in place of the cache that checkpointing took away."""
+        assert self.carries is not None
+        name, place = self.carries
+        cache = kwargs.pop("veneer_prefix")
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: cache}
+
+    def by_rows(self, layer: nn.Module, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each row of a batch through its own adapter, one adapter after another."""
+        mine = [s for s in (self.main, self.module, *self.bare) if s is not None]
+        if not any(name in site.entries for site in mine for name in rows):
+            return self.call(layer, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if mine != [self.main] or not isinstance(x, Tensor) or x.shape[0] % len(rows):
+            raise ValueError(
+                f"{mine[0].name}: adapter_names cannot be told apart by row here, because {type(layer).__name__} does not "
+                "get the rows of the batch one by one; run the rows of one adapter at a time"
+            )
+        repeat = x.shape[0] // len(rows)  # `generate` repeats each row for its beams
+        names = [name for name in rows for _ in range(repeat)]
+        order, parts = [], []
+        for name in dict.fromkeys(names):
+            own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            taken = [
+                a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a for a in args
+            ]
+            named = {k: a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a
+                     for k, a in kwargs.items()}  # fmt: skip
+            parts.append(self.inner(layer, (name,), tuple(taken), named))
+            order.append(own)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     def inner(self, layer: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer with the adapters of its weights."""
@@ -352,6 +405,28 @@ class Takeover:
             if links:
                 return self.main.kind.forward(self.main, self, target, links, args, kwargs)
         return self.call(target, *args, **kwargs)
+
+
+def state_objective(
+    state: Takeover, model: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A model's forward whose loss an adapter computes, from the logits of virtual and real tokens."""
+    assert state.objective is not None
+    entry = next((state.objective.entries[n] for n in live if n in state.objective.entries), None)
+    if entry is None:
+        return state.inner(model, live, args, kwargs)
+    method = entry.method
+    call = {**dict(zip(inspect.signature(state.base.forward).parameters, (model, *args), strict=False)), **kwargs}
+    call.pop("self", None)
+    inputs = {name: call.pop(name) for name in method.extra_inputs if name in call}
+    labels = call.pop("labels", None)
+    if labels is None:
+        return state.inner(model, live, (), call)
+    with state.router.hold(whole=True):
+        out = state.inner(model, live, (), {**call, "return_dict": True})
+    out["loss"] = method.objective(out["logits"], labels, inputs)
+    out["logits"] = out["logits"][:, method.virtual_tokens :]
+    return out
 
 
 def copy_name(adapter: str) -> str:
@@ -421,6 +496,11 @@ def take_over(layer: nn.Module, router: Router) -> Takeover:
     if "_old_forward" in layer.__dict__:
         layer.__dict__["_old_forward"] = types.MethodType(type(layer).forward, layer)
     return state
+
+
+def take_over_carrier(block: nn.Module, router: Router, name: str, place: int) -> None:
+    """Let a block take a prefix although checkpointing takes its cache away."""
+    take_over(block, router).carries = (name, place)
 
 
 def give_back(layer: nn.Module) -> None:

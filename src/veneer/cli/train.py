@@ -186,10 +186,10 @@ def make_trainer(
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             target = output_dir or self.args.output_dir
             adapted.save_pretrained(target)
+            codec.save_training_state(adapted, "default", target)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            tensors = codec.load_weights(resume_from_checkpoint)
-            codec.set_peft_model_state_dict(adapted, tensors)
+            codec.load_training_state(adapted, "default", resume_from_checkpoint)
 
     if run.task == "classification":
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)

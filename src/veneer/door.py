@@ -1,0 +1,791 @@
+"""Where soft prompts enter a model: the one place that knows about virtual tokens.
+
+Methods say which embeddings (`prompt`), or which keys and values (`prefix`), stand in front of a sequence. The door is
+the forward of a *stack*: the module that takes token embeddings and returns hidden states (a decoder-only model's or an
+encoder's backbone; the encoder and the decoder of an encoder-decoder). There masks, positions and the cache are extended,
+and virtual positions are cut off the output again, so that no head, no loss and no caller ever sees them.
+
+    prefix     P virtual positions with keys and values, no queries: a cache in front of the caller's cache
+    prompt     T virtual tokens: run with the sequence, at its front. While a causal model fills a cache their keys and
+               values are set aside, and stand in front of the cache from then on, like a prefix
+    order      prefix, prompt, tokens; several adapters' one after another, in the order in which they are active
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layers.kind import LayerKind
+from .site import Geometry, Site, give_back, take_over, take_over_carrier
+
+if TYPE_CHECKING:
+    from .router import Router
+    from .site import Takeover
+
+CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # what forwards call their cache
+CARRIED = "veneer_prefix"  # the cache that gradient checkpointing takes away from a block
+MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
+
+
+class DoorKind(LayerKind):
+    """A stack of blocks, seen as a place for virtual tokens: (vocabulary, width) of its embedding."""
+
+    name = "stack"
+    param = ""
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # methods that bring virtual tokens name it
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        table = embedding_of(owner)
+        if table is None:
+            return Geometry(0, 0)
+        rows, width = cast(Tensor, table.weight).shape
+        return Geometry(rows, width, lookup=True)
+
+
+DOOR = DoorKind()
+
+
+@dataclass
+class Door:
+    """What is known of one stack.
+
+    Attributes:
+        site: the place, holding the adapters' tensors.
+        role: "model", "encoder" or "decoder".
+        arguments: names of the forward's arguments.
+        cache: which of them is the cache, or "".
+        causal: whether a token sees only what is before it.
+        positions: most positions that a table of learned positions has, or None.
+        keeps_first: whether the head reads the first position, which then is the first virtual one, as in peft.
+        carriers: the blocks, which get the prefix also where checkpointing takes their cache away.
+        encoder: the door of the encoder, of which this is the decoder.
+    """
+
+    site: Site
+    role: str
+    arguments: tuple[str, ...]
+    cache: str
+    causal: bool
+    positions: int | None
+    keeps_first: bool
+    carriers: list[nn.Module] = field(default_factory=list)
+    encoder: Door | None = None
+
+    def run(self, state: Takeover, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stack's forward with the virtual tokens of the adapters that are live."""
+        call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if self.cache == "cache" and "past_key_values" in call:  # transformers' name for it until 5.23
+            call["cache"] = call.pop("past_key_values")
+        router = state.router
+        here = self.front(router, call)
+        behind = None if self.encoder is None else self.encoder.front(router, call)
+        if behind is not None and call.get("encoder_hidden_states") is not None:
+            extend_cross(call, behind)
+        if here is None:
+            return state.inner(stack, router.live(), (), call)
+        return Passage(self, state, stack, call, here).run()
+
+    def front(self, router: Router, call: Mapping[str, Any]) -> Front | None:
+        """The virtual tokens that stand before this call's rows, or None."""
+        rows = router.rows()
+        if rows is None:
+            found = [self.piece(name, router) for name in router.live() if name in self.site.entries]
+            return Front.joined([f for f in found if f is not None])
+        names = list(dict.fromkeys(rows))
+        pieces = [self.piece(n, router) if n in self.site.entries else None for n in names]
+        return Front.mixed(pieces, [names.index(n) for n in rows])
+
+    def piece(self, name: str, router: Router) -> Front | None:
+        """One adapter's virtual tokens at this stack, before they are cast and spread over the rows."""
+        entry = self.site.entries[name]
+        method, p = entry.method, self.site.tensors(name)
+        prefix = method.prefix(p, self.site) if "prefix" in method.hooks else None
+        prompt = method.prompt(p, self.site, router.tasks()) if "prompt" in method.hooks else None
+        if prefix is None and prompt is None:
+            return None
+        versions = (
+            () if torch.compiler.is_compiling() else tuple(0 if t.is_inference() else t._version for t in p.values())
+        )
+        # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
+        prefix = None if prefix is None else prefix[None]
+        prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
+        return Front(prefix, prompt, None, ((name, versions),))
+
+
+@dataclass
+class Front:
+    """Virtual tokens in front of the rows of a batch.
+
+    Attributes:
+        prefix: keys and values (batch or 1, layers, 2, heads, P, head width), or None.
+        prompt: embeddings (batch or 1, T, width), or None.
+        counts: for each row how many of P and of T are its own, (batch, 2); None where all are. A row's own are the last.
+        key: what they were made from.
+    """
+
+    prefix: Tensor | None
+    prompt: Tensor | None
+    counts: Tensor | None
+    key: tuple[Any, ...]
+
+    @property
+    def P(self) -> int:
+        return 0 if self.prefix is None else self.prefix.shape[-2]
+
+    @property
+    def T(self) -> int:
+        return 0 if self.prompt is None else self.prompt.shape[-2]
+
+    @staticmethod
+    def joined(parts: Sequence[Front]) -> Front | None:
+        """Several adapters' virtual tokens one after another."""
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        prefixes = [f.prefix for f in parts if f.prefix is not None]
+        prompts = [f.prompt for f in parts if f.prompt is not None]
+        return Front(
+            torch.cat([p.expand(widest(prefixes), -1, -1, -1, -1, -1) for p in prefixes], -2) if prefixes else None,
+            torch.cat([p.expand(widest(prompts), -1, -1) for p in prompts], -2) if prompts else None,
+            None,
+            tuple(k for f in parts for k in f.key),
+        )
+
+    @staticmethod
+    def mixed(parts: Sequence[Front | None], which: Sequence[int]) -> Front | None:
+        """Each row's own virtual tokens: row r has those of `parts[which[r]]`, which may be none."""
+        there = [f for f in parts if f is not None]
+        if not there:
+            return None
+        P, T = max(f.P for f in there), max(f.T for f in there)
+        sample = next((f.prefix for f in there if f.prefix is not None), None)
+        words = next((f.prompt for f in there if f.prompt is not None), None)
+        prefixes, prompts = [], []
+        for row, i in enumerate(which):
+            f = parts[i]
+            if sample is not None:
+                own = None if f is None or f.prefix is None else one_row(f.prefix, row)
+                blank = sample.new_zeros(
+                    (1, *sample.shape[1:4], P - (0 if own is None else own.shape[-2]), sample.shape[-1])
+                )
+                prefixes.append(blank if own is None else torch.cat([blank, own], -2))
+            if words is not None:
+                own = None if f is None or f.prompt is None else one_row(f.prompt, row)
+                blank = words.new_zeros((1, T - (0 if own is None else own.shape[-2]), words.shape[-1]))
+                prompts.append(blank if own is None else torch.cat([blank, own], -2))
+        sizes = [(0, 0) if parts[i] is None else (parts[i].P, parts[i].T) for i in which]  # type: ignore[union-attr]
+        even = all(s == (P, T) for s in sizes)
+        device = (sample if sample is not None else words).device  # type: ignore[union-attr]
+        return Front(
+            torch.cat(prefixes) if prefixes else None,
+            torch.cat(prompts) if prompts else None,
+            None if even else torch.tensor(sizes, device=device),
+            (tuple(which), *(k for f in there for k in f.key)),
+        )
+
+    def rows(self, batch: int) -> Front:
+        """The same for a batch that `generate` has repeated each row of (beams, several sequences)."""
+        have = max(0 if t is None else t.shape[0] for t in (self.prefix, self.prompt, self.counts))
+        if have in (1, batch):
+            return self
+        if batch % have:
+            raise ValueError(
+                f"adapter_names or task_ids are for {have} rows, but the batch has {batch}; give one for each row"
+            )
+        prefix, prompt, counts = (
+            t if t is None or t.shape[0] == 1 else t.repeat_interleave(batch // have, 0)
+            for t in (self.prefix, self.prompt, self.counts)
+        )
+        return Front(prefix, prompt, counts, self.key)
+
+    def mask(self, batch: int, device: torch.device) -> Tensor:
+        """Which virtual positions a row may attend to, (batch, P + T) bool."""
+        if self.counts is None:
+            return torch.ones(batch, self.P + self.T, dtype=torch.bool, device=device)
+        mine = self.counts.to(device).expand(batch, 2)
+        return torch.cat(
+            [torch.arange(n, device=device) >= n - mine[:, i : i + 1] for i, n in enumerate((self.P, self.T))], 1
+        )
+
+    def offset(self, device: torch.device) -> Tensor | int:
+        """How many virtual positions come before a row's first token: a number, or (batch, 1)."""
+        return self.P + self.T if self.counts is None else self.counts.to(device).sum(1, keepdim=True)
+
+    def prompt_positions(self, batch: int, device: torch.device) -> Tensor:
+        """Positions of the prompt's tokens, (batch, T); those that are not a row's own are masked and stand at 0."""
+        steps = torch.arange(self.T, device=device).expand(batch, -1)
+        if self.counts is None:
+            return steps + self.P
+        mine = self.counts.to(device).expand(batch, 2)
+        return (steps - (self.T - mine[:, 1:]) + mine[:, :1]).clamp_min(0)
+
+
+class Passage:
+    """One call of a stack with virtual tokens in front."""
+
+    def __init__(self, door: Door, state: Takeover, stack: nn.Module, call: dict[str, Any], front: Front) -> None:
+        self.door, self.state, self.stack, self.call = door, state, stack, call
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        shown = embeds if embeds is not None else ids
+        if shown is None:
+            raise ValueError(f"{door.site.name}: soft prompts need input_ids or inputs_embeds, and neither was given")
+        self.batch, self.tokens = int(shown.shape[0]), int(shown.shape[1])
+        self.device = shown.device
+        self.front = front.rows(self.batch)
+
+    def run(self) -> Any:
+        door, call, front = self.door, self.call, self.front
+        refuse_packed_kernels(call)
+        cross = call.get("encoder_hidden_states") is not None
+        inner = self.inner_cache(cross)
+        memory = self.remembered(inner)
+        runs = front.T if memory is None else 0  # prompt tokens that run in this pass
+        known = front.P + front.T - runs  # virtual positions whose keys and values exist
+        past = 0 if inner is None else length_of(inner)
+        self.check_length(past)
+        served = None
+        if known or (inner is not None and runs):
+            from .interop import cache as kv
+
+            pairs = self.pairs(memory)
+            fill = runs if inner is not None else 0
+            call[door.cache], served = kv.in_front(inner, pairs, known, fill, cross)
+            if inner is None and "use_cache" in door.arguments and not self.checkpointed():
+                call["use_cache"] = (
+                    True  # some stacks hand their blocks no cache otherwise; nothing is kept all the same
+                )
+        self.extend_positions(runs, past, inner)
+        self.extend_mask(runs, past, inner)
+        if runs:
+            self.put_prompt(runs)
+        with self.carried(served):
+            out = self.state.inner(self.stack, self.state.router.live(), (), call)
+        if served is not None:
+            self.check_served(served)
+            if inner is not None and runs:
+                self.remember(inner, served)
+        return self.cut(out, runs, inner)
+
+    # The cache.
+
+    def inner_cache(self, cross: bool) -> Any:
+        """The caller's cache, or the one that the stack would make for itself, or None."""
+        name, call = self.door.cache, self.call
+        if not name:
+            return None
+        given = call.get(name)
+        if given is not None:
+            from .interop import cache as kv
+
+            kv.refuse(given)
+            return given
+        wanted = call.get("use_cache")
+        config = getattr(self.stack, "config", None)
+        if wanted is None:
+            wanted = getattr(config, "use_cache", False)
+        if not wanted or not self.door.causal or self.checkpointed():
+            return None
+        from .interop import cache as kv
+
+        return kv.fresh_cache(config, cross or bool(getattr(config, "is_encoder_decoder", False)))
+
+    def checkpointed(self) -> bool:
+        """Whether the blocks are to be checkpointed in this call."""
+        if not (self.stack.training and torch.is_grad_enabled()):
+            return False
+        return any(block.__dict__.get("gradient_checkpointing", False) for block in self.door.carriers)
+
+    @contextmanager
+    def carried(self, served: Any) -> Iterator[None]:
+        """Hand the prefix to checkpointed blocks, from which transformers takes the cache away.
+
+        A checkpointed block is called through the function that its `_gradient_checkpointing_func` is given, now and again
+        in backward; the prefix is made an argument of that function.
+        """
+        blocks = self.door.carriers if served is not None and self.checkpointed() else []
+        before = [block.__dict__["_gradient_checkpointing_func"] for block in blocks]
+        if any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in before):
+            self.collect(served)
+        try:
+            for block, checkpoint in zip(blocks, before, strict=True):
+                block.__dict__["_gradient_checkpointing_func"] = partial(
+                    with_prefix, checkpoint, self.call[self.door.cache]
+                )
+            yield
+        finally:
+            for block, checkpoint in zip(blocks, before, strict=True):
+                block.__dict__["_gradient_checkpointing_func"] = checkpoint
+
+    def collect(self, served: Any) -> None:
+        """For reentrant checkpointing, whose blocks go through backward one by one.
+
+        Each would go through what computed the prefix again, which autograd allows once. So they see leaves, and what has
+        come together there goes on when the backward pass arrives at the stack's input, after the last block.
+        """
+        made = [t for pair in served.prefix for t in pair]
+        if not any(t.requires_grad for t in made):
+            return
+        leaves = [t.detach().requires_grad_() for t in made]
+        served.prefix = list(zip(leaves[::2], leaves[1::2], strict=True))
+        embeds = self.call.get("inputs_embeds")
+        if embeds is None:
+            table = embedding_of(self.stack)
+            assert table is not None
+            embeds = table(self.call.pop("input_ids"))
+        self.call["inputs_embeds"] = Collect.apply(embeds, leaves, *made)  # type: ignore[no-untyped-call]
+
+    def remembered(self, inner: Any) -> Any:
+        """What a cache keeps from when it was filled.
+
+        Raises:
+            ValueError: the cache holds tokens that were computed with other adapters in front, or with none.
+        """
+        if inner is None:
+            return None
+        memory = inner.__dict__.get("veneer")
+        if memory is not None and memory.key == self.front.key:
+            return memory
+        from .interop import cache as kv
+
+        if kv.holds_tokens(inner):
+            then = "no soft prompt" if memory is None else "other soft prompts, or other values of them,"
+            raise ValueError(
+                f"the cache that was passed holds tokens computed with {then} in front, and they cannot be continued with "
+                f"{[k[0] for k in self.front.key if isinstance(k[0], str)]}; pass a new cache and the whole sequence"
+            )
+        if not self.front.T:
+            memory = kv.Memory(self.front.key, [])
+            inner.veneer = memory
+            return memory
+        return None
+
+    def remember(self, inner: Any, served: Any) -> None:
+        from .interop import cache as kv
+
+        front = [served.made[i] for i in range(len(served.made))]
+        if self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
+            front = [(k[:1], v[:1]) for k, v in front]
+        inner.veneer = kv.Memory(self.front.key, front)
+
+    def pairs(self, memory: Any) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values that stand in front already: the prefix's, then those remembered of the prompt."""
+        found: list[tuple[Tensor, Tensor]] = []
+        if self.front.prefix is not None:
+            # (batch or 1, layers, 2, heads, P, head width) -> a pair (batch or 1, heads, P, head width) a layer
+            found = [(layer[:, 0], layer[:, 1]) for layer in self.front.prefix.unbind(1)]
+        if memory is None or not memory.front:
+            return found
+        if not found:
+            return list(memory.front)
+        return [(glue(a, c), glue(b, d)) for (a, b), (c, d) in zip(found, memory.front, strict=True)]
+
+    def check_served(self, served: Any) -> None:
+        if not served.served:
+            raise TypeError(
+                f"{self.door.site.name}: no layer of {type(self.stack).__name__} asked its cache, so a prefix would have "
+                "no effect; use prompt tuning or LoRA on this model"
+            )
+
+    # Positions and masks.
+
+    def extend_positions(self, runs: int, past: Any, inner: Any) -> None:
+        """Count the virtual positions in position_ids, and make them where the rows differ."""
+        call, front = self.call, self.front
+        given = call.get("position_ids")
+        takes = "position_ids" in self.door.arguments
+        if given is None and front.counts is not None:
+            if not takes:
+                raise ValueError(
+                    f"{type(self.stack).__name__} takes no position_ids, so soft prompts of different lengths cannot "
+                    "share a batch on it; give them the same num_virtual_tokens, or run the rows one adapter at a time"
+                )
+            given = self.positions_of_tokens(past)
+        if given is None:
+            return
+        if inner is None and call.get("attention_mask") is None and self.door.causal:
+            self.packed(given)
+        moved = given + front.offset(self.device)
+        if runs:
+            steps = front.prompt_positions(moved.shape[-2] if moved.ndim > 1 else 1, self.device).to(moved.dtype)
+            moved = torch.cat([steps.expand(*moved.shape[:-1], -1) if moved.ndim > 1 else steps[0], moved], -1)
+        call["position_ids"] = moved
+
+    def positions_of_tokens(self, past: Any) -> Tensor:
+        """Positions of the real tokens as the model counts them, (1 or batch, tokens)."""
+        mask = self.call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            counted: Tensor = (mask.long().cumsum(1) - 1).clamp_min(0)
+            return counted[:, -self.tokens :]
+        steps: Tensor = torch.arange(self.tokens, device=self.device) + past
+        return steps[None]
+
+    def packed(self, positions: Tensor) -> None:
+        """Several sequences in a row, told by positions that start again: each sees the virtual tokens and itself."""
+        positions = positions.reshape(-1, positions.shape[-1])
+        if torch.compiler.is_compiling():
+            return
+        starts = positions[:, 1:] != positions[:, :-1] + 1  # (rows, tokens - 1)
+        if not bool(starts.any()):
+            return
+        number = nn.functional.pad(starts.long().cumsum(1), (1, 0))  # (rows, tokens)
+        same = number[:, :, None] == number[:, None, :]  # (rows, tokens, tokens)
+        causal = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=self.device).tril()
+        self.call["attention_mask"] = self.as_wanted((same & causal)[:, None].expand(self.batch, -1, -1, -1))
+
+    def as_wanted(self, seen: Tensor) -> Tensor:
+        """A bool mask (batch, 1, queries, keys) in the form that the attention implementation adds or reads."""
+        how = getattr(getattr(self.stack, "config", None), "_attn_implementation", "eager")
+        if how == "sdpa":
+            return seen
+        if how != "eager":
+            raise ValueError(
+                f"packed sequences with a soft prompt need a 4-D mask, which {how!r} attention does not take; load the "
+                "model with attn_implementation='sdpa', or do not pack"
+            )
+        dtype = self.site_dtype()
+        zero = torch.zeros((), dtype=dtype, device=seen.device)
+        return torch.where(seen, zero, torch.finfo(dtype).min)
+
+    def site_dtype(self) -> torch.dtype:
+        embeds: Tensor | None = self.call.get("inputs_embeds")
+        return self.door.site.reference.dtype if embeds is None else embeds.dtype
+
+    def extend_mask(self, runs: int, past: Any, inner: Any) -> None:
+        """Let the tokens see the virtual positions: 2-D, 4-D and by kind of layer, or no mask at all."""
+        mask, front = self.call.get("attention_mask"), self.front
+        shown = front.mask(self.batch, self.device)  # (batch, P + T)
+        if mask is None:
+            if front.counts is None and (self.door.causal or not front.P):
+                return
+            mask = torch.ones(self.batch, self.tokens + past, dtype=torch.long, device=self.device)
+        if isinstance(mask, Mapping):
+            self.call["attention_mask"] = {k: self.wider(m, shown, runs, k, past, inner) for k, m in mask.items()}
+        else:
+            self.call["attention_mask"] = self.wider(mask, shown, runs, "", past, inner)
+
+    def wider(self, mask: Any, shown: Tensor, runs: int, layers: str, past: Any, inner: Any) -> Any:
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"attention_mask is a {type(mask).__name__}, which cannot be extended by virtual tokens; pass a 2-D mask "
+                "(batch, tokens) or a 4-D tensor (batch, 1, queries, keys)"
+            )
+        if mask.ndim == 2:
+            return torch.cat([shown.to(mask.dtype), mask], 1)
+        if mask.ndim != 4:
+            raise ValueError(
+                f"attention_mask has {mask.ndim} dimensions; pass (batch, tokens) or (batch, 1, queries, keys)"
+            )
+        seen = shown[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)  # (batch, heads, queries, P + T)
+        window = getattr(getattr(self.stack, "config", None), "sliding_window", None)
+        if "sliding" in layers and window:
+            offset = 0 if inner is None else sliding_offset(inner)
+            if offset > 0:
+                return mask  # the window has moved past the virtual positions
+            query = torch.arange(mask.shape[2], device=self.device) + past + shown.shape[1]
+            near = torch.arange(shown.shape[1], device=self.device)[None] > query[:, None] - window
+            seen = seen & near
+        full = torch.cat([like(seen, mask), mask], -1)
+        if not runs or (mask.shape[2] == 1 and not self.door.causal):
+            return full
+        return torch.cat([self.prompt_rows(full, shown, runs), full], 2)
+
+    def prompt_rows(self, full: Tensor, shown: Tensor, runs: int) -> Tensor:
+        """What the prompt's own tokens see, (batch, heads, T, keys) in the form of `full`."""
+        keys, start = full.shape[-1], shown.shape[1] - runs
+        rows = torch.zeros(self.batch, full.shape[1], runs, keys, dtype=torch.bool, device=self.device)
+        if self.door.causal:
+            before = torch.ones(runs, shown.shape[1], dtype=torch.bool, device=self.device).tril(start)
+            rows[..., : shown.shape[1]] = before & shown[:, None, None]
+        else:
+            visible = full if full.dtype == torch.bool else full > torch.finfo(full.dtype).min / 2
+            rows[:] = visible.any(2, keepdim=True)
+        return like(rows, full)
+
+    def check_length(self, past: Any) -> None:
+        most = self.door.positions
+        if most is None or isinstance(past, Tensor):
+            return
+        virtual = self.front.P + self.front.T
+        if virtual + past + self.tokens > most:
+            raise ValueError(
+                f"{virtual} virtual tokens and {past + self.tokens} tokens are more than the {most} positions of "
+                f"{type(self.stack).__name__}; shorten the input to {max(most - virtual, 0)} tokens, or use fewer "
+                "virtual tokens"
+            )
+
+    # Embeddings in, hidden states out.
+
+    def put_prompt(self, runs: int) -> None:
+        call, prompt = self.call, self.front.prompt
+        assert prompt is not None
+        embeds = call.get("inputs_embeds")
+        if embeds is None:
+            table = embedding_of(self.stack)
+            assert table is not None
+            embeds = table(call["input_ids"])
+        call["input_ids"] = None
+        # (batch, T, width) + (batch, tokens, width)
+        call["inputs_embeds"] = torch.cat([prompt.to(embeds.dtype).expand(self.batch, -1, -1), embeds], 1)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if isinstance(given := call.get(name), Tensor):
+                call[name] = torch.cat([given.new_zeros(given.shape[0], runs), given], 1)
+
+    def cut(self, out: Any, runs: int, inner: Any) -> Any:
+        """The output without virtual positions, and with the caller's own cache."""
+        keep = not runs or self.door.role == "encoder" or self.state.router.whole()
+        if isinstance(out, tuple):
+            first = out[0] if keep or self.door.keeps_first else out[0][:, runs:]
+            return (first, *(inner if is_cache(o) else o for o in out[1:]))
+        kept = {k: inner if k in CACHES[:2] else v for k, v in out.items() if k not in CACHES[:2] or inner is not None}
+        out = type(out)(**kept)
+        if keep:
+            return out
+        if "last_hidden_state" in out and not self.door.keeps_first:
+            out["last_hidden_state"] = out["last_hidden_state"][:, runs:]
+        for name in ("hidden_states", "attentions", "cross_attentions"):
+            if out.get(name) is not None:
+                axis = 1 if name == "hidden_states" else 2
+                out[name] = tuple(h if h is None else h.narrow(axis, runs, h.shape[axis] - runs) for h in out[name])
+        return out
+
+
+class Collect(torch.autograd.Function):
+    """Passes a stack's input through; in backward, hands on the gradients that its blocks left at `leaves`."""
+
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return (grad, None, *found)
+
+
+def with_prefix(checkpoint: Callable[..., Any], cache: Any, block: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a block with the prefix as one of its arguments."""
+    return checkpoint(partial(block, **{CARRIED: cache}), *args)
+
+
+# Finding the doors.
+
+
+def stacks(model: nn.Module) -> dict[str, str]:
+    """Role -> name of the stacks into which virtual tokens can go.
+
+    Raises:
+        ValueError: the model takes no token embeddings.
+    """
+    names = {id(m): n for n, m in model.named_modules()}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        found = {"encoder": call_if(model, "get_encoder"), "decoder": call_if(model, "get_decoder")}
+        chosen = {r: names[id(m)] for r, m in found.items() if takes_embeddings(m) and id(m) in names}
+        if len(chosen) == 2:
+            return chosen
+        for name in chosen.values():  # the other takes sounds or pictures
+            return {"model": name}
+    candidates = (call_if(model, "get_decoder"), getattr(model, "base_model", None), model)
+    for module in candidates:
+        if takes_embeddings(module) and embedding_of(module) is not None and id(module) in names:
+            return {"model": names[id(module)]}
+    raise ValueError(
+        f"{type(model).__name__} has no module that takes inputs_embeds, so no virtual token can enter it; use a method "
+        "that adapts layers, such as LoraConfig"
+    )
+
+
+def call_if(model: nn.Module, name: str) -> Any:
+    found = getattr(model, name, None)
+    return None if found is None else found()
+
+
+def takes_embeddings(module: Any) -> bool:
+    return isinstance(module, nn.Module) and "inputs_embeds" in inspect.signature(module.forward).parameters
+
+
+def embedding_of(stack: Any) -> nn.Module | None:
+    """The embedding of a stack's tokens, or None."""
+    find = getattr(stack, "get_input_embeddings", None)
+    if find is None:
+        return None
+    try:
+        table = find()
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Module) and isinstance(getattr(table, "weight", None), Tensor) else None
+
+
+def open_door(site: Site, role: str, model: nn.Module) -> Door:
+    """What there is to know of a stack, read from it once."""
+    stack = site.owner
+    arguments = tuple(inspect.signature(stack.forward).parameters)
+    own = [m for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    pooled = getattr(stack, "pooler", None) is not None
+    mean = getattr(getattr(model, "config", None), "classifier_pooling", None) == "mean"
+    whole_sequence = type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
+    causal = role != "encoder" and (not own or any(m.is_causal for m in own))
+    return Door(
+        site,
+        role,
+        arguments,
+        next((a for a in CACHES if a in arguments), ""),
+        causal,
+        learned_positions(stack),
+        keeps_first=whole_sequence and not causal and not pooled and not mean and role == "model",
+        carriers=list(blocks(stack)),
+    )
+
+
+def type_name(model: nn.Module) -> str:
+    return getattr(type(model), "_veneer_base", type(model)).__name__
+
+
+def blocks(stack: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a stack that can be checkpointed and take a cache."""
+    for module in stack.modules():
+        kinds = {c.__name__ for c in type(module).__mro__}
+        if "GradientCheckpointingLayer" in kinds and cache_argument(module) is not None:
+            yield module
+
+
+def cache_argument(module: nn.Module) -> tuple[str, int] | None:
+    """Name and place of the cache among the arguments of a block's forward, or None."""
+    names = list(inspect.signature(module.forward).parameters)
+    return next(((a, names.index(a)) for a in CACHES if a in names), None)
+
+
+def learned_positions(stack: nn.Module) -> int | None:
+    """Rows of a table of learned absolute positions, without those that no position uses; None where there is none."""
+    for name, module in stack.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (leaf == "wpe" or "position" in leaf) and "bias" not in leaf:
+            unused = getattr(module, "offset", 0)
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - max(unused, padding)
+    return None
+
+
+def attach_door(door: Door, router: Router) -> None:
+    """Take over the stack, and the blocks that carry its prefix."""
+    take_over(door.site.owner, router).door = door
+    for block in door.carriers:
+        take_over_carrier(block, router, *cache_argument(block))  # type: ignore[misc]
+
+
+def join(sites: Iterable[Site]) -> None:
+    """Let the decoder's door know the encoder's."""
+    opened = [s.owner.__dict__["_veneer"].door for s in sites if isinstance(s.kind, DoorKind)]
+    by_role = {d.role: d for d in opened if d is not None}
+    for found in by_role.values():
+        found.encoder = by_role.get("encoder") if found.role == "decoder" else None
+
+
+def close(door: Door) -> None:
+    """Undo `attach_door`; blocks that hold nothing else are given back."""
+    door.site.owner.__dict__["_veneer"].door = None
+    for block in door.carriers:
+        state = block.__dict__["_veneer"]
+        state.carries = None
+        if not state.in_use:
+            give_back(block)
+
+
+def check_fits(door: Door, virtual: int, prefix: bool) -> None:
+    """Raise where a stack has no place for virtual tokens.
+
+    Raises:
+        ValueError: they leave no position for a real one.
+        TypeError: a prefix needs the stack's cache, and it takes none.
+    """
+    if prefix and not door.cache:
+        raise TypeError(
+            f"{type_name(door.site.owner)} takes no cache, which a prefix needs; use PromptTuningConfig or LoraConfig"
+        )
+    if door.positions is not None and virtual >= door.positions:
+        raise ValueError(
+            f"num_virtual_tokens={virtual}: {type_name(door.site.owner)} has {door.positions} positions, so no room is left "
+            f"for real tokens; use {door.positions // 2} or fewer"
+        )
+
+
+# Small things.
+
+
+def widest(parts: Sequence[Tensor]) -> int:
+    return max(p.shape[0] for p in parts)
+
+
+def one_row(t: Tensor, row: int) -> Tensor:
+    return t if t.shape[0] == 1 else t[row : row + 1]
+
+
+def glue(a: Tensor, b: Tensor) -> Tensor:
+    batch = max(a.shape[0], b.shape[0])
+    return torch.cat([a.to(b).expand(batch, -1, -1, -1), b.expand(batch, -1, -1, -1)], -2)
+
+
+def like(seen: Tensor, mask: Tensor) -> Tensor:
+    """A bool mask in the dtype of `mask`: as it is, or as what is added to attention scores."""
+    if mask.dtype in MASKS:
+        return seen.to(mask.dtype)
+    return torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+
+
+def extend_cross(call: dict[str, Any], front: Front) -> None:
+    """Let a decoder see the encoder's virtual tokens, of which its mask knows nothing."""
+    mask, hidden = call.get("encoder_attention_mask"), call["encoder_hidden_states"]
+    front = front.rows(hidden.shape[0])
+    if mask is None and front.counts is None:
+        return
+    shown = front.mask(hidden.shape[0], hidden.device)
+    if mask is None:
+        mask = torch.ones(hidden.shape[0], hidden.shape[1] - shown.shape[1], dtype=torch.long, device=hidden.device)
+    if mask.shape[-1] == hidden.shape[1]:
+        return  # extended already, by a caller that knows
+    call["encoder_attention_mask"] = torch.cat([shown.to(mask.dtype), mask], 1)
+
+
+def refuse_packed_kernels(call: Mapping[str, Any]) -> None:
+    """Raise ValueError for sequences packed by their lengths, which leave no place for virtual tokens."""
+    if call.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "soft prompts: sequences packed with cu_seq_lens_q leave no place for virtual tokens in front of each; pass "
+            "position_ids that start again at each sequence, without an attention_mask, or do not pack"
+        )
+
+
+def length_of(cache: Any) -> Any:
+    from .interop import cache as kv
+
+    own = kv.own_cache(cache)
+    return own.get_seq_length() if len(own.layers) else 0
+
+
+def sliding_offset(cache: Any) -> int:
+    """How far the window of a cache's sliding layers has moved."""
+    from .interop import cache as kv
+
+    own = kv.own_cache(cache)
+    at = next((i for i, sliding in enumerate(own.is_sliding) if sliding), 0)
+    return int(own.get_mask_sizes(1, at)[1])
+
+
+def is_cache(value: Any) -> bool:
+    from .interop import cache as kv
+
+    return kv.is_cache(value)

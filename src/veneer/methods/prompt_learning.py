@@ -1,0 +1,115 @@
+"""What all soft prompts share: how many virtual tokens there are, and what the base model's sizes are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..method import Method, Site, TaskType, one_of, whole
+
+
+@dataclass
+class PromptLearningConfig(Method):
+    """Base of the configs whose virtual tokens stand in front of a sequence."""
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    enters = True
+    one_for_all = True  # the tensors of the first stack
+    file_prefix = "base_model."
+
+    def check_where(self, where: str | None) -> None:
+        """Raise ValueError where `virtual_tokens_in` cannot be had."""
+        one_of(self, (None, "encoder", "decoder", "both"), virtual_tokens_in=where)
+        if where == "both" and self.num_transformer_submodules == 1:
+            raise ValueError(
+                f"{type(self).__name__}(virtual_tokens_in='both'): needs rows for two stacks; set "
+                "num_transformer_submodules=2, or task_type='SEQ_2_SEQ_LM'"
+            )
+
+    def check(self) -> None:
+        whole(self, num_virtual_tokens=self.num_virtual_tokens)
+        sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
+        whole(self, **{n: getattr(self, n) for n in sizes if getattr(self, n) is not None})
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+    @property
+    def saves_every_site(self) -> bool:
+        return False
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
+
+    def part(self, table: Tensor, site: Site, where: str | None) -> Tensor | None:
+        """The rows of a table (..., total, width) that stand in front of a stack, by `virtual_tokens_in`."""
+        P = self.num_virtual_tokens
+        if site.role == "decoder":
+            if where == "both":
+                return table[..., P:, :]
+            return table[..., :P, :] if where == "decoder" else None
+        return table[..., :P, :] if site.role == "model" or where != "decoder" else None
+
+    @property
+    def total_virtual_tokens(self) -> int:
+        """Rows of the trained table: the virtual tokens of every stack that may have some."""
+        return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    def prepare(self, model: nn.Module) -> Method:
+        config = sizes_of(model)
+        changed: dict[str, Any] = {}
+        if self.num_transformer_submodules is None:
+            changed["num_transformer_submodules"] = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        if self.num_layers is None:
+            changed["num_layers"] = self.layers_of(model, config)
+        if self.num_attention_heads is None or self.token_dim is None:
+            heads, width = self.shape_of(model, config)
+            changed |= {"num_attention_heads": self.num_attention_heads or heads, "token_dim": self.token_dim or width}
+        prepared: Method = self.replace(**changed)
+        return prepared
+
+    def layers_of(self, model: nn.Module, config: Any) -> int:
+        return size(self, model, config, "num_layers", "num_hidden_layers", "num_layers", "n_layer")
+
+    def shape_of(self, model: nn.Module, config: Any) -> tuple[int, int]:
+        """Attention heads, and the width of a virtual token: that of the model's embeddings."""
+        names = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+        heads = self.num_attention_heads or size(self, model, config, "num_attention_heads", *names)
+        find = getattr(model, "get_input_embeddings", None)
+        table = None if find is None else getattr(find(), "weight", None)
+        if table is not None:
+            return heads, int(table.shape[1])
+        return heads, size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model")
+
+
+def sizes_of(model: nn.Module) -> Any:
+    """The part of a model's config that describes its text stack."""
+    config = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    return config if find is None else find()
+
+
+def size(method: Method, model: nn.Module, config: Any, field: str, *names: str) -> int:
+    """The first of several names that a model's config has.
+
+    Raises:
+        ValueError: it has none; `field` of the method's config says it then.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(
+        f"{type(method).__name__}({field}=None): the config of {type(model).__name__} has none of {', '.join(names)}; "
+        f"give {field}"
+    )

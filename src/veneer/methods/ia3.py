@@ -38,6 +38,7 @@ class IA3Config(Method):
     init_ia3_weights: bool = True
 
     names = {"l": "ia3_l"}
+    recipe = {"learning_rate": 3e-2, "warmup": 10}
 
     def prepare(self, model: nn.Module) -> Method:
         if self.feedforward_modules is not None:

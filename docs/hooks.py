@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def page(name: str, cls: Any) -> str:
         "",
         "| name | type | default | meaning |",
         "|---|---|---|---|",
-        *(f"| `{n}` | `{cell(t)}` | `{cell(d)}` | {cell(m)} |" for n, t, d, m in found.fields),
+        *(f"| `{n}` | {code(t)} | {code(d)} | {cell(m)} |" for n, t, d, m in found.fields),
         "",
         "## References",
         "",
@@ -83,6 +84,10 @@ def linked(text: str) -> str:
 
 def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def code(text: str) -> str:
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"  # a bar in backticks would end the cell
 
 
 def order(path: Path) -> tuple[bool, str]:

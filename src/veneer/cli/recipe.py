@@ -11,6 +11,7 @@ import yaml
 
 from ..targets import suggest
 
+PLAIN = {"learning_rate": 1e-3, "warmup": 0}  # where neither the user nor the method says more
 TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 PACKAGED = Path(__file__).parent / "recipes"
 
@@ -29,7 +30,7 @@ class Run:
 
     model: str = setting("", "hub id, folder, or embedded name (smollm2-135m, minilm-l6-v2)")
     data: str = setting(
-        "", "embedded name (ui-en-es, ui-en-fr, ui-en-de), a JSONL, CSV or Parquet file, or a datasets id"
+        "", "embedded name (ui-en-es, movie-sentiment, ...), a JSONL, CSV or Parquet file, or a datasets id"
     )
     task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASKS), allowed=tuple(TASKS))
     method: dict[str, Any] = field(
@@ -53,8 +54,8 @@ class Run:
     steps: int | None = setting(None, "optimizer steps", low=1)
     batch_size: int = setting(8, "rows a step and device", low=1)
     gradient_accumulation: int = setting(1, "batches an optimizer step", low=1)
-    learning_rate: float = setting(1e-3, "peak learning rate", low=0)
-    warmup: int = setting(0, "steps of linear warm-up", low=0)
+    learning_rate: float | None = setting(None, "peak learning rate [default: the method's]", low=0)
+    warmup: int | None = setting(None, "steps of linear warm-up [default: the method's]", low=0)
     scheduler: str = setting("linear", "how the rate falls", allowed=("linear", "cosine", "constant"))
     weight_decay: float = setting(0.0, "weight decay", low=0)
     max_length: int = setting(128, "tokens a row is cut to", low=4)
@@ -81,28 +82,43 @@ class Run:
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name} or the key {name!r} in the recipe ({HELP[name]})")
+        self.method = {"name": "lora", **self.method}
+        for key, value in defaults(self.method_class).items():
+            if key not in HELP:
+                self.method.setdefault(key, value)
+            elif getattr(self, key) is None:
+                setattr(self, key, value)
 
     @property
     def folder(self) -> Path:
         stem = Path(self.data).stem if Path(self.data).suffix else self.data.replace("/", "-")
         return Path(self.out) if self.out else Path("runs") / f"{stem}-{self.method['name']}"
 
+    @property
+    def method_class(self) -> Any:
+        """The method's config class.
+
+        Raises:
+            ValueError: an unknown method.
+        """
+        from ..method import METHODS
+
+        name = str(self.method["name"])
+        known = {key.lower(): cls for key, cls in METHODS.items()}
+        if name.lower() not in known:
+            raise ValueError(
+                f"method={name!r}: must be one of {', '.join(sorted(known))}{suggest(name.lower(), known)}"
+            )
+        return known[name.lower()]
+
     def config(self) -> Any:
         """The method's config.
 
         Raises:
-            ValueError: an unknown method or field, or a value out of its range.
+            ValueError: an unknown field, or a value out of its range.
         """
-        from ..method import METHODS
-
-        options = dict(self.method)
-        name = str(options.pop("name", "lora"))
-        known = {key.lower(): cls for key, cls in METHODS.items()}
-        cls = known.get(name.lower())
-        if cls is None:
-            raise ValueError(
-                f"method={name!r}: must be one of {', '.join(sorted(known))}{suggest(name.lower(), known)}"
-            )
+        cls, options = self.method_class, dict(self.method)
+        name = options.pop("name")
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         for key in options:
             if key not in fields and key not in cls.foreign:
@@ -113,6 +129,11 @@ class Run:
             return cls(task_type=TASKS[self.task], **options)
         except TypeError as error:
             raise ValueError(f"method {name!r}: {error}") from error
+
+
+def defaults(cls: Any) -> dict[str, Any]:
+    """What a run with this method uses where the user says nothing: keys of a run, and of the method's config."""
+    return {**PLAIN, **cls.recipe}
 
 
 FIELDS = dataclasses.fields(Run)
@@ -170,7 +191,6 @@ def build(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
             method[key.removeprefix("method__")] = yaml.safe_load(value) if isinstance(value, str) else value
         elif key != "method":
             values[key] = typed(known[key], value)
-    method.setdefault("name", "lora")
     run = Run(**values, method=method)
     run.config()  # complains now, before anything is loaded
     return run

@@ -39,6 +39,7 @@ class IA3Config(Method):
     init_ia3_weights: bool = True
 
     names = {"l": "ia3_l"}
+    recipe = {"learning_rate": 3e-2, "warmup": 10}
 
     def prepare(self, model: nn.Module) -> Method:
         targets, inner = self.target_modules, self.feedforward_modules

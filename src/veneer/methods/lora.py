@@ -102,6 +102,7 @@ class LoraConfig(Method):
         "bias": "base_layer.bias",
     }
     frozen = frozenset({"A0", "B0"})
+    recipe = {"learning_rate": 2e-3, "warmup": 10, "target_modules": "all-linear", "lora_alpha": 16}
 
     def check(self) -> None:
         whole(self, r=self.r)

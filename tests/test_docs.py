@@ -1,0 +1,68 @@
+"""Every registered method's page says all there is to say: each field, the paper, what training uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.cli.app import COMMON
+from veneer.cli.methods import about, describe
+from veneer.cli.recipe import FIELDS, PLAIN, Run, build
+from veneer.method import METHODS  # type: ignore[attr-defined]
+
+ROOT = Path(__file__).parents[1]
+
+
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PAGES = hooks().pages()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_page(name: str) -> None:
+    cls, page = METHODS[name], PAGES[f"methods/{name.lower()}.md"]
+    fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(COMMON)
+    texts = describe(inspect.cleandoc(cls.__doc__ or "").splitlines())
+    assert set(texts) == fields, "fields without a text, or texts without a field"
+    assert all(texts.values())
+    assert all(f"\n| `{f}` |" in page for f in fields)
+    assert f"peft_type: {name}" in page and f"--method {name.lower()} " in page and cls.__name__ in page
+    found = about(cls)
+    assert len(found.summary) <= 100
+    # Rows of an embedding, taught as they are, have no paper.
+    assert name == "TRAINABLE_TOKENS" or (found.references and "](https://arxiv.org/abs/" in page and found.paper)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_defaults(name: str) -> None:
+    """Of a run, or of the config; the user's own value wins."""
+    cls = METHODS[name]
+    given = {"model": "m", "data": "d", "method": name.lower()}
+    keys = {f.name for f in FIELDS} | {f.name for f in dataclasses.fields(cls)}
+    assert set(cls.recipe) <= keys and not {"model", "data", "method", "name"} & set(cls.recipe)
+    run = build(given, {})
+    for key, value in {**PLAIN, **cls.recipe}.items():
+        assert (run.method[key] if key in run.method else getattr(run, key)) == value
+    own = build({**given, "learning_rate": 7e-4}, {"warmup": "3"})
+    assert (own.learning_rate, own.warmup) == (7e-4, 3)
+    for key in set(cls.recipe) - {f.name for f in FIELDS}:
+        plain = getattr(cls(), key)
+        assert build({**given, "method": {"name": name.lower(), key: plain}}, {}).method[key] == plain
+
+
+def test_navigation() -> None:
+    decisions = {p.name for p in (ROOT / "docs/decisions").glob("*.md")}
+    assert "README.md" in decisions
+    assert set(PAGES) == {"methods/index.md", *(f"methods/{n.lower()}.md" for n in METHODS)}
+    assert isinstance(Run(model="m", data="d").learning_rate, float)

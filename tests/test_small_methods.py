@@ -157,7 +157,6 @@ BAD: list[Any] = [
     ("llama", "LNTuningConfig", {"target_modules": ["input_layernrm"]}, "did you mean 'input_layernorm'"),
     ("llama", "LNTuningConfig", {"target_modules": ["act_fn"]}, "which cannot be adapted; allowed are modules with"),
     ("llama", "LNTuningConfig", {"target_modules": ["mlp", "up_proj"]}, "is inside 'model.layers.0.mlp'"),
-    ("bert", "LNTuningConfig", {}, "no default for model type 'bert'"),
     ("llama", "BitFitConfig", {}, "LlamaForCausalLM has no bias to train"),
     ("bert", "BitFitConfig", {"target_modules": ["word_embeddings"]}, "allowed are modules with a bias of their own"),
     ("bert", "BitFitConfig", {"target_modules": ["querry"]}, "did you mean 'query'"),
@@ -248,3 +247,10 @@ def test_feedforward_modules_that_are_no_targets() -> None:
         veneer.get_peft_model(
             MODELS["bert"].make(), veneer.IA3Config(target_modules=["key"], feedforward_modules=["output.dense"])
         )
+
+
+def test_norm_tuning_takes_every_norm_where_the_architecture_has_no_default() -> None:
+    model = veneer.get_peft_model(MODELS["bert"].make(), veneer.LNTuningConfig())
+    sites = {s.name for s in model.runtime.places["default"]}
+    norms = {n for n, m in MODELS["bert"].make().named_modules() if type(m).__name__ == "LayerNorm"}
+    assert len(norms) == 5 and sites == {f"{n}.{p}" for n in norms for p in ("weight", "bias")}

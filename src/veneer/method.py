@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .layers import supported
 from .operators import Dense, Operator
 from .site import Site
-from .targets import default_feedforward, matches, model_type, pattern_value, resolve, suggest
+from .targets import default_feedforward, default_targets, matches, model_type, pattern_value, resolve, suggest
 
 Tensors = Mapping[str, Tensor]
 HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
@@ -486,6 +486,6 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 
 __all__ = [
-    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
+    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "default_targets", "matches", "method", "model_type", "one_of",
     "positive", "probability", "read_tensors", "registry", "resolve", "suggest", "supported", "whole",
 ]  # fmt: skip

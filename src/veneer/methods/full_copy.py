@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, matches, method, resolve, suggest
+from ..method import Method, Site, Tensors, matches, method, suggest
 from ..operators import Operator, Rows
 
 
@@ -151,36 +151,3 @@ class TrainedBias(Method):
 
     def shift(self, p: Tensors, site: Site) -> Tensor | None:
         return self.bias_shift(p, site)
-
-
-@method("BITFIT")
-@dataclass
-class BitFitConfig(TrainedBias):
-    """BitFit. Ben Zaken et al. 2021, arxiv.org/abs/2106.10199, section 3:  y = W x + b', with b' a trained copy of b
-
-    Args:
-        target_modules: modules whose biases are trained: names (suffixes) or a regular expression; None for every
-            bias of the model.
-        exclude_modules: names or a regular expression to leave out.
-        modules_to_save: modules trained as full copies and saved with the adapter.
-    """
-
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: list[str] | None = None
-
-    def sites_of(self, model: nn.Module) -> Collection[str]:
-        owners = {n: b for n, m in model.named_modules() if ":" not in n and (b := biases(m))}
-        if not owners:
-            raise ValueError(f"BitFitConfig: {type(model).__name__} has no bias to train; use another method")
-        every = self if self.target_modules is not None else self.replace(target_modules=set(owners))
-        chosen = resolve(model, every, supported=lambda m: bool(biases(m)), allowed="modules with a bias of their own")
-        return [f"{n}.{b}" if n else b for n in chosen.modules for b in owners[n]]
-
-
-def biases(module: nn.Module) -> list[str]:
-    """Names of the biases that a module holds itself: `bias`, and packed or stacked ones (`in_proj_bias`)."""
-    return [
-        n for n, p in module._parameters.items()
-        if p is not None and ":" not in n and (n == "bias" or n.endswith("_bias"))
-    ]  # fmt: skip

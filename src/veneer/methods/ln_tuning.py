@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, method, resolve, supported
+from ..method import Method, Site, Tensors, default_targets, method, model_type, resolve, supported
 from ..operators import Operator
 
 INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
@@ -26,7 +26,8 @@ class LNTuningConfig(Method):
     Any normalisation, whatever its class; and, as in peft, any other module, of which every parameter is then trained.
 
     Args:
-        target_modules: names (suffixes) or a regular expression; None for the norms of the architecture.
+        target_modules: names (suffixes) or a regular expression; None for the architecture's default, or every
+            normalisation where it has none.
         exclude_modules: names or a regular expression to leave out.
         modules_to_save: modules trained as full copies and saved with the adapter.
     """
@@ -47,7 +48,10 @@ class LNTuningConfig(Method):
     def sites_of(self, model: nn.Module) -> Mapping[str, str]:
         """Site -> its key in the file: layers with an input and output of their own, else single parameters."""
         modules = dict(model.named_modules())
-        chosen = resolve(model, self, supported=holds_floats, allowed="modules with floating-point parameters").modules
+        every = self
+        if self.target_modules is None and default_targets(self.peft_name, model_type(model)) is None:
+            every = self.replace(target_modules={n for n, m in modules.items() if is_norm(m)})
+        chosen = resolve(model, every, supported=holds_floats, allowed="modules with floating-point parameters").modules
         found: dict[str, str] = {}
         for name in chosen:
             if outer := next((o for o in chosen if name.startswith(f"{o}.")), None):
@@ -89,3 +93,8 @@ def holds_floats(module: nn.Module) -> bool:
     """Whether a module has parameters, all of them floating-point."""
     own = [p for n, p in module.named_parameters() if ":" not in n]
     return bool(own) and all(p.is_floating_point() for p in own)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation, by its class's name, which is all that RMS norms have in common."""
+    return "Norm" in type(module).__name__ and module._parameters.get("weight") is not None

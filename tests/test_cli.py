@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,6 +26,7 @@ from transformers import (
 
 from veneer.cli.app import app
 from veneer.cli.data import LANGUAGES, read
+from veneer.method import METHODS  # type: ignore[attr-defined]
 
 WORDS = ["red", "green", "blue", "one", "two", "three"]
 PAIRS = [{"prompt": f"say {w} {i}", "completion": f" {w} {w}"} for i in range(8) for w in WORDS]
@@ -67,6 +69,7 @@ def made(tmp_path_factory: Any) -> Path:
     }
     made = {
         "causal": AutoModelForCausalLM.from_config(LlamaConfig(**sizes, eos_token_id=2, pad_token_id=0)),
+        "opt": AutoModelForCausalLM.from_config(OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, eos_token_id=2, pad_token_id=0)),
         "classifier": AutoModelForSequenceClassification.from_config(BertConfig(**sizes)),
         "seq2seq": T5ForConditionalGeneration(
             T5Config(vocab_size=n, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, eos_token_id=2,
@@ -151,11 +154,30 @@ class Killed(BaseException):
     """As sudden as a signal."""
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+NEEDS: dict[str, list[str]] = {
+    "TRAINABLE_TOKENS": ["--token-indices", "[1, 4, 7]"],
+    "ADAPTION_PROMPT": ["--adapter-len", "4", "--adapter-layers", "1"],
+    "CPT": ["--cpt-token-ids", "[3, 4, 5]"],
+    "LORA": ["--r", "4", "--lora-dropout", "0.1"],
+    "OFT": ["--oft-block-size", "8"],
+    "VERA": ["--r", "4"],
+    "LOHA": ["--r", "4"],
+    "BITFIT": ["--model", "opt"],
+    "P_TUNING": ["--encoder-reparameterization-type", "LSTM", "--encoder-hidden-size", "8", "--encoder-dropout", "0.1"],
+    "PREFIX_TUNING": ["--prefix-projection"],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of every method, on its own training defaults but for the rate; bit for bit."""
     from veneer.cli.progress import Bar
 
-    options = ("--learning-rate", "1e-2", "--lora-dropout", "0.1")
-    causal(made, tmp_path / "whole", *options)
+    needs = [str(made / n) if n == "opt" else n for n in NEEDS.get(name, [])]
+    model = [] if "--model" in needs else ["--model", str(made / "causal")]
+    options = [*model, *SMALL, "--data", str(made / "pairs.jsonl"), "--method", name.lower(), *needs]
+    options += ["--learning-rate", "1e-2"]
+    veneer("train", *options, "--out", tmp_path / "whole")
     step_end = Bar.on_step_end
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -163,21 +185,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(made: Path, tmp_path: Path, m
             raise Killed
         step_end(self, args, state, control, **kwargs)
 
+    cut = [*options, "--out", str(tmp_path / "cut")]
     with monkeypatch.context() as patch:
         patch.setattr(Bar, "on_step_end", die)
-        where = ("--model", made / "causal", "--data", made / "pairs.jsonl", "--out", tmp_path / "cut")
         with pytest.raises(Killed):
-            CliRunner().invoke(
-                app, [str(a) for a in ("train", *where, *SMALL, "--r", 4, "--target-modules", "all-linear", *options)]
-            )
-    assert "unfinished run" in causal(made, tmp_path / "cut", *options, ok=False).output
-    assert "learning_rate is" in causal(made, tmp_path / "cut", "--resume", "--lora-dropout", "0.1", ok=False).output
-    causal(made, tmp_path / "cut", *options, "--resume")
+            CliRunner().invoke(app, ["train", *cut])
+    assert "unfinished run" in veneer("train", *cut, ok=False).output
+    other = [x if x != "1e-2" else "2e-2" for x in cut]
+    assert "learning_rate is" in veneer("train", *other, "--resume", ok=False).output
+    veneer("train", *cut, "--resume")
     one, two = (load_file(tmp_path / w / "adapter_model.safetensors") for w in ("whole", "cut"))
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert one and all(torch.equal(one[k], two[k]) for k in one)
     a, b = ((tmp_path / w / "metrics.jsonl").read_text().splitlines() for w in ("whole", "cut"))
     assert [x for x in a if '"loss"' in x] == [x for x in b if '"loss"' in x]
-    assert "nothing to resume" in causal(made, tmp_path / "cut", *options, "--resume", ok=False).output
+    assert "nothing to resume" in veneer("train", *cut, "--resume", ok=False).output
+    said = veneer("generate", options[options.index("--model") + 1], "--adapter", tmp_path / "cut", "-p", "say red 1")
+    assert said.output.strip() and name in veneer("inspect", tmp_path / "cut").output
 
 
 WRONG: list[tuple[list[str], str]] = [
@@ -235,7 +258,6 @@ def test_recipes(made: Path, tmp_path: Path) -> None:
 
 def test_methods_and_help() -> None:
     from veneer.cli.app import COMMON
-    from veneer.method import METHODS  # type: ignore[attr-defined]
 
     text = veneer("methods").output
     assert all(name.lower() in text for name in METHODS)

@@ -22,7 +22,7 @@ SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Multitask prompt tuning. Wang et al. 2023, arxiv.org/abs/2303.02861, eq. 1:  P_k = P * (u_k v_k^T)
 
-    The forward and `generate` take `task_ids`, a tensor (batch,) with the task of each row.
+    The forward and `generate` take `task_ids`, a tensor (batch,) with the task of each row; one task needs none.
 
     Args:
         num_virtual_tokens: virtual tokens in front of each sequence.
@@ -111,6 +111,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         return p
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
+        if tasks is None and self.num_tasks == 1:
+            tasks = torch.zeros(1, dtype=torch.long)  # the only one there is
         if tasks is None:
             raise ValueError(
                 "multitask prompt tuning: say each row's task with task_ids, a tensor (batch,), in the call or in generate"

@@ -92,7 +92,7 @@ def prepared(kind: str, sizes: dict[str, Any]) -> tuple[dict[str, Any], Any]:
 
 
 def shapes(quick: bool) -> dict[str, Any]:
-    return {**SMOLLM2, "num_hidden_layers": 2 if quick else 12, "vocab_size": 4096 if quick else 16384}
+    return {**SMOLLM2, "num_hidden_layers": 2 if quick else 6, "vocab_size": 4096 if quick else 16384}
 
 
 @bench
@@ -108,7 +108,7 @@ def soft_prompt_forward(quick: bool) -> list[Figure]:
                 raise Red("soft prompt forward", [f"{kind}: the outputs are not peft's"])
             runs = {n: partial(m, input_ids=drawn[:, P:]) for n, m in models.items()}
             runs["tokens"] = partial(base, input_ids=drawn)
-            taken = interleaved(runs, 4 if quick else 20, warmup=2)
+            taken = interleaved(runs, 4 if quick else 12, warmup=2)
         theirs = median([a / b for a, b in zip(taken["peft"], taken["tokens"], strict=True)])
         note = f"4 x 128 tokens, {P} virtual, SmolLM2's width, {sizes['num_hidden_layers']} layers"
         found.append(
@@ -136,7 +136,7 @@ def soft_prompt_generation(quick: bool) -> list[Figure]:
             ids = drawn if name == "base" else drawn[:, P:]
             for count in (1, steps + 1):
                 runs[f"{name} {count}"] = partial(model.generate, input_ids=ids, max_new_tokens=count, **options)
-        taken = interleaved(runs, 3 if quick else 15, warmup=1)
+        taken = interleaved(runs, 3 if quick else 12, warmup=1)
         times = {
             n: [a - b for a, b in zip(taken[f"{n} {steps + 1}"], taken[f"{n} 1"], strict=True)]
             for n in ("veneer", "peft", "base")

@@ -19,8 +19,10 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from .operators import Operator
+from .places import Spot, find_spots, spot_at
 from .site import Site
 from .targets import default_feedforward, matches, model_type, pattern_value, suggest
+from .targets import show as show_names
 
 Tensors = Mapping[str, Tensor]
 HOOKS = ("delta", "left", "right", "shift", "post")  # what a method may say at a site
@@ -180,6 +182,7 @@ class Method:
     internal: ClassVar[bool] = False
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
+    trained_shared: ClassVar[frozenset[str]] = frozenset()  # those of the shared tensors that are trained
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     from_file = False  # the config came from a file; set by the codec
 
@@ -234,7 +237,8 @@ class Method:
     def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
         """What no linear operator can say: maps the site's input and output to its new output.
 
-        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name.
+        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name. Where
+        `sites_of` gave places in blocks, it also holds the residual stream, under the name `site.spot.residual`.
         """
         return y
 
@@ -242,8 +246,11 @@ class Method:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
         return self.names
 
-    def sites_of(self, model: nn.Module) -> Collection[str] | None:
-        """Names of the places to adapt when the method finds them itself, else None for `target_modules`."""
+    def sites_of(self, model: nn.Module) -> Collection[str] | Mapping[str, Spot] | None:
+        """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
+
+        A method on modules may give with each name the place in its block; see `places`.
+        """
         return None
 
     def companions(self, model: nn.Module) -> list[Method]:
@@ -389,6 +396,6 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 
 __all__ = [
-    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "registry", "suggest", "whole",
+    "Method", "PeftConfig", "PeftType", "Site", "Spot", "TaskType", "Tensors", "default_feedforward", "find_spots", "matches", "method", "model_type", "one_of",
+    "positive", "probability", "registry", "show_names", "spot_at", "suggest", "whole",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import codec
 from .method import Method
+from .router import Item, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
 
@@ -141,8 +142,8 @@ class PeftModel(nn.Module):
 
     # Switching.
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several stacked in order, the active ones.
+    def set_adapter(self, adapter_name: Item | Sequence[Item], inference_mode: bool = False) -> None:
+        """Make one adapter, or several stacked in order, the active ones; `Parallel`, `Average` set them side by side.
 
         Activating does not change what is trained: a fresh adapter is trainable, a loaded one is as
         `is_trainable` said. `inference_mode=True` freezes the named ones as well.
@@ -152,7 +153,7 @@ class PeftModel(nn.Module):
         """
         self.runtime.activate(adapter_name)
         if inference_mode:
-            self.set_requires_grad(adapter_name, False)
+            self.set_requires_grad(tuple(flat(stack(adapter_name))), False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trained."""
@@ -177,10 +178,10 @@ class PeftModel(nn.Module):
             router.set(enabled=before)
 
     @contextmanager
-    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
-        """Within the block and in this thread only, other adapters than the active ones."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
+    def use_adapter(self, adapter_name: Item | Sequence[Item]) -> Iterator[None]:
+        """Within the block and in this thread only, other adapters than the active ones; see `set_adapter`."""
+        names = stack(adapter_name)
+        for name in flat(names):
             self.runtime.known(name)
         self.runtime.check_together(names)
         if self.runtime.router.merged:
@@ -306,10 +307,8 @@ class PeftModel(nn.Module):
         """Take all adapters off and return the base model as it was."""
         return self.runtime.unload()
 
-    def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            return [adapter_names]
-        return list(adapter_names) if adapter_names is not None else self.active_adapters
+    def _names(self, adapter_names: Sequence[Item] | None) -> tuple[Item, ...]:
+        return self.runtime.router.chosen if adapter_names is None else stack(adapter_names)
 
     # Counting.
 
@@ -669,7 +668,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 module_type=site.kind.name,
                 enabled=router.enabled,
                 active_adapters=[n for n in router.active if n in site.entries],
-                merged_adapters=[n for n in router.merged if n in site.entries],
+                merged_adapters=[n for n in flat(router.merged) if n in site.entries],
                 requires_grad=grads,
                 available_adapters=sorted(site.entries),
                 devices=devices,
@@ -699,7 +698,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(status),
         enabled=runtime.router.enabled,
         active_adapters=list(runtime.router.active),
-        merged_adapters=list(runtime.router.merged),
+        merged_adapters=list(flat(runtime.router.merged)),
         requires_grad=grads,
         available_adapters=sorted(runtime.configs),
         devices={n: sorted(d) for n, d in devices.items()},

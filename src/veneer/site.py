@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from .inits import START
 from .interop import offload
 from .operators import Operator
+from .router import Combined, Item, flat
 
 if TYPE_CHECKING:
     from .layers.kind import LayerKind
     from .method import Method
+    from .places import Spot
     from .router import Router
 
 
@@ -67,6 +70,34 @@ class Link:
         post: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
         self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
+
+
+class Fork:
+    """Branches of the recursion that start from the same output; their weighted changes to it are added."""
+
+    __slots__ = ("branches",)
+
+    def __init__(self, branches: list[tuple[float, list[Link | Fork]]]) -> None:
+        self.branches = branches
+
+
+def every(links: Sequence[Link | Fork]) -> Iterator[Link]:
+    """The links in a chain, those of its branches too."""
+    for link in links:
+        if isinstance(link, Link):
+            yield link
+        else:
+            for _, branch in link.branches:
+                yield from every(branch)
+
+
+class Tap(threading.local):
+    """What went into another module in this call, kept for the site that asked for it; one a thread."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self) -> Any:
+        return Tap, ()
 
 
 class Entry:
@@ -116,7 +147,11 @@ class Site:
         self.fan_in, self.fan_out, self.kernel = geometry.fan_in, geometry.fan_out, geometry.kernel
         self.groups, self.experts = geometry.groups, geometry.experts
         self.lookup, self.bare = geometry.lookup, geometry.bare
+        self.near = owner  # the module whose dtype and device are meant where the owner has no tensors
         self.entries: dict[str, Entry] = {}
+        self.spot: Spot | None = None  # the place in its block, where the site is a place in a block
+        self.tap = Tap()  # the residual stream there
+        self.norm: nn.Module | None = None  # the norm behind the residual's sum there
         self.original: Original | None = None  # while adapters are merged
         self.device: torch.device | None = None
         self.dtype = torch.float32
@@ -170,13 +205,16 @@ class Site:
         """The tensor whose dtype and device the adapter's follow: the weight, or a module's first one."""
         weight = self.owner._parameters.get(self.param)
         if weight is None:
-            weight = next((p for n, p in self.owner.named_parameters() if ":" not in n), None)
+            weight = next((p for n, p in self.near.named_parameters() if ":" not in n), None)
         return torch.empty(0) if weight is None else weight
 
     @property
     def home(self) -> torch.device:
         """Where the adapter's tensors live: the weight's device, or where an offloaded layer computes."""
         device = offload.execution_device(self.owner)
+        if device is None and self.near is not self.owner:
+            found = (offload.execution_device(m) for m in self.near.modules())
+            device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
     # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
@@ -235,14 +273,24 @@ class Site:
             p[key] = self.router.shared.get(adapter, key)
         return p
 
-    def links(self, names: tuple[str, ...]) -> list[Link]:
-        """The terms of the recursion for the adapters of `names` that are here, in order."""
-        found = []
-        for name in names:
-            entry = self.entries.get(name)
+    def links(self, items: tuple[Item, ...]) -> list[Link | Fork]:
+        """The terms of the recursion for the adapters of `items` that are here, in order."""
+        found: list[Link | Fork] = []
+        for item in items:
+            if isinstance(item, Combined):
+                pairs = [(w, self.links(b)) for w, b in zip(item.weights, item.branches, strict=True)]
+                if branches := [(w, b) for w, b in pairs if b]:
+                    found.append(Fork(branches))
+                continue
+            entry = self.entries.get(item)
             if entry is not None:
-                found.append(link(entry.method, self.tensors(name), self))
+                found.append(link(entry.method, self.tensors(item), self))
         return found
+
+    def adapter(self, name: str) -> tuple[Method, dict[str, Tensor]] | None:
+        """The method and the tensors of another adapter here, or None where it has none."""
+        entry = self.entries.get(name)
+        return None if entry is None else (entry.method, self.tensors(name))
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
@@ -312,11 +360,12 @@ class Takeover:
         self.bare: list[Site] = []  # parameters swapped for their effective value during forward
         self.module: Site | None = None  # a module whose output is mapped as a whole
         self.opaque: Site | None = None  # a module with full copies
+        self.tapped: list[Site] = []  # sites that want to know what goes into this module
         self.instance_forward: Callable[..., Any] | None = None
 
     @property
     def in_use(self) -> bool:
-        return bool(self.main or self.module or self.opaque or self.bare)
+        return bool(self.main or self.module or self.opaque or self.bare or self.tapped)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
@@ -328,8 +377,11 @@ class Takeover:
         live = self.router.live()
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
+        for site in self.tapped:
+            if any(name in site.entries for name in flat(live)):
+                site.tap.value = args[0] if args else next(iter(kwargs.values()))
         if self.opaque is not None:
-            for name in reversed(live + self.router.merged if self.router.enabled else live):
+            for name in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
         if not live:
@@ -340,7 +392,7 @@ class Takeover:
                 return self.module.kind.forward(self.module, self, layer, links, args, kwargs)
         return self.inner(layer, live, args, kwargs)
 
-    def inner(self, layer: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def inner(self, layer: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer with the adapters of its weights."""
         target = layer
         for site in self.bare:
@@ -359,7 +411,7 @@ def copy_name(adapter: str) -> str:
     return f"copy:{adapter}"
 
 
-def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link]) -> nn.Module:
+def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link | Fork]) -> nn.Module:
     """A stand-in for `target` in which the site's parameter has its effective value."""
     weight, bias = site.kind.compose(site, links, site.current_weight(), site.current_bias())
     value = site.kind.restored(site, weight)

@@ -144,6 +144,17 @@ def load_weights(
     path = find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(where)!r} holds neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
+    return read_tensors(path, device)
+
+
+def read_tensors(path: Path, device: str | None = None) -> dict[str, Tensor]:
+    """Read safetensors, or plain tensors that torch saved.
+
+    Raises:
+        ValueError: the file is damaged, or holds anything but tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, device)
     try:
         found = torch.load(path, map_location=device or "cpu", weights_only=True)
     except Exception as error:
@@ -210,8 +221,8 @@ def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) 
     write_atomic(target / CONFIG_NAME, partial(write_text, text=text))
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Write `adapter_model.safetensors`.
+def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], *, name: str = WEIGHTS_NAME) -> None:
+    """Write `adapter_model.safetensors`, or another file of this kind.
 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
@@ -227,7 +238,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) 
     target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     data = save(ready, metadata={"format": "pt"})
-    write_atomic(target / WEIGHTS_NAME, lambda p: write_bytes(p, data))
+    write_atomic(target / name, lambda p: write_bytes(p, data))
 
 
 def save_adapter(

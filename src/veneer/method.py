@@ -242,6 +242,11 @@ class Method:
         """
         return y
 
+    @property
+    def uses(self) -> Collection[str]:
+        """Names of the other adapters of the model that this one needs."""
+        return ()
+
     def file_names(self, site: Site) -> Mapping[str, str]:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
         return self.names
@@ -366,6 +371,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def spots_of(model: nn.Module, adapter: str) -> dict[str, tuple[Spot, Method]]:
+    """Where another adapter of the model maps the outputs of modules: name -> the place, and its method there.
+
+    Raises:
+        ValueError: there is no adapter of this name.
+    """
+    from .runtime import Runtime
+
+    runtime = Runtime.ensure(model)
+    runtime.known(adapter)
+    return {s.key: (s.spot, s.entries[adapter].method) for s in runtime.places[adapter] if s.spot is not None}
+
+
 def positive(config: Method, **values: float) -> None:
     """Raise ValueError naming the first of `values` that is not above zero."""
     for name, value in values.items():
@@ -397,5 +415,5 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 __all__ = [
     "Method", "PeftConfig", "PeftType", "Site", "Spot", "TaskType", "Tensors", "default_feedforward", "find_spots", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "registry", "show_names", "spot_at", "suggest", "whole",
+    "positive", "probability", "registry", "show_names", "spot_at", "spots_of", "suggest", "whole",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from . import codec
+from .interop import adapterhub
 from .method import Method
 from .router import Item, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
@@ -223,7 +224,7 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter under a name of its own. It is not made active.
+        """Load a saved adapter under a name of its own. It is not made active. AdapterHub's folders are read as well.
 
         Args:
             model_id: folder or hub id.
@@ -241,6 +242,16 @@ class PeftModel(nn.Module):
             AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
         """
         config = kwargs.pop("config", None)
+        if config is None and adapterhub.recognises(model_id, **kwargs):
+            return adapterhub.load(
+                self,
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                strict=strict,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **kwargs,
+            )
         if config is None:
             config = codec.load_config(model_id, **kwargs)
         config = config.replace(inference_mode=not is_trainable)

@@ -36,6 +36,7 @@ class Spot:
         name: the module whose output is h.
         role: "attention", "cross_attention", "feed_forward", or "" for a module that a user named.
         layer: index of its block, counted through the encoder and then the decoder; -1 outside of blocks.
+        block: name of the block, or "".
         residual: the module whose first input is the residual stream, or "" where it is not known.
         norm: the norm of the sum, in blocks that normalise afterwards, or "".
         width: size of h.
@@ -46,6 +47,7 @@ class Spot:
     name: str
     role: str
     layer: int
+    block: str
     residual: str
     norm: str
     width: int
@@ -73,7 +75,7 @@ def find_spots(model: nn.Module) -> list[Spot]:
             for role, (out, residual, norm) in found.items():
                 width = width_of(block, (norm, residual), out, config)
                 after = f"{at}.{norm}" if norm else ""
-                spots.append(Spot(f"{at}.{out}", role, layer, f"{at}.{residual}", after, width, width))
+                spots.append(Spot(f"{at}.{out}", role, layer, at, f"{at}.{residual}", after, width, width))
             if found:
                 blocks.add(at)
                 layer += 1
@@ -103,7 +105,7 @@ def spot_at(model: nn.Module, name: str, known: Mapping[str, Spot]) -> Spot:
             f"target_modules: the width of {name!r} ({type(module).__name__}) is not known; name a linear layer, a norm "
             "or a module with linear layers in it"
         )
-    return Spot(name, "", layer, "", "", sizes[1], sizes[0])
+    return Spot(name, "", layer, "", "", "", sizes[1], sizes[0])
 
 
 def nearest_config(modules: Mapping[str, nn.Module], name: str) -> tuple[str | None, Any]:
@@ -248,6 +250,8 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
             groups = [rest[: first + 1], rest[first + 1 :]]  # attention and feed-forward side by side
         for group in groups:
             attention = next((c for c in group if kinds[c] == "A"), None)
+            if attention is not None and any(c != attention and kinds[c] in "AF" and not scales(children[c]) for c in group):
+                return {}
             role = "feed_forward" if attention is None else "attention" if not crosses(attention, found) else "cross_attention"
             if role in found:
                 return {}
@@ -258,6 +262,11 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
             residual = leading[0] if leading and not after else group[0]
             found[role] = (out, residual, norm)
     return found
+
+
+def scales(module: nn.Module) -> bool:
+    """Whether a module has vectors only, as a layer scale has."""
+    return all(p.ndim < 2 for p in module.parameters())
 
 
 def crosses(name: str, found: Mapping[str, Any]) -> bool:

@@ -640,6 +640,8 @@ class Runtime:
         self.known(adapter)
         if adapter in flat(self.router.merged):
             raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
+        if needed := [n for n, c in self.configs.items() if adapter in c.uses]:
+            raise ValueError(f"adapter {adapter!r} is used by {needed[0]!r}; delete that one first")
         for site in self.places.pop(adapter):
             entry = site.entries.pop(adapter)
             for _, attr in (*entry.trained, *entry.frozen):
@@ -694,7 +696,7 @@ class Runtime:
         self.router.set((), merged=())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for adapter in list(self.configs):
+            for adapter in reversed(list(self.configs)):  # those that use others came later
                 self.delete(adapter)
         self.root._modules.pop("veneer_shared", None)
         torch_fastpath.restore(self.root)

@@ -147,7 +147,8 @@ def load(
             ours[key] = value  # reported as unexpected
         elif wanted[key]:
             ours[wanted[key]] = value
-    return Runtime.ensure(base).attach(
+    runtime = model.runtime if hasattr(model, "get_base_model") else Runtime.ensure(base)
+    report: LoadReport = runtime.attach(  # type: ignore[union-attr, operator]
         adapter_name or str(values["name"]),
         config,
         tensors=ours,
@@ -155,6 +156,7 @@ def load(
         trainable=is_trainable,
         autocast=autocast_adapter_dtype,
     )
+    return report
 
 
 def save(

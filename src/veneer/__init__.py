@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .model import get_model_status as get_model_status
     from .model import get_peft_model as get_peft_model
     from .model import inject_adapter_in_model as inject_adapter_in_model
+    from .router import Average as Average
+    from .router import Parallel as Parallel
     from .runtime import AdapterLoadError as AdapterLoadError
 
 
@@ -63,6 +65,7 @@ _HOMES = {
         "inject_adapter_in_model",
     ),
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
+    "veneer.router": ("Average", "Parallel"),
     "veneer.runtime": ("AdapterLoadError",),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}

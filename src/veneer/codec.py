@@ -223,8 +223,8 @@ def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) 
     write_atomic(target / CONFIG_NAME, partial(write_text, text=text))
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Write `adapter_model.safetensors`.
+def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], *, name: str = WEIGHTS_NAME) -> None:
+    """Write `adapter_model.safetensors`, or another file of this kind.
 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
@@ -240,7 +240,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]) 
     target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     data = save(ready, metadata={"format": "pt"})
-    write_atomic(target / WEIGHTS_NAME, lambda p: write_bytes(p, data))
+    write_atomic(target / name, lambda p: write_bytes(p, data))
 
 
 def save_adapter(

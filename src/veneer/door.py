@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers.kind import LayerKind
+from .router import flat
 from .site import Geometry, Site, give_back, take_over, take_over_carrier
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Door:
         """The virtual tokens that stand before this call's rows, or None."""
         rows = router.rows()
         if rows is None:
-            found = [self.piece(name, router) for name in router.live() if name in self.site.entries]
+            found = [self.piece(name, router) for name in flat(router.live()) if name in self.site.entries]
             return Front.joined([f for f in found if f is not None])
         names = list(dict.fromkeys(rows))
         pieces = [self.piece(n, router) if n in self.site.entries else None for n in names]

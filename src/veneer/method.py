@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from .layers import supported
 from .operators import Dense, Operator
+from .places import Spot, find_spots, spot_at
 from .site import Site
 from .targets import default_feedforward, default_targets, matches, model_type, pattern_value, resolve, suggest
+from .targets import show as show_names
 
 Tensors = Mapping[str, Tensor]
 HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
@@ -182,6 +184,7 @@ class Method:
     internal: ClassVar[bool] = False
     whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
     one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
+    trained_shared: ClassVar[frozenset[str]] = frozenset()  # those of the shared tensors that are trained
     on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
     enters: ClassVar[bool] = False  # its sites are the stacks into which virtual tokens go
     file_prefix: ClassVar[str] = "base_model.model."  # what the names of modules begin with in the file
@@ -240,7 +243,8 @@ class Method:
     def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
         """What no linear operator can say: maps the site's input and output to its new output.
 
-        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name.
+        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name. Where
+        `sites_of` gave places in blocks, it also holds the residual stream, under the name `site.spot.residual`.
         """
         return y
 
@@ -293,15 +297,21 @@ class Method:
             changes["modules_to_save"] = list(dict.fromkeys(copied))
         return self.replace(**changes)  # type: ignore[no-any-return]
 
+    @property
+    def uses(self) -> Collection[str]:
+        """Names of the other adapters of the model that this one needs."""
+        return ()
+
     def file_names(self, site: Site) -> Mapping[str, str]:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
         return self.names
 
-    def sites_of(self, model: nn.Module) -> Collection[str] | None:
+    def sites_of(self, model: nn.Module) -> Collection[str] | Mapping[str, Any] | None:
         """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
 
-        A mapping gives each name its key in the file, where that is not the name. A layer's bias is adapted at the
-        layer, by `shift`; every other parameter is a site of its own, with `delta`.
+        A mapping gives each name its key in the file, where that is not the name; a method on modules gives with each
+        name the place in its block (`places.Spot`). A layer's bias is adapted at the layer, by `shift`; every other
+        parameter is a site of its own, with `delta`.
         """
         return None
 
@@ -456,6 +466,19 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
+def spots_of(model: nn.Module, adapter: str) -> dict[str, tuple[Spot, Method]]:
+    """Where another adapter of the model maps the outputs of modules: name -> the place, and its method there.
+
+    Raises:
+        ValueError: there is no adapter of this name.
+    """
+    from .runtime import Runtime
+
+    runtime = Runtime.ensure(model)
+    runtime.known(adapter)
+    return {s.key: (s.spot, s.entries[adapter].method) for s in runtime.places[adapter] if s.spot is not None}
+
+
 def positive(config: Method, **values: float) -> None:
     """Raise ValueError naming the first of `values` that is not above zero."""
     for name, value in values.items():
@@ -486,6 +509,7 @@ def one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
 
 
 __all__ = [
-    "Method", "PeftConfig", "PeftType", "Site", "TaskType", "Tensors", "default_feedforward", "default_targets", "matches", "method", "model_type", "one_of",
-    "positive", "probability", "read_tensors", "registry", "resolve", "suggest", "supported", "whole",
+    "Method", "PeftConfig", "PeftType", "Site", "Spot", "TaskType", "Tensors", "default_feedforward", "default_targets", "find_spots", "matches",
+    "method", "model_type", "one_of", "positive", "probability", "read_tensors", "registry", "resolve", "show_names", "spot_at", "spots_of",
+    "suggest", "supported", "whole",
 ]  # fmt: skip

@@ -13,7 +13,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from . import codec
+from .interop import adapterhub
 from .method import Method
+from .router import Item, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
 from .targets import suggest
@@ -165,8 +167,8 @@ class PeftModel(nn.Module):
 
     # Switching.
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one adapter, or several stacked in order, the active ones.
+    def set_adapter(self, adapter_name: Item | Sequence[Item], inference_mode: bool = False) -> None:
+        """Make one adapter, or several stacked in order, the active ones; `Parallel`, `Average` set them side by side.
 
         Activating does not change what is trained: a fresh adapter is trainable, a loaded one is as
         `is_trainable` said. `inference_mode=True` freezes the named ones as well.
@@ -176,7 +178,7 @@ class PeftModel(nn.Module):
         """
         self.runtime.activate(adapter_name)
         if inference_mode:
-            self.set_requires_grad(adapter_name, False)
+            self.set_requires_grad(tuple(flat(stack(adapter_name))), False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trained."""
@@ -201,10 +203,10 @@ class PeftModel(nn.Module):
             router.set(enabled=before)
 
     @contextmanager
-    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
-        """Within the block and in this thread only, other adapters than the active ones."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
+    def use_adapter(self, adapter_name: Item | Sequence[Item]) -> Iterator[None]:
+        """Within the block and in this thread only, other adapters than the active ones; see `set_adapter`."""
+        names = stack(adapter_name)
+        for name in flat(names):
             self.runtime.known(name)
         self.runtime.check_together(names)
         if self.runtime.router.merged:
@@ -262,7 +264,7 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a saved adapter under a name of its own. It is not made active.
+        """Load a saved adapter under a name of its own. It is not made active. AdapterHub's folders are read as well.
 
         Args:
             model_id: folder or hub id.
@@ -280,6 +282,16 @@ class PeftModel(nn.Module):
             AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
         """
         config = kwargs.pop("config", None)
+        if config is None and adapterhub.recognises(model_id, **kwargs):
+            return adapterhub.load(
+                self,
+                model_id,
+                adapter_name,
+                is_trainable=is_trainable,
+                strict=strict,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **kwargs,
+            )
         if config is None:
             config = codec.load_config(model_id, **kwargs)
         config = config.replace(inference_mode=not is_trainable)
@@ -386,10 +398,8 @@ class PeftModel(nn.Module):
         """Take all adapters off and return the base model as it was."""
         return self.runtime.unload()
 
-    def _names(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            return [adapter_names]
-        return list(adapter_names) if adapter_names is not None else self.active_adapters
+    def _names(self, adapter_names: Sequence[Item] | None) -> tuple[Item, ...]:
+        return self.runtime.router.chosen if adapter_names is None else stack(adapter_names)
 
     # Counting.
 
@@ -752,7 +762,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 module_type=site.kind.name,
                 enabled=router.enabled,
                 active_adapters=[n for n in router.active if n in site.entries],
-                merged_adapters=[n for n in router.merged if n in site.entries],
+                merged_adapters=[n for n in flat(router.merged) if n in site.entries],
                 requires_grad=grads,
                 available_adapters=sorted(site.entries),
                 devices=devices,
@@ -782,7 +792,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(status),
         enabled=runtime.router.enabled,
         active_adapters=list(runtime.router.active),
-        merged_adapters=list(runtime.router.merged),
+        merged_adapters=list(flat(runtime.router.merged)),
         requires_grad=grads,
         available_adapters=sorted(runtime.configs),
         devices={n: sorted(d) for n, d in devices.items()},

@@ -1,4 +1,4 @@
-"""Which adapters act, and in which order. One router per model, shared by every site.
+"""Which adapters act, in which order and how combined. One router per model, shared by every site.
 
 Switching is an assignment of one tuple, however many sites there are. A choice made for one thread, with
 `choose`, wins over the model's own, so that threads can generate with different adapters on one model.
@@ -6,51 +6,156 @@ Switching is an assignment of one tuple, however many sites there are. A choice 
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+Item: TypeAlias = "str | Combined"  # an adapter, or several that act side by side
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Branches of adapters that all see the same input; their weighted changes are added: f + sum_i w_i (f_i - f).
+
+    A branch is a stack: one or more items in order. Immutable, so that it can be a part of what is active.
+    """
+
+    branches: tuple[tuple[Item, ...], ...] = field(init=False)
+    weights: tuple[float, ...] = field(init=False)
+
+    def _fill(self, adapters: Sequence[Any], weights: Sequence[float]) -> None:
+        object.__setattr__(self, "branches", tuple(stack(a) for a in adapters))
+        object.__setattr__(self, "weights", tuple(weights))
+        names = list(flat([self]))
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"{self!r}: adapter {min(twice)!r} is named twice; name it once, with a weight in Average")
+
+    def __repr__(self) -> str:
+        shown = [repr(b[0]) if len(b) == 1 else repr(list(b)) for b in self.branches]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Parallel(Combined):
+    """Adapters side by side: each changes the same output of the base, and the changes are summed.
+
+    Args:
+        *adapters: names; a list is a stack; `Parallel` and `Average` nest.
+
+    Raises:
+        ValueError: fewer than two branches, or an adapter named twice.
+    """
+
+    def __init__(self, *adapters: Any) -> None:
+        several(self, adapters)
+        self._fill(adapters, [1.0] * len(adapters))
+
+
+@dataclass(frozen=True, repr=False)
+class Average(Combined):
+    """As `Parallel`, with the weighted mean of the changes in place of their sum.
+
+    Args:
+        *adapters: names; a list is a stack; `Parallel` and `Average` nest.
+        weights: one number an adapter, 0 or more; divided by their sum. None weighs all alike.
+
+    Raises:
+        ValueError: fewer than two branches, an adapter named twice, or weights that are no weights.
+    """
+
+    def __init__(self, *adapters: Any, weights: Sequence[float] | None = None) -> None:
+        several(self, adapters)
+        given = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+        if len(given) != len(adapters) or not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
+            raise ValueError(
+                f"Average(weights={weights!r}): must be {len(adapters)} numbers of 0 or more that are not all 0, one for "
+                "each adapter"
+            )
+        self._fill(adapters, [w / sum(given) for w in given])
+
+
+def several(made: Combined, adapters: Sequence[Any]) -> None:
+    if len(adapters) < 2:
+        raise ValueError(f"{type(made).__name__}{tuple(adapters)!r}: name two adapters or more")
+
+
+def stack(chosen: Any) -> tuple[Item, ...]:
+    """What a user chose, as a stack: a name, a `Parallel` or `Average`, or a list of these in order.
+
+    Raises:
+        TypeError: anything else.
+    """
+    items = (chosen,) if isinstance(chosen, (str, Combined)) else chosen
+    if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, Combined)) for i in items):
+        raise TypeError(f"{chosen!r}: name an adapter, or give Parallel(...), Average(...) or a list of these")
+    return tuple(items)
+
+
+def flat(items: Iterable[Item]) -> Iterator[str]:
+    """The names in a stack, from first to last."""
+    for item in items:
+        if isinstance(item, str):
+            yield item
+        else:
+            for branch in item.branches:
+                yield from flat(branch)
+
 
 class Shared(nn.Module):
-    """Tensors that all sites of an adapter share (VeRA's projections), as buffers of the base model."""
+    """Tensors that all sites of an adapter share: parameters of the base model if they are trained, else buffers."""
 
     def put(self, adapter: str, name: str, value: Tensor) -> None:
-        self.register_buffer(f"{name}:{adapter}", value, persistent=False)  # the codec saves them
+        if isinstance(value, nn.Parameter):
+            self._parameters[f"{name}:{adapter}"] = value
+        else:
+            self.register_buffer(f"{name}:{adapter}", value, persistent=False)  # the codec saves them
 
     def get(self, adapter: str, name: str) -> Tensor:
-        found = self._buffers[f"{name}:{adapter}"]
+        key = f"{name}:{adapter}"
+        found = self._parameters[key] if key in self._parameters else self._buffers[key]
         assert found is not None
         return found
 
+    def trained(self, adapter: str) -> list[nn.Parameter]:
+        return [p for k, p in self._parameters.items() if p is not None and k.endswith(f":{adapter}")]
+
     def drop(self, adapter: str) -> None:
-        for key in [k for k in self._buffers if k.endswith(f":{adapter}")]:
-            del self._buffers[key]
+        for table in (self._buffers, self._parameters):
+            for key in [k for k in table if k.endswith(f":{adapter}")]:
+                del table[key]
 
 
 class Router:
     """The active adapters of one model.
 
     Attributes:
-        active: names in the order in which they are stacked, whether or not they are disabled.
-        merged: names that are baked into the base weights, in their order.
+        chosen: the active stack: names, and adapters combined side by side, whether or not they are disabled.
+        active: the names in it.
+        merged: what of it is baked into the base weights, in order.
         enabled: False inside `disable_adapter`.
         shared: state shared between sites.
     """
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
+        self.chosen: tuple[Item, ...] = ()
+        self.merged: tuple[Item, ...] = ()
         self.enabled = True
         self.shared = Shared()
         self._local = threading.local()
-        self._live: tuple[str, ...] = ()
+        self._live: tuple[Item, ...] = ()
 
-    def live(self) -> tuple[str, ...]:
-        """Names that a forward must apply now: chosen for this thread, or active; without the merged ones."""
-        chosen: tuple[str, ...] | None = getattr(self._local, "chosen", None)
+    @property
+    def active(self) -> tuple[str, ...]:
+        return tuple(flat(self.chosen))
+
+    def live(self) -> tuple[Item, ...]:
+        """The stack that a forward must apply now: chosen for this thread, or active; without what is merged."""
+        chosen: tuple[Item, ...] | None = getattr(self._local, "chosen", None)
         return self._live if chosen is None else chosen
 
     def rows(self) -> tuple[str, ...] | None:
@@ -69,14 +174,14 @@ class Router:
 
     def set(
         self,
-        active: tuple[str, ...] | None = None,
+        active: tuple[Item, ...] | None = None,
         *,
-        merged: tuple[str, ...] | None = None,
+        merged: tuple[Item, ...] | None = None,
         enabled: bool | None = None,
     ) -> None:
         """Change any of the three; the sites see it on their next forward."""
         if active is not None:
-            self.active = active
+            self.chosen = active
         if merged is not None:
             self.merged = merged
         if enabled is not None:
@@ -84,10 +189,10 @@ class Router:
         if not self.enabled:
             self._live = ()
         else:
-            self._live = tuple(n for n in self.active if n not in self.merged) if self.merged else self.active
+            self._live = tuple(n for n in self.chosen if n not in self.merged) if self.merged else self.chosen
 
     @contextmanager
-    def choose(self, names: tuple[str, ...]) -> Iterator[None]:
+    def choose(self, names: tuple[Item, ...]) -> Iterator[None]:
         """Within the block and in this thread only, apply `names` instead of the active adapters."""
         with self.hold(chosen=names):
             yield

@@ -18,8 +18,9 @@ from .door import DOOR, Door
 from .interop import offload, torch_fastpath
 from .layers.kind import LayerKind
 from .method import Method
-from .router import Router
-from .site import Entry, Original, Site, copy_name, give_back, stand_in, take_over
+from .places import Spot
+from .router import Combined, Item, Router, flat, stack
+from .site import Entry, Original, Site, Takeover, copy_name, every, give_back, stand_in, take_over
 
 ATTRIBUTE = "_veneer_runtime"
 PREFIX = "base_model.model."
@@ -298,7 +299,8 @@ class Runtime:
         if config.whole_module:
             return self.copy_places(named, config, taken)
         if config.on_modules:
-            return [self.whole_place(n, config) for n in named]
+            spots = named if isinstance(named, Mapping) else {}
+            return [self.whole_place(n, config, spots.get(n)) for n in named]
         parameters = [n for n in named if self.is_parameter(n)]
         inside = tuple(f"{name}." for name in copied)  # a full copy brings its own bias
         parameters = [n for n in parameters if not n.startswith(inside)]
@@ -410,10 +412,16 @@ class Runtime:
             places.append(self.place(site, self.root, "objective", config))
         return places
 
-    def whole_place(self, name: str, config: Method) -> Place:
+    def whole_place(self, name: str, config: Method, spot: Spot | None) -> Place:
         module = self.module(name)
         known = self.sites.get(f"{name} (module)")
         site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
+        while site.near is module and not any(":" not in n for n, _ in site.near.named_parameters()) and name:
+            name = name.rpartition(".")[0]  # a dropout has no tensors: dtype and device are its block's
+            site.near = self.module(name)
+        if spot is not None and site.spot is None:
+            site.spot, site.fan_in, site.fan_out = spot, spot.fan_in, spot.width
+            site.norm = self.module(spot.norm) if spot.norm else None
         return self.place(site, module, "module", config)
 
     def site(
@@ -514,6 +522,9 @@ class Runtime:
                     state.bare.append(site)
             elif place.role == "module":
                 state.module = site
+                if site.spot is not None and site.spot.residual:
+                    tapped = take_over(self.module(site.spot.residual), self.router).tapped
+                    tapped += [site] if site not in tapped else []
             elif place.role == "door":
                 assert place.door is not None
                 door.attach_door(place.door, self.router)
@@ -540,7 +551,8 @@ class Runtime:
             self.layers[site.name] = layer
             sites.append(site)
         for key, tensor in shared.items():
-            self.router.shared.put(adapter, key, tensor)
+            trained = key in config.trained_shared
+            self.router.shared.put(adapter, key, nn.Parameter(tensor, requires_grad=trainable) if trained else tensor)
             self.root._modules.setdefault("veneer_shared", self.router.shared)
         for module, param, value in overrides.values():
             with torch.no_grad():
@@ -598,6 +610,7 @@ class Runtime:
 
     def parameters(self, adapter: str) -> Iterator[nn.Parameter]:
         """The adapter's trained parameters, each once."""
+        yield from self.router.shared.trained(adapter)
         seen = set()
         for site in self.places[adapter]:
             if site.kind.whole:
@@ -620,24 +633,32 @@ class Runtime:
 
     # Switching.
 
-    def activate(self, names: str | Sequence[str]) -> None:
+    def activate(self, names: Item | Sequence[Item]) -> None:
         """Make `names` the active adapters, stacked in that order. Does not touch `requires_grad`."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
-        if not all(n in self.configs for n in chosen):
-            for name in chosen:
+        chosen = stack(names)
+        if not all(n in self.configs for n in flat(chosen)):
+            for name in flat(chosen):
                 self.known(name)
-        if self.router.merged and chosen != self.router.active and set(chosen) != set(self.router.merged):
+        if self.router.merged and chosen != self.router.chosen and set(chosen) != set(self.router.merged):
             raise ValueError(
                 f"adapters {list(self.router.merged)} are merged into the base weights; call unmerge_adapter() before "
                 f"activating {list(chosen)}"
             )
-        if len(chosen) > 1:
+        if chosen and (len(chosen) > 1 or isinstance(chosen[0], Combined)):
             self.check_together(chosen)
         self.router.set(chosen)
 
-    def check_together(self, chosen: Sequence[str]) -> None:
+    def check_together(self, chosen: Sequence[Item]) -> None:
+        """Raise ValueError where adapters cannot be active at once, or not side by side."""
         taken: dict[str, str] = {}
-        for name in chosen:
+        for item in chosen:
+            for name in flat([item]) if isinstance(item, Combined) else ():
+                if not self.configs[name].hooks or self.configs[name].enters:
+                    raise ValueError(
+                        f"{item!r}: adapter {name!r} ({self.configs[name].peft_name}) makes no change to a layer's output "
+                        "that could be added to another's; stack it instead: set_adapter([...])"
+                    )
+        for name in flat(chosen):
             for site in self.places[name]:
                 if site.kind.whole:
                     other = taken.setdefault(site.name, name)
@@ -649,7 +670,7 @@ class Runtime:
 
     # Merging.
 
-    def merge(self, names: Sequence[str], *, check: bool = False, keep: bool = True) -> None:
+    def merge(self, names: Sequence[Item], *, check: bool = False, keep: bool = True) -> None:
         """Bake adapters into the base weights, computed in float32 and rounded once.
 
         Args:
@@ -660,7 +681,7 @@ class Runtime:
         Raises:
             ValueError: an adapter cannot be expressed as a weight, or a weight would not be finite.
         """
-        for name in names:
+        for name in flat(names):
             self.known(name)
         already = self.router.merged
         wanted = (*already, *(n for n in names if n not in already))
@@ -668,10 +689,10 @@ class Runtime:
             warnings.warn("all of these adapters are merged already; nothing to do", stacklevel=3)
             return
         uses = Counter(id(p) for m in self.root.modules() for p in m._parameters.values() if p is not None)
-        sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in wanted)]
+        sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in flat(wanted))]
         for site in sites:
             if site.backend is None:
-                name = next(n for n in wanted if n in site.entries)
+                name = next(n for n in flat(wanted) if n in site.entries)
                 raise ValueError(
                     f"{site.name}: adapter {name!r} ({self.configs[name].peft_name}) acts on activations and cannot be "
                     "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
@@ -748,8 +769,10 @@ class Runtime:
     def delete(self, adapter: str) -> None:
         """Remove an adapter; layers without any are given back as they were."""
         self.known(adapter)
-        if adapter in self.router.merged:
+        if adapter in flat(self.router.merged):
             raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
+        if needed := [n for n, c in self.configs.items() if adapter in c.uses]:
+            raise ValueError(f"adapter {adapter!r} is used by {needed[0]!r}; delete that one first")
         for site in self.places.pop(adapter):
             entry = site.entries.pop(adapter)
             for _, attr in (*entry.trained, *entry.frozen):
@@ -762,7 +785,7 @@ class Runtime:
                 self.forget(site)
         self.router.shared.drop(adapter)
         del self.configs[adapter]
-        self.router.set(tuple(n for n in self.router.active if n != adapter))
+        self.router.set(tuple(i for i in self.router.chosen if adapter not in flat([i])))
         if not self.router.active and self.configs:
             self.router.set((next(iter(self.configs)),))
             warnings.warn(
@@ -779,6 +802,12 @@ class Runtime:
             state.opaque = None
         if state.module is site:
             state.module = None
+            if site.spot is not None and site.spot.residual:
+                module = self.root.get_submodule(site.spot.residual)
+                tapped: Takeover = module.__dict__["_veneer"]
+                tapped.tapped.remove(site)
+                if module is not layer and not tapped.in_use:
+                    give_back(module)
         if state.objective is site:
             state.objective = None
         if state.door is not None and state.door.site is site:
@@ -790,7 +819,7 @@ class Runtime:
             give_back(layer)
             offload.release(layer)
 
-    def unload(self, *, merge: Sequence[str] | None = None, check: bool = False, progress: bool = False) -> nn.Module:
+    def unload(self, *, merge: Sequence[Item] | None = None, check: bool = False, progress: bool = False) -> nn.Module:
         """Take every adapter off and return the base model, with `merge` baked in for good."""
         if merge is None:
             self.unmerge()
@@ -798,19 +827,19 @@ class Runtime:
             self.merge_for_good(merge, check)
         for adapter in list(self.configs):
             for site in list(self.places[adapter]):
-                if site.kind.whole and merge and adapter in merge:
+                if site.kind.whole and merge and adapter in flat(merge):
                     self.replace_module(site.key, self.layers[site.name]._modules[copy_name(adapter)])  # type: ignore[arg-type]
         self.router.set((), merged=())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for adapter in list(self.configs):
+            for adapter in reversed(list(self.configs)):  # those that use others came later
                 self.delete(adapter)
         self.root._modules.pop("veneer_shared", None)
         torch_fastpath.restore(self.root)
         del self.root.__dict__[ATTRIBUTE]
         return self.root
 
-    def merge_for_good(self, names: Sequence[str], check: bool) -> None:
+    def merge_for_good(self, names: Sequence[Item], check: bool) -> None:
         missing = [n for n in names if n not in self.router.merged]
         if missing:
             self.merge(names, check=check)
@@ -826,7 +855,7 @@ class Runtime:
         self.root.get_submodule(parent)._modules[leaf] = module
 
 
-def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], check: bool) -> None:
+def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], check: bool) -> None:
     """Write the effective weight and bias of one site, remembering what was there."""
     with torch.no_grad():
         stored, bias = site.stored(), site.bias
@@ -858,7 +887,7 @@ def merge_site(site: Site, names: tuple[str, ...], uses: Mapping[int, int], chec
             original.token = site.backend.write(site.owner, site.param, value)
         if isinstance(original.token, Tensor):
             original.weight = original.token
-        if bias is not None and new_bias is not None and any(changes_bias(link) for link in links):
+        if bias is not None and new_bias is not None and any(changes_bias(link) for link in every(links)):
             original.bias_token = site.backend.write(site.owner, site.kind.bias, new_bias)
             if isinstance(original.bias_token, Tensor):
                 original.bias = original.bias_token

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from .inits import START
 from .interop import offload
 from .operators import Operator
+from .router import Combined, Item, flat
 
 if TYPE_CHECKING:
     from .door import Door
     from .layers.kind import LayerKind
     from .method import Method
+    from .places import Spot
     from .router import Router
 
 
@@ -68,6 +71,34 @@ class Link:
         post: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
         self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
+
+
+class Fork:
+    """Branches of the recursion that start from the same output; their weighted changes to it are added."""
+
+    __slots__ = ("branches",)
+
+    def __init__(self, branches: list[tuple[float, list[Link | Fork]]]) -> None:
+        self.branches = branches
+
+
+def every(links: Sequence[Link | Fork]) -> Iterator[Link]:
+    """The links in a chain, those of its branches too."""
+    for link in links:
+        if isinstance(link, Link):
+            yield link
+        else:
+            for _, branch in link.branches:
+                yield from every(branch)
+
+
+class Tap(threading.local):
+    """What went into another module in this call, kept for the site that asked for it; one a thread."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self) -> Any:
+        return Tap, ()
 
 
 class Entry:
@@ -118,7 +149,11 @@ class Site:
         self.groups, self.experts = geometry.groups, geometry.experts
         self.lookup, self.bare = geometry.lookup, geometry.bare
         self.role = ""  # of a stack: "model", "encoder" or "decoder"
+        self.near = owner  # the module whose dtype and device are meant where the owner has no tensors
         self.entries: dict[str, Entry] = {}
+        self.spot: Spot | None = None  # the place in its block, where the site is a place in a block
+        self.tap = Tap()  # the residual stream there
+        self.norm: nn.Module | None = None  # the norm behind the residual's sum there
         self.original: Original | None = None  # while adapters are merged
         self.device: torch.device | None = None
         self.dtype = torch.float32
@@ -176,13 +211,16 @@ class Site:
         """The tensor whose dtype and device the adapter's follow: the weight, or a module's first one."""
         weight = self.owner._parameters.get(self.param)
         if weight is None:
-            weight = next((p for n, p in self.owner.named_parameters() if ":" not in n), None)
+            weight = next((p for n, p in self.near.named_parameters() if ":" not in n), None)
         return torch.empty(0) if weight is None else weight
 
     @property
     def home(self) -> torch.device:
         """Where the adapter's tensors live: the weight's device, or where an offloaded layer computes."""
         device = offload.execution_device(self.owner)
+        if device is None and self.near is not self.owner:
+            found = (offload.execution_device(m) for m in self.near.modules())
+            device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
     # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
@@ -245,14 +283,24 @@ class Site:
             p[key] = self.router.shared.get(adapter, key)
         return p
 
-    def links(self, names: tuple[str, ...]) -> list[Link]:
-        """The terms of the recursion for the adapters of `names` that are here, in order."""
-        found = []
-        for name in names:
-            entry = self.entries.get(name)
+    def links(self, items: tuple[Item, ...]) -> list[Link | Fork]:
+        """The terms of the recursion for the adapters of `items` that are here, in order."""
+        found: list[Link | Fork] = []
+        for item in items:
+            if isinstance(item, Combined):
+                pairs = [(w, self.links(b)) for w, b in zip(item.weights, item.branches, strict=True)]
+                if branches := [(w, b) for w, b in pairs if b]:
+                    found.append(Fork(branches))
+                continue
+            entry = self.entries.get(item)
             if entry is not None:
-                found.append(link(entry.method, self.tensors(name), self))
+                found.append(link(entry.method, self.tensors(item), self))
         return found
+
+    def adapter(self, name: str) -> tuple[Method, dict[str, Tensor]] | None:
+        """The method and the tensors of another adapter here, or None where it has none."""
+        entry = self.entries.get(name)
+        return None if entry is None else (entry.method, self.tensors(name))
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
@@ -325,12 +373,13 @@ class Takeover:
         self.objective: Site | None = None  # a model whose loss an adapter says
         self.module: Site | None = None  # a module whose output is mapped as a whole
         self.opaque: Site | None = None  # a module with full copies
+        self.tapped: list[Site] = []  # sites that want to know what goes into this module
         self.instance_forward: Callable[..., Any] | None = None
 
     @property
     def in_use(self) -> bool:
         held = (self.main, self.module, self.opaque, self.door, self.carries, self.objective)
-        return bool(self.bare) or any(x is not None for x in held)
+        return bool(self.bare or self.tapped) or any(x is not None for x in held)
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
@@ -345,8 +394,11 @@ class Takeover:
         live = self.router.live()
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
+        for site in self.tapped:
+            if any(name in site.entries for name in flat(live)):
+                site.tap.value = args[0] if args else next(iter(kwargs.values()))
         if self.opaque is not None:
-            for name in reversed(live + self.router.merged if self.router.enabled else live):
+            for name in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
         if self.objective is not None and live:
@@ -397,7 +449,7 @@ class Takeover:
             order.append(own)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
-    def inner(self, layer: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def inner(self, layer: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer with the adapters of its weights."""
         target = layer
         for site in self.bare:
@@ -412,11 +464,11 @@ class Takeover:
 
 
 def state_objective(
-    state: Takeover, model: nn.Module, live: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: Takeover, model: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A model's forward whose loss an adapter computes, from the logits of virtual and real tokens."""
     assert state.objective is not None
-    entry = next((state.objective.entries[n] for n in live if n in state.objective.entries), None)
+    entry = next((state.objective.entries[n] for n in flat(live) if n in state.objective.entries), None)
     if entry is None:
         return state.inner(model, live, args, kwargs)
     method = entry.method
@@ -438,7 +490,7 @@ def copy_name(adapter: str) -> str:
     return f"copy:{adapter}"
 
 
-def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link]) -> nn.Module:
+def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link | Fork]) -> nn.Module:
     """A stand-in for `target` in which the site's parameter has its effective value."""
     weight, bias = site.kind.compose(site, links, site.current_weight(), site.current_bias())
     value = site.kind.restored(site, weight)

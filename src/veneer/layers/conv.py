@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Diagonal, Factored, Operator, Sum, along, regroup, ungroup
-from ..site import Geometry, stand_in
+from ..site import Geometry, every, stand_in
 from .kind import LayerKind
 
 if TYPE_CHECKING:
-    from ..site import Link, Site, Takeover
+    from ..site import Site, Takeover
+    from .kind import Links
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -70,11 +71,11 @@ class Conv(LayerKind):
         return ungroup(dense, site.groups) if grouped else dense
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: list[Link], args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # An R over whole patches does not commute with the convolution: run with the effective weight instead.
-        if any(link.right is not None and link.right.size != site.fan_in for link in links):
-            for link in links:
+        if any(link.right is not None and link.right.size != site.fan_in for link in every(links)):
+            for link in every(links):
                 if target.training:
                     link.right = link.right and link.right.sample()
                     link.delta = link.delta and link.delta.sample()

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Diagonal, Factored, Operator, Rows, Sum
-from ..site import Geometry, stand_in
+from ..site import Fork, Geometry, every, stand_in
 from .kind import LayerKind
 
 if TYPE_CHECKING:
-    from ..site import Link, Site, Takeover
+    from ..site import Site, Takeover
+    from .kind import Links
 
 
 class Embedding(LayerKind):
@@ -33,16 +34,24 @@ class Embedding(LayerKind):
         return matrix.T
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: list[Link], args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # R acts on one-hot inputs, which ids cannot show: only a diagonal R can be applied, and to the output,
         # since f(diag(v) onehot(i)) = v_i f(onehot(i)).
-        for link in links:
+        for link in every(links):
             if link.right is not None and not isinstance(link.right, Diagonal):
                 raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
         ids = args[0] if args else next(iter(kwargs.values()))
-        y = state.call(target, ids)
+        return self.along(site, state, target, links, ids, state.call(target, ids))
+
+    def along(self, site: Site, state: Takeover, target: nn.Module, links: Links, ids: Tensor, y: Tensor) -> Tensor:
+        """The embedding's output after `links`."""
         for link in links:
+            if isinstance(link, Fork):  # f + sum_i w_i (f_i - f)
+                start = y
+                for share, branch in link.branches:
+                    y = y + share * (self.along(site, state, target, branch, ids, start) - start)
+                continue
             if isinstance(link.right, Diagonal):
                 y = y * F.embedding(ids, link.right.v.to(y.dtype)[:, None])
             if link.delta is not None:

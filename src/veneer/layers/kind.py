@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators import Operator, Sum
+from ..site import Fork
 
 if TYPE_CHECKING:
     from ..site import Geometry, Link, Site, Takeover
+
+    Links = Sequence[Link | Fork]
+    Function = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # input -> output, and the bias in it
 
 
 class LayerKind(ABC):
@@ -49,11 +54,17 @@ class LayerKind(ABC):
 
     # The recursion on matrices: merging, and layers that can only run with an effective weight.
 
-    def compose(
-        self, site: Site, links: list[Link], weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def compose(self, site: Site, links: Links, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W, b -> L (W R + Delta), L b + shift for each link in turn; weight is canonical (out, in)."""
         for link in links:
+            if isinstance(link, Fork):  # W + sum_i w_i (W_i - W)
+                start = (weight, bias)
+                for share, branch in link.branches:
+                    one, one_bias = self.compose(site, branch, *start)
+                    weight = weight + share * (one - start[0])
+                    if bias is not None and one_bias is not None and start[1] is not None:
+                        bias = bias + share * (one_bias - start[1])
+                continue
             if link.right is not None:
                 weight = self.times_right(site, weight, link.right)
             if link.delta is not None:
@@ -82,7 +93,7 @@ class LayerKind(ABC):
     # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: list[Link], args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer with its adapters. The layer's first argument is its input."""
         if not args:  # called by keyword
@@ -90,34 +101,55 @@ class LayerKind(ABC):
             kwargs = dict(kwargs)
             args = (kwargs.pop(name),)
         x, *rest = args
-        training = target.training
-        inputs = []
-        for link in reversed(links):
-            inputs.append(x)
-            if link.right is not None:
-                op = link.right.sample() if training else link.right
-                x = self.right(site, op, x)
-        y = state.call(target, x, *rest, **kwargs)
         bias = site.current_bias()
-        for link in links:
-            before = inputs.pop()
-            if link.delta is not None:
-                op = link.delta.sample() if training else link.delta
-                y = y + self.delta(site, op, before, target, state, training)
-            if link.left is not None:
-                op = link.left.sample() if training else link.left
-                if bias is None or op.scales_bias:
-                    y = self.left(site, op, y)
-                    bias = bias if bias is None else op.apply(bias)
-                else:
-                    b = self.spread(bias.to(y.dtype), y)
-                    y = self.left(site, op, y - b) + b
-            if link.shift is not None:
-                y = y + self.spread(link.shift.to(y.dtype), y)
-                bias = bias if bias is None else bias + link.shift.to(bias.dtype)
-            if link.post is not None:
-                y = link.post(before, y)
-        return y
+
+        def base(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return state.call(target, x, *rest, **kwargs), bias
+
+        return self.chain(site, state, target, links, base, x)[0]
+
+    def chain(
+        self, site: Site, state: Takeover, target: nn.Module, links: Links, f: Function, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`links` around f, at x: the output, and the bias in it."""
+        if not links:
+            return f(x)
+        *before, link = links
+        if isinstance(link, Fork):  # f + sum_i w_i (f_i - f)
+            start = self.chain(site, state, target, before, f, x)
+
+            def known(z: Tensor) -> tuple[Tensor, Tensor | None]:
+                return start if z is x else self.chain(site, state, target, before, f, z)
+
+            y, bias = start
+            for share, branch in link.branches:
+                one, one_bias = self.chain(site, state, target, branch, known, x)
+                y = y + share * (one - start[0])
+                if bias is not None and one_bias is not None and start[1] is not None:
+                    bias = bias + share * (one_bias - start[1])
+            return y, bias
+        training = target.training
+        z = x
+        if link.right is not None:
+            z = self.right(site, link.right.sample() if training else link.right, x)
+        y, bias = self.chain(site, state, target, before, f, z)
+        if link.delta is not None:
+            op = link.delta.sample() if training else link.delta
+            y = y + self.delta(site, op, x, target, state, training)
+        if link.left is not None:
+            op = link.left.sample() if training else link.left
+            if bias is None or op.scales_bias:
+                y = self.left(site, op, y)
+                bias = bias if bias is None else op.apply(bias)
+            else:
+                b = self.spread(bias.to(y.dtype), y)
+                y = self.left(site, op, y - b) + b
+        if link.shift is not None:
+            y = y + self.spread(link.shift.to(y.dtype), y)
+            bias = bias if bias is None else bias + link.shift.to(bias.dtype)
+        if link.post is not None:
+            y = link.post(x, y)
+        return y, bias
 
     def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
         """Delta x, in the layout of the layer's output."""

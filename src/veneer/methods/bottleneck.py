@@ -1,0 +1,428 @@
+"""Bottleneck adapters: small two-layer networks in the residual stream, in all their published forms.
+
+References:
+    Houlsby et al. 2019, arxiv.org/abs/1902.00751: after attention and after feed-forward
+    Pfeiffer et al. 2021, arxiv.org/abs/2005.00247: after feed-forward only
+    He et al. 2022, arxiv.org/abs/2110.04366: parallel to a sub-layer, with a scale
+    Mahabadi et al. 2021, arxiv.org/abs/2106.04647: Compacter, whose matrices are sums of Kronecker products
+    Mao et al. 2022, arxiv.org/abs/2110.07577: gating
+    Steitz and Roth 2024, arxiv.org/abs/2406.06820: Adapter+, one scale a channel, behind the norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..method import (
+    Method,
+    Site,
+    Spot,
+    Tensors,
+    find_spots,
+    matches,
+    method,
+    one_of,
+    positive,
+    probability,
+    show_names,
+    spot_at,
+    suggest,
+    whole,
+)  # fmt: skip
+
+ACTIVATIONS: dict[str, Any] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leakyrelu": F.leaky_relu,
+    "relu6": F.relu6,
+    "elu": F.elu,
+    "mish": F.mish,
+    "linear": lambda x: x,
+}
+ROLES = ("attention", "cross_attention", "feed_forward")
+INITS = ("identity", "bert", "houlsby", "mam_adapter")
+
+# What each kind says where the config says nothing.
+COMMON: dict[str, Any] = {
+    "places": ["feed_forward"], "reduction_factor": 16, "activation": "relu", "parallel": False, "scaling": 1.0,
+    "original_ln_before": False, "phm_dim": 0,
+}  # fmt: skip
+BOTH = ["attention", "cross_attention", "feed_forward"]
+KINDS: dict[str, dict[str, Any]] = {
+    "pfeiffer": COMMON | {"original_ln_before": True},
+    "houlsby": COMMON | {"places": BOTH, "activation": "swish"},
+    "parallel": COMMON | {"reduction_factor": 2, "parallel": True, "scaling": 4.0},
+    "compacter": COMMON | {"places": BOTH, "reduction_factor": 32, "activation": "gelu", "phm_dim": 4},
+}
+
+
+@method("BOTTLENECK")
+@dataclass
+class BottleneckConfig(Method):
+    """Bottleneck adapters. Houlsby et al. 2019, arxiv.org/abs/1902.00751:  h <- a + s W_up act(W_down z)
+
+    h is a sub-layer's output, r the residual stream it is added to, N the norm behind the sum where the block has one
+    there. z, what goes in, is h, or N(r + h) with `original_ln_before`, or r itself if `parallel` (He et al. 2022,
+    arxiv.org/abs/2110.04366, eq. 5). a, the residual, is h, or z without `residual_before_ln`. In blocks without such an
+    N, r + h stands for N(r + h). The result goes where h went: r + h, then N.
+
+    Args:
+        kind: what the fields left at None mean. "pfeiffer": one adapter a block, after feed-forward, input behind the
+            norm; "houlsby": two, after attention and feed-forward (and cross-attention); "parallel": one beside
+            feed-forward; "compacter": as houlsby, with hypercomplex matrices.
+        places: of "attention", "cross_attention", "feed_forward", those whose output is adapted.
+        target_modules: names (suffixes), or a regular expression, of modules whose output is adapted instead. Those
+            that are no sub-layer of a block take z = a = their output, or their own input if `parallel`.
+        exclude_modules: names or a regular expression to leave out.
+        leave_out: indices of blocks without adapters, counted through the encoder and then the decoder.
+        reduction_factor: width of h divided by the width of the bottleneck; a number, or a mapping from a block's
+            index (or "default") to one.
+        width: width of the bottleneck in place of reduction_factor; a number or a mapping.
+        activation: relu, gelu, gelu_new, swish, silu, tanh, sigmoid, leakyrelu, relu6, elu, mish or linear.
+        dropout: probability of dropping an entry of the adapter's output while training.
+        stochastic_depth: probability of leaving the adapter out for a row of the batch while training.
+        layer_norm: "before", "after" or "both": norms of the adapter's own at its input and output.
+        original_ln_before: whether z is behind the block's sum and norm.
+        original_ln_after: False leaves the block's sum and norm out behind the adapter, whose output is then the stream.
+        residual_before_ln: True for a = h, "post_add" for a = r + h, False for a = z.
+        adapter_residual_before_ln: add a before the adapter's own norm at the output instead of behind it.
+        parallel: whether the input is the sub-layer's, and the output is added to h.
+        scaling: s: a number, "learned" (one number) or "channel" (one a channel).
+        gating: multiply by a learned gate sigmoid(w z + b), averaged over the tokens.
+        phm_dim: n, the number of Kronecker products in each matrix; 0 for plain matrices.
+        phm_rank: rank of the products' second factors; 0 for full matrices.
+        phm_shared_rule: one set of first factors (the rule) for all places, instead of one for each matrix.
+        phm_factorized_rule: first factors of rank 1.
+        phm_shared_weights: one set of second factors for all places.
+        phm_bias: whether hypercomplex matrices come with a bias.
+        init_weights: "identity" changes nothing at the start; "bert" (normal, std 0.02), "houlsby" (truncated normal, std
+            0.01) and "mam_adapter" (as identity) are the starts of AdapterHub's library.
+        modules_to_save: modules trained as full copies and saved with the adapter.
+    """
+
+    kind: str = "pfeiffer"
+    places: list[str] | None = None
+    target_modules: Any = None
+    exclude_modules: Any = None
+    leave_out: list[int] = field(default_factory=list)
+    reduction_factor: float | dict[str, float] | None = None
+    width: int | dict[str, int] | None = None
+    activation: str | None = None
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    layer_norm: str | None = None
+    original_ln_before: bool | None = None
+    original_ln_after: bool = True
+    residual_before_ln: bool | str = True
+    adapter_residual_before_ln: bool = False
+    parallel: bool | None = None
+    scaling: float | str | None = None
+    gating: bool = False
+    phm_dim: int | None = None
+    phm_rank: int = 1
+    phm_shared_rule: bool = True
+    phm_factorized_rule: bool = False
+    phm_shared_weights: bool = False
+    phm_bias: bool = True
+    init_weights: str = "identity"
+    modules_to_save: list[str] | None = None
+
+    names = {
+        "down": "adapter_down.weight", "down_bias": "adapter_down.bias",
+        "up": "adapter_up.weight", "up_bias": "adapter_up.bias", "scale": "adapter_scaling",
+        "gate": "adapter_gate.weight", "gate_bias": "adapter_gate.bias",
+        "before": "adapter_norm_before.weight", "before_bias": "adapter_norm_before.bias",
+        "after": "adapter_norm_after.weight", "after_bias": "adapter_norm_after.bias",
+        **{f"{side}_{part}": f"adapter_{side}.{part}" for side in ("down", "up")
+           for part in ("left", "right", "rule", "rule_left", "rule_right")},
+    }  # fmt: skip
+    on_modules = True
+
+    def check(self) -> None:
+        one_of(self, tuple(KINDS), kind=self.kind)
+        for name, value in KINDS[self.kind].items():
+            if getattr(self, name) is None and not (name == "reduction_factor" and self.width is not None):
+                setattr(self, name, value)
+        if self.width is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"BottleneckConfig(width={self.width!r}, reduction_factor={self.reduction_factor!r}): both say the width of "
+                "the bottleneck; leave one out"
+            )
+        for role in self.places or ():
+            one_of(self, ROLES, places=role)
+        for what in ("width", "reduction_factor"):
+            value = getattr(self, what)
+            for one in value.values() if isinstance(value, Mapping) else [] if value is None else [value]:
+                (whole if what == "width" else positive)(self, **{what: one})
+            if isinstance(value, Mapping):
+                setattr(self, what, {str(k): v for k, v in value.items()})  # as JSON has them
+        if self.activation not in ACTIVATIONS:
+            hint = suggest(str(self.activation), ACTIVATIONS)
+            raise ValueError(
+                f"BottleneckConfig(activation={self.activation!r}): must be one of {', '.join(ACTIVATIONS)}{hint}"
+            )
+        probability(self, dropout=self.dropout, stochastic_depth=self.stochastic_depth)
+        one_of(self, (None, "before", "after", "both"), layer_norm=self.layer_norm)
+        one_of(self, (True, False, "post_add"), residual_before_ln=self.residual_before_ln)
+        if self.residual_before_ln == "post_add" and not self.original_ln_before:
+            raise ValueError(
+                "BottleneckConfig(residual_before_ln='post_add'): the residual behind the block's sum needs "
+                "original_ln_before=True"
+            )
+        if isinstance(self.scaling, str):
+            one_of(self, ("learned", "channel"), scaling=self.scaling)
+        elif isinstance(self.scaling, bool) or not isinstance(self.scaling, (int, float)):
+            raise ValueError(f"BottleneckConfig(scaling={self.scaling!r}): must be a number, 'learned' or 'channel'")
+        for what in ("phm_dim", "phm_rank"):
+            if getattr(self, what) != 0:
+                whole(self, **{what: getattr(self, what)})
+        one_of(self, INITS, init_weights=self.init_weights)
+
+    # Places.
+
+    def sites_of(self, model: nn.Module) -> Mapping[str, Spot]:
+        spots = {s.name: s for s in find_spots(model)}
+        if self.target_modules is not None:
+            inner = [n for n, _ in model.named_modules() if n and ":" not in n]
+            chosen = [n for n in inner if matches(n, self.target_modules)]
+            if not chosen:
+                leaves = {n.rpartition(".")[2] for n in inner}
+                hint = suggest(str(next(iter(self.target_modules), "")), leaves)
+                raise ValueError(
+                    f"target_modules={show_names(self.target_modules)} matches no module{hint}; a bottleneck is put at the "
+                    f"output of any module; places of this model: {show_names([*spots][:6]) if spots else 'none known'}"
+                )
+            found = [spot_at(model, n, spots) for n in chosen]
+        else:
+            found = [s for s in spots.values() if s.role in (self.places or ())]
+            if not found:
+                there = sorted({s.role for s in spots.values()})
+                raise ValueError(
+                    f"BottleneckConfig(places={self.places!r}): {type(model).__name__} has "
+                    + (f"{', '.join(there)} only" if there else "no transformer blocks that are understood")
+                    + "; name the modules whose output to adapt, such as target_modules=['mlp'] or a regular expression"
+                )
+        kept = [s for s in found if s.layer not in self.leave_out and not matches(s.name, self.exclude_modules)]
+        if not kept:
+            raise ValueError(
+                f"BottleneckConfig(leave_out={self.leave_out!r}, exclude_modules={self.exclude_modules!r}): nothing is left "
+                f"of {len(found)} places"
+            )
+        unknown = next((s for s in kept if not s.residual and self.original_ln_before), None)
+        if unknown is not None and self.residual_before_ln == "post_add":
+            raise ValueError(f"{unknown.name}: the residual stream is not known here; leave residual_before_ln at True")
+        kept = [s.at_norm() if s.norm and not self.original_ln_after else s for s in kept]
+        return {s.name: s for s in kept}
+
+    def spot(self, site: Site) -> Spot:
+        assert site.spot is not None
+        return site.spot
+
+    def fan_in(self, site: Site) -> int:
+        return site.fan_in if self.parallel else site.fan_out
+
+    def bottleneck(self, site: Site) -> int:
+        """The width of the bottleneck at a place."""
+        given: Any = self.reduction_factor if self.width is None else self.width
+        if isinstance(given, Mapping):
+            layer = str(self.spot(site).layer)
+            if layer not in given and "default" not in given:
+                what = "reduction_factor" if self.width is None else "width"
+                raise ValueError(f"{site.name}: {what}={given!r} says nothing of block {layer}; add it, or a 'default'")
+            given = given.get(layer, given.get("default"))
+        return max(1, int(site.fan_out // given)) if self.width is None else int(given)
+
+    # Tensors.
+
+    @property
+    def shared_names(self) -> Mapping[str, str]:  # type: ignore[override]
+        if not self.phm_dim:
+            return {}
+        rule = ("rule_left", "rule_right") if self.phm_factorized_rule else ("rule",)
+        factors = [
+            f"{side}_{part}" for side in ("down", "up") for part in (("left", "right") if self.phm_rank else ("left",))
+        ]
+        keys = (rule if self.phm_shared_rule else ()) + (tuple(factors) if self.phm_shared_weights else ())
+        return {k: f"phm_{k}" for k in keys}
+
+    @property
+    def trained_shared(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.shared_names)
+
+    def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        sizes = {(self.fan_in(s), self.bottleneck(s), s.fan_out) for s in sites}
+        if self.phm_shared_weights and len(sizes) > 1:
+            raise ValueError(
+                f"BottleneckConfig(phm_shared_weights=True): the places have different sizes {sorted(sizes)}; give them one "
+                "width, or phm_shared_weights=False"
+            )
+        wide, narrow, out = next(iter(sizes))
+        drawn = self.rule("", torch.empty)
+        for side, a, b in (("down", wide, narrow), ("up", narrow, out)):
+            drawn |= self.factors(side, a, b, torch.empty)
+        return {k: drawn[k] for k in self.shared_names}
+
+    def rule(self, prefix: str, empty: Any) -> dict[str, Tensor]:
+        """The first factors A_1 ... A_n of a matrix, (n, n, n), or their rank-1 factors."""
+        n = self.phm_dim or 0
+        shapes = {"rule_left": (n, n, 1), "rule_right": (n, 1, n)} if self.phm_factorized_rule else {"rule": (n, n, n)}
+        std = n**-0.25 if self.phm_factorized_rule else n**-0.5
+        return {prefix + k: drawn(empty(*shape), std) for k, shape in shapes.items()}
+
+    def factors(self, side: str, rows: int, columns: int, empty: Any) -> dict[str, Tensor]:
+        """The second factors B_1 ... B_n, (n, rows / n, columns / n), or their factors of rank `phm_rank`."""
+        n, r = self.phm_dim or 1, self.phm_rank
+        if rows % n or columns % n:
+            raise ValueError(
+                f"BottleneckConfig(phm_dim={n}): must divide both sides of a matrix of {rows} x {columns}; change "
+                "phm_dim or the width"
+            )
+        a, b = rows // n, columns // n
+        small = 1.0 if side == "down" else 0.0 if self.init_weights in ("identity", "mam_adapter") else 0.01
+        if not r:
+            return {f"{side}_left": drawn(empty(n, a, b), small * rows**-0.5)}
+        left, right = drawn(empty(n, a, r), rows**-0.5), drawn(empty(n, r, b), small * r**-0.5)
+        return {f"{side}_left": left, f"{side}_right": right}
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        wide, narrow, out = self.fan_in(site), self.bottleneck(site), site.fan_out
+        if site.kernel or not wide:
+            raise ValueError(
+                f"{site.name}: a bottleneck acts on the last axis of a sequence of vectors, and "
+                f"{type(site.owner).__name__} has none at its {'input' if self.parallel else 'output'}; name another module"
+            )
+        p: dict[str, Tensor] = {}
+        for side, a, b in (("down", wide, narrow), ("up", narrow, out)):
+            if self.phm_dim:
+                p |= self.factors(side, a, b, site.empty)
+                p |= {} if self.phm_shared_rule else self.rule(f"{side}_", site.empty)
+            else:
+                p[side] = self.matrix(side, a, b, site)
+            if self.phm_bias or not self.phm_dim:
+                p[f"{side}_bias"] = site.zeros(b)
+        if isinstance(self.scaling, str):
+            p["scale"] = site.ones(1 if self.scaling == "learned" else out)
+        if self.gating:
+            p |= {"gate": site.normal(1, wide, std=0.02), "gate_bias": site.zeros(1)}
+        if self.layer_norm in ("before", "both"):
+            p |= {"before": site.ones(wide), "before_bias": site.zeros(wide)}
+        if self.layer_norm in ("after", "both"):
+            p |= {"after": site.ones(out), "after_bias": site.zeros(out)}
+        return {k: t for k, t in p.items() if k not in self.shared_names}
+
+    def matrix(self, side: str, rows: int, columns: int, site: Site) -> Tensor:
+        """A plain matrix (columns, rows), as F.linear takes it."""
+        if self.init_weights == "bert":
+            return site.normal(columns, rows, std=0.02)
+        if self.init_weights == "houlsby":
+            t = site.empty(columns, rows)
+            return t if site.meta else nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02)
+        return site.zeros(columns, rows) if side == "up" else site.kaiming_uniform(columns, rows)
+
+    # The forward.
+
+    def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
+        z, a = self.before(site, x, y)
+        return self.behind(site, x, y, self.adapt(p, site, z, a, self.up(p, site, z)))
+
+    def stream(self, site: Site, x: Any) -> Tensor | None:
+        """R, the residual stream, or None where it is not known."""
+        r: Tensor | None = x[site.spot.residual] if site.spot is not None and site.spot.residual else None
+        return r
+
+    def sub_layer(self, site: Site, x: Any, y: Tensor) -> Tensor:
+        """H, the sub-layer's output; behind the norm it is what the sum has more than r."""
+        if not self.spot(site).on_norm:
+            return y
+        r = self.stream(site, x)
+        h: Tensor = next(iter(x.values())) - r
+        return h
+
+    def before(self, site: Site, x: Any, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Z, the adapter's input, and a, its residual, both (..., width)."""
+        spot, r = self.spot(site), self.stream(site, x)
+        if self.parallel:
+            return (next(iter(x.values())) if r is None else r), None
+        h = self.sub_layer(site, x, y)
+        z, a = h, h
+        if self.original_ln_before and r is not None:
+            total = next(iter(x.values())) if spot.on_norm else h + r
+            z = y if spot.on_norm else total if site.norm is None else site.norm(total)
+            a = total if self.residual_before_ln == "post_add" else h
+        return z, (a if self.residual_before_ln else z)
+
+    def up(self, p: Tensors, site: Site, z: Tensor) -> Tensor:
+        """S W_up act(W_down z), (..., width)."""
+        inner = z
+        if "before" in p:
+            inner = norm(z, p["before"], p["before_bias"])
+        inner = ACTIVATIONS[str(self.activation)](self.times(p, "down", inner))  # (..., bottleneck)
+        u = self.times(p, "up", inner)  # (..., width)
+        if self.stochastic_depth and site.owner.training:
+            kept = torch.rand(u.shape[0], *(1,) * (u.ndim - 1), device=u.device) >= self.stochastic_depth
+            u = u * kept.to(u.dtype) / (1 - self.stochastic_depth)
+        return u * (p["scale"].to(u.dtype) if "scale" in p else self.scaling)
+
+    def adapt(self, p: Tensors, site: Site, z: Tensor, a: Tensor | None, u: Tensor) -> Tensor:
+        """The adapter's output, with its residual unless it is parallel."""
+        u = F.dropout(u, self.dropout, site.owner.training)
+        if "gate" in p:
+            gate = torch.sigmoid(F.linear(z, p["gate"].to(z.dtype), p["gate_bias"].to(z.dtype)))  # (..., tokens, 1)
+            u = u * gate.mean(-2, keepdim=True)
+        if a is not None and self.adapter_residual_before_ln:
+            u = u + a
+        if "after" in p:
+            u = norm(u, p["after"], p["after_bias"])
+        return u if a is None or self.adapter_residual_before_ln else u + a
+
+    def behind(self, site: Site, x: Any, y: Tensor, u: Tensor) -> Tensor:
+        """What the module has to put out for the block to go on from u."""
+        out = u + self.sub_layer(site, x, y) if self.parallel else u
+        r = self.stream(site, x)
+        if self.original_ln_after or self.spot(site).on_norm or r is None:
+            return out
+        return out - r  # the block adds r, which is in u already
+
+    def times(self, p: Tensors, side: str, x: Tensor) -> Tensor:
+        """X (..., in) times the matrix of one side, (..., out)."""
+        bias = p[f"{side}_bias"].to(x.dtype) if f"{side}_bias" in p else None
+        if not self.phm_dim:
+            return F.linear(x, p[side].to(x.dtype), bias)
+        return F.linear(x, kronecker_sum(self.rule_of(p, side), self.second(p, side)).T.to(x.dtype), bias)
+
+    def rule_of(self, p: Tensors, side: str) -> Tensor:
+        at = "" if self.phm_shared_rule else f"{side}_"
+        if self.phm_factorized_rule:
+            return torch.bmm(p[f"{at}rule_left"], p[f"{at}rule_right"])  # (n, n, n)
+        return p[f"{at}rule"]
+
+    def second(self, p: Tensors, side: str) -> Tensor:
+        left = p[f"{side}_left"]
+        return torch.bmm(left, p[f"{side}_right"]) if self.phm_rank else left  # (n, rows / n, columns / n)
+
+
+def kronecker_sum(first: Tensor, second: Tensor) -> Tensor:
+    """sum_i A_i (x) B_i. Mahabadi et al. 2021, eq. 4: (n, n, n) and (n, a, b) -> (n a, n b)."""
+    n, a, b = second.shape
+    total = torch.einsum("ijk,iab->jakb", first.to(second), second)
+    return total.reshape(n * a, n * b)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
+
+
+def drawn(t: Tensor, std: float) -> Tensor:
+    """The tensor filled from a normal distribution; on the meta device, as it is."""
+    return t if t.device.type == "meta" else t.normal_(0.0, std)

@@ -562,12 +562,13 @@ def test_token_types_keep_their_tokens() -> None:
 
 
 def test_combined_with_layers_in_one_folder(tmp_path: Any) -> None:
-    """LoRA, a prefix and a prompt on one model: trained, saved to one folder, loaded in one call, each off alone."""
+    """LoRA, prefix, prompt and bottleneck on one model: trained, saved to one folder, loaded in one call, each off alone."""
     model = soft("llama", "prefix")
     model.add_adapter("words", METHODS["prompt"](task_type="CAUSAL_LM"))
     model.add_adapter("lora", veneer.LoraConfig(r=4, target_modules="all-linear"))
+    model.add_adapter("neck", veneer.BottleneckConfig(reduction_factor=4))
     scramble(model, 4)
-    names = ["default", "words", "lora"]
+    names = ["default", "words", "lora", "neck"]
     model.set_adapter(names)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -594,7 +595,7 @@ def test_combined_with_layers_in_one_folder(tmp_path: Any) -> None:
         without[off] = again(input_ids=IDS).logits
         assert (without[off] - expected).abs().max() > 1e-4, off
     again.delete_adapter("words")
-    again.set_adapter(["default", "lora"])
+    again.set_adapter(["default", "lora", "neck"])
     close(again(input_ids=IDS).logits, without["words"])
     plain = again.unload()
     assert [type(m) for m in plain.modules()] == [type(m) for m in CAUSAL["llama"]().modules()]

@@ -77,6 +77,7 @@ class Row:
     identity: bool = True  # a fresh adapter changes nothing
     not_for: set[str] = field(default_factory=set)  # layer tags with a clear refusal, or no field to name them by
     refused: str = ""  # what the refusal says
+    merges: bool = True  # it can be baked into the weights
 
 
 def ids() -> Tensor:
@@ -87,19 +88,19 @@ LAYERS: dict[str, Layer] = {
     "linear": Layer(lambda: nn.Linear(8, 12), lambda: torch.randn(2, 3, 8)),
     "linear_no_bias": Layer(lambda: nn.Linear(8, 12, bias=False), lambda: torch.randn(2, 8), tags={"no_bias"}),
     "conv1d_gpt2": Layer(lambda: Conv1D(12, 8), lambda: torch.randn(2, 3, 8)),
-    "conv1d": Layer(lambda: nn.Conv1d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 6)),
-    "conv2d": Layer(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 6, 6)),
+    "conv1d": Layer(lambda: nn.Conv1d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 6), tags={"conv"}),
+    "conv2d": Layer(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 6, 6), tags={"conv"}),
     "conv2d_reflect": Layer(
-        lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6)
+        lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6), tags={"conv"}
     ),
-    "conv2d_1x1": Layer(lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(2, 4, 5, 5)),
-    "conv2d_dilated": Layer(lambda: nn.Conv2d(4, 8, 3, dilation=2), lambda: torch.randn(2, 4, 8, 8)),
-    "conv3d": Layer(lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 4, 4, 4)),
+    "conv2d_1x1": Layer(lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(2, 4, 5, 5), tags={"conv"}),
+    "conv2d_dilated": Layer(lambda: nn.Conv2d(4, 8, 3, dilation=2), lambda: torch.randn(2, 4, 8, 8), tags={"conv"}),
+    "conv3d": Layer(lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 4, 4, 4), tags={"conv"}),
     "conv2d_grouped": Layer(
-        lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), lambda: torch.randn(2, 8, 5, 5), tags={"grouped"}
+        lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), lambda: torch.randn(2, 8, 5, 5), tags={"grouped", "conv"}
     ),
-    "conv2d_depthwise": Layer(lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped"}),
-    "conv2d_own_padding": Layer(lambda: PaddedConv(4, 8, 2), lambda: torch.randn(2, 4, 5, 5)),
+    "conv2d_depthwise": Layer(lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped", "conv"}),
+    "conv2d_own_padding": Layer(lambda: PaddedConv(4, 8, 2), lambda: torch.randn(2, 4, 5, 5), tags={"conv"}),
     "embedding": Layer(lambda: nn.Embedding(12, 8, padding_idx=0), ids, tags={"lookup"}),
     "embedding_scaled": Layer(lambda: ScaledEmbedding(12, 8), ids, tags={"lookup"}),
     "attention": Layer(lambda: Attention(8, 2, batch_first=True), lambda: torch.randn(2, 5, 8), tags={"bare"}),
@@ -116,8 +117,11 @@ LAYERS: dict[str, Layer] = {
 }
 
 
-def row(config: str, *, identity: bool = True, not_for: str = "", refused: str = "", **options: Any) -> Row:
-    return Row(lambda **names: getattr(veneer, config)(**options, **names), identity, set(not_for.split()), refused)
+def row(
+    config: str, *, identity: bool = True, not_for: str = "", refused: str = "", merges: bool = True, **options: Any
+) -> Row:
+    make = lambda **names: getattr(veneer, config)(**options, **names)  # noqa: E731
+    return Row(make, identity, set(not_for.split()), refused, merges)
 
 
 # "parameter": methods whose config has no target_parameters, as in peft.
@@ -154,6 +158,22 @@ METHODS: dict[str, Row] = {
     "oft_blocks": row("OFTConfig", r=2, oft_block_size=0, not_for="parameter"),
     "oft_constrained": row("OFTConfig", oft_block_size=4, coft=True, eps=1e-2, not_for="parameter"),
     "vera": row("VeraConfig", r=5, not_for="parameter"),
+    "bottleneck": row("BottleneckConfig", width=3, activation="gelu", not_for="conv parameter", merges=False),
+    "bottleneck_random": row(
+        "BottleneckConfig", width=3, activation="tanh", init_weights="bert", layer_norm="both", scaling="channel",
+        gating=True, identity=False, not_for="conv parameter not_sequence", merges=False,
+    ),
+    "bottleneck_parallel": row(
+        "BottleneckConfig", kind="parallel", width=4, activation="gelu", scaling="learned", not_for="conv parameter lookup",
+        merges=False,
+    ),
+    "compacter": row(
+        "BottleneckConfig", kind="compacter", width=4, phm_dim=2, not_for="conv parameter", merges=False
+    ),
+    "compacter_shared": row(
+        "BottleneckConfig", kind="compacter", width=4, phm_dim=2, phm_factorized_rule=True, phm_shared_weights=True,
+        phm_rank=2, not_for="conv parameter", merges=False,
+    ),
     "modules_to_save": row("LoraConfig", r=2, modules_to_save=[NAME], not_for="bare_name"),
     "tokens": row("TrainableTokensConfig", token_indices=[1, 4, 7], not_for="not_lookup"),
 }

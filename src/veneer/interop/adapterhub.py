@@ -42,7 +42,7 @@ LAYOUTS = {
     **dict.fromkeys(("t5", "mt5"), INSIDE),
     "vit": {"attention": "attention_adapters", "feed_forward": "output.output_adapters"},
 }
-BLOCKS = {"vit": (r"^vit\.layers\.", "vit.encoder.layer.")}  # transformers 5 renamed these blocks
+BLOCKS = {"vit": (r"^(vit\.)?layers\.", r"\1encoder.layer.")}  # transformers 5 renamed these blocks
 
 # Theirs -> ours, of fields that mean the same.
 FIELDS = {
@@ -136,7 +136,7 @@ def load(
     theirs = codec.read_tensors(found[0])
     prepared = config if fusion else config.prepare(base)
     wanted = keys(base, prepared, values["name"], fusion)
-    prefix = prefix_of(base)
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."  # also of a file from a model with a head
     ours: dict[str, Tensor] = {}
     for key, value in theirs.items():
         for old, new in OLD_NAMES.items():

@@ -365,6 +365,11 @@ class BottleneckConfig(Method):
         """The adapter's output, with its residual unless it is parallel."""
         u = F.dropout(u, self.dropout, site.owner.training)
         if "gate" in p:
+            if z.ndim < 3:
+                raise ValueError(
+                    f"{site.name}: gating averages over the tokens of each row, and {type(site.owner).__name__} sees "
+                    f"{tuple(z.shape)}, without a token axis; use gating=False here"
+                )
             gate = torch.sigmoid(F.linear(z, p["gate"].to(z.dtype), p["gate_bias"].to(z.dtype)))  # (..., tokens, 1)
             u = u * gate.mean(-2, keepdim=True)
         if a is not None and self.adapter_residual_before_ln:

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from adapterhub_models import FUSED, MODELS, fill, logits
 from safetensors.torch import load_file, save_file
+
+from adapterhub_models import FUSED, MODELS, fill, logits
 
 HERE = Path(__file__).parent / "golden" / "adapterhub"
 

@@ -99,7 +99,9 @@ LAYERS: dict[str, Layer] = {
     "conv2d_grouped": Layer(
         lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), lambda: torch.randn(2, 8, 5, 5), tags={"grouped", "conv"}
     ),
-    "conv2d_depthwise": Layer(lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped", "conv"}),
+    "conv2d_depthwise": Layer(
+        lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped", "conv"}
+    ),
     "conv2d_own_padding": Layer(lambda: PaddedConv(4, 8, 2), lambda: torch.randn(2, 4, 5, 5), tags={"conv"}),
     "embedding": Layer(lambda: nn.Embedding(12, 8, padding_idx=0), ids, tags={"lookup"}),
     "embedding_scaled": Layer(lambda: ScaledEmbedding(12, 8), ids, tags={"lookup"}),
@@ -160,19 +162,37 @@ METHODS: dict[str, Row] = {
     "vera": row("VeraConfig", r=5, not_for="parameter"),
     "bottleneck": row("BottleneckConfig", width=3, activation="gelu", not_for="conv parameter", merges=False),
     "bottleneck_random": row(
-        "BottleneckConfig", width=3, activation="tanh", init_weights="bert", layer_norm="both", scaling="channel",
-        gating=True, identity=False, not_for="conv parameter not_sequence", merges=False,
-    ),
-    "bottleneck_parallel": row(
-        "BottleneckConfig", kind="parallel", width=4, activation="gelu", scaling="learned", not_for="conv parameter lookup",
+        "BottleneckConfig",
+        width=3,
+        activation="tanh",
+        init_weights="bert",
+        layer_norm="both",
+        scaling="channel",
+        gating=True,
+        identity=False,
+        not_for="conv parameter not_sequence",
         merges=False,
     ),
-    "compacter": row(
-        "BottleneckConfig", kind="compacter", width=4, phm_dim=2, not_for="conv parameter", merges=False
+    "bottleneck_parallel": row(
+        "BottleneckConfig",
+        kind="parallel",
+        width=4,
+        activation="gelu",
+        scaling="learned",
+        not_for="conv parameter lookup",
+        merges=False,
     ),
+    "compacter": row("BottleneckConfig", kind="compacter", width=4, phm_dim=2, not_for="conv parameter", merges=False),
     "compacter_shared": row(
-        "BottleneckConfig", kind="compacter", width=4, phm_dim=2, phm_factorized_rule=True, phm_shared_weights=True,
-        phm_rank=2, not_for="conv parameter", merges=False,
+        "BottleneckConfig",
+        kind="compacter",
+        width=4,
+        phm_dim=2,
+        phm_factorized_rule=True,
+        phm_shared_weights=True,
+        phm_rank=2,
+        not_for="conv parameter",
+        merges=False,
     ),
     "modules_to_save": row("LoraConfig", r=2, modules_to_save=[NAME], not_for="bare_name"),
     "tokens": row("TrainableTokensConfig", token_indices=[1, 4, 7], not_for="not_lookup"),

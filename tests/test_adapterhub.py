@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapterhub_models import FUSED, MODELS, logits
 from safetensors.torch import load_file
-from write_adapterhub import base
 
 import veneer
+from adapterhub_models import FUSED, MODELS, logits
 from veneer.interop import adapterhub
+from write_adapterhub import base
 
 GOLDEN = Path(__file__).parent / "golden" / "adapterhub"
 WANTED = load_file(GOLDEN / "outputs.safetensors")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from models import IDS, MODELS
 from torch import nn
 
 import veneer
+from models import IDS, MODELS
 from veneer import places
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,8 @@ def test_gradient_checkpointing(name: str, kind: str, reentrant: bool) -> None:
     assert all((a.grad - b.grad).abs().max() <= 1e-5 * max(1, float(a.grad.abs().max())) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
+# transformers' GPT-2 itself does not compile whole with labels: its loss logs a warning.
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "opt"])
 @pytest.mark.parametrize("kind", ["pfeiffer", "parallel", "plus", "compacter"])
 def test_compile_without_graph_breaks(name: str, kind: str) -> None:
     model = adapted(name, kind)
@@ -151,9 +152,8 @@ def test_threads_do_not_see_each_other() -> None:
 
     def work(i: int) -> None:
         with torch.no_grad():
-            for _ in range(20):
-                if not torch.equal(model(**batches[i]).logits, expected[i]):
-                    wrong.append(i)
+            same = [torch.equal(model(**batches[i]).logits, expected[i]) for _ in range(20)]
+        wrong.extend([i] * same.count(False))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     [x.start() for x in threads]
@@ -176,7 +176,9 @@ def stream(model: nn.Module, x: dict[str, Any]) -> list[float]:
     modules = dict(model.named_modules())
 
     def enters(name: str) -> Any:
-        return lambda m, args, kwargs: seen.__setitem__(("in", name), (args[0] if args else next(iter(kwargs.values()))).clone())
+        return lambda m, args, kwargs: seen.__setitem__(
+            ("in", name), (args[0] if args else next(iter(kwargs.values()))).clone()
+        )
 
     def leaves(name: str) -> Any:
         return lambda m, args, y: seen.__setitem__(("out", name), (y[0] if isinstance(y, tuple) else y).clone())
@@ -400,8 +402,8 @@ def test_fusion_trains_itself_alone_and_is_saved(tmp_path: Any) -> None:
     scramble(model, 6, 0.05)
     model(**MODELS["bert"].inputs()).loss.backward()
     for n, p in model.named_parameters():
-        if "fusion" in n:
-            assert p.grad.abs().sum() > 0, n
+        if "fusion" in n:  # a bias of all keys is lost in the softmax
+            assert p.grad.abs().sum() > 0 or "key_bias" in n, n
         else:
             assert p.grad is None, n
     expected = logits(model, "bert")
@@ -428,7 +430,7 @@ def test_fusion_reaches_the_adapters_if_told_and_compiles_and_copies() -> None:
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**MODELS["llama"].inputs()).logits
     assert (found - expected).abs().max() <= 1e-5
     penalty = veneer.interop.adapterhub.fusion_regularization(model, "fusion")
-    assert 0 <= float(penalty) < 1e-6  # starts at the identity
+    assert 0 <= penalty.item() < 1e-6  # starts at the identity
     scramble(model, 7)
     assert veneer.interop.adapterhub.fusion_regularization(model, "fusion").requires_grad
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapterhub_models import MODELS, fill, logits, old_vit_name
 from safetensors.torch import save_file
 
 import veneer
+from adapterhub_models import MODELS, fill, logits, old_vit_name
 from veneer.interop import adapterhub
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .methods.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
+    from .methods.bottleneck import BottleneckConfig as BottleneckConfig
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
     from .methods.ia3 import IA3Config as IA3Config
     from .methods.loha import LoHaConfig as LoHaConfig

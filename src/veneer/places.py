@@ -148,7 +148,9 @@ def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) ->
     module = block.get_submodule(out)
     if (width := config_width(config)) and measured(module) is None:
         return width
-    sizes = measured(module) or next((s for s in map(measured, reversed(list(module.modules()))) if s is not None), None)
+    sizes = measured(module) or next(
+        (s for s in map(measured, reversed(list(module.modules()))) if s is not None), None
+    )
     return width if sizes is None else sizes[1]
 
 
@@ -250,15 +252,25 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
             groups = [rest[: first + 1], rest[first + 1 :]]  # attention and feed-forward side by side
         for group in groups:
             attention = next((c for c in group if kinds[c] == "A"), None)
-            if attention is not None and any(c != attention and kinds[c] in "AF" and not scales(children[c]) for c in group):
+            if attention is not None and any(
+                c != attention and kinds[c] in "AF" and not scales(children[c]) for c in group
+            ):
                 return {}
-            role = "feed_forward" if attention is None else "attention" if not crosses(attention, found) else "cross_attention"
+            role = (
+                "feed_forward"
+                if attention is None
+                else "attention"
+                if not crosses(attention, found)
+                else "cross_attention"
+            )
             if role in found:
                 return {}
             out = group[-1]
             if group is rest:  # a dropout of its own behind the sub-layer is the last to touch h
                 last = parts[i][-1]
-                out = last if kinds[last] == "D" and counts[last] == 1 and isinstance(children[last], nn.Dropout) else out
+                out = (
+                    last if kinds[last] == "D" and counts[last] == 1 and isinstance(children[last], nn.Dropout) else out
+                )
             residual = leading[0] if leading and not after else group[0]
             found[role] = (out, residual, norm)
     return found

@@ -35,7 +35,7 @@ BESIDE = {
     "cross_attention": "cross_attention_adapters",
     "feed_forward": "output_adapters",
 }
-INSIDE = {role: "" for role in BESIDE}  # in the module that holds the place, as T5's sub-layers do
+INSIDE = dict.fromkeys(BESIDE, "")  # in the module that holds the place, as T5's sub-layers do
 LAYOUTS = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), OUTPUTS),
     **dict.fromkeys(("bart", "mbart", "whisper", "gpt2", "llama", "mistral", "distilbert"), BESIDE),
@@ -242,7 +242,9 @@ def config_from(theirs: Mapping[str, Any], where: str) -> Method:
         if theirs.get(name, allowed) != allowed:
             raise ValueError(f"{where}: {name}={theirs[name]!r} is not supported; Veneer reads {name}={allowed!r} only")
     if unknown := [n for n in theirs if n not in known and theirs[n]]:
-        raise ValueError(f"{where}: {unknown[0]}={theirs[unknown[0]]!r} is not known, and ignoring it would change the result")
+        raise ValueError(
+            f"{where}: {unknown[0]}={theirs[unknown[0]]!r} is not known, and ignoring it would change the result"
+        )
     norms = [w for w, n in (("before", "ln_before"), ("after", "ln_after")) if theirs.get(n)]
     fields: dict[str, Any] = {ours: theirs[name] for name, ours in FIELDS.items() if name in theirs}
     hypercomplex = bool(theirs.get("phm_layer"))
@@ -266,7 +268,9 @@ def config_from(theirs: Mapping[str, Any], where: str) -> Method:
 def config_to(ours: Method, base: nn.Module) -> dict[str, Any]:
     """Their `config`, as a part of the file's content."""
     if ours.peft_name != "BOTTLENECK":
-        raise ValueError(f"this adapter is {ours.peft_name}; AdapterHub's layout is written for bottleneck adapters only")
+        raise ValueError(
+            f"this adapter is {ours.peft_name}; AdapterHub's layout is written for bottleneck adapters only"
+        )
     config: Any = ours
     if config.target_modules is not None or config.exclude_modules is not None:
         raise ValueError(
@@ -308,9 +312,8 @@ def fusion_from(values: Mapping[str, Any], where: str, names: Sequence[str] | No
         raise ValueError(f"{where}: fuses {len(own)} adapters ({', '.join(own)}); adapter_names={list(names)!r}")
     fields = {n: bool(theirs[n]) for n in FUSION_FIELDS if n in theirs}
     try:
-        made: Method = registry()["ADAPTER_FUSION"](
-            adapter_names=list(names or own), dropout=theirs.get("dropout_prob"), **fields
-        )
+        cls: Any = registry()["ADAPTER_FUSION"]
+        made: Method = cls(adapter_names=list(names or own), dropout=theirs.get("dropout_prob"), **fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return made
@@ -320,7 +323,10 @@ def fusion_to(ours: Method) -> dict[str, Any]:
     config: Any = ours
     values = {n: getattr(config, n) for n in FUSION_FIELDS if n != "temperature"}
     rate = config.dropout or None  # theirs: None and 0 both mean the base model's
-    return {"adapter_names": list(config.adapter_names), "config": {**values, "temperature": False, "dropout_prob": rate}}
+    return {
+        "adapter_names": list(config.adapter_names),
+        "config": {**values, "temperature": False, "dropout_prob": rate},
+    }
 
 
 # Names of tensors.

@@ -54,9 +54,7 @@ class LayerKind(ABC):
 
     # The recursion on matrices: merging, and layers that can only run with an effective weight.
 
-    def compose(
-        self, site: Site, links: Links, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def compose(self, site: Site, links: Links, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W, b -> L (W R + Delta), L b + shift for each link in turn; weight is canonical (out, in)."""
         for link in links:
             if isinstance(link, Fork):  # W + sum_i w_i (W_i - W)

@@ -67,7 +67,9 @@ class AdapterFusionConfig(Method):
         if not (self.query or self.key or self.value):
             raise ValueError("AdapterFusionConfig(query=False, key=False, value=False): there is nothing to train")
         if not isinstance(self.adapter_names, (list, tuple)) or len(set(self.adapter_names)) != len(self.adapter_names):
-            raise ValueError(f"AdapterFusionConfig(adapter_names={self.adapter_names!r}): must be a list of different names")
+            raise ValueError(
+                f"AdapterFusionConfig(adapter_names={self.adapter_names!r}): must be a list of different names"
+            )
 
     def prepare(self, model: nn.Module) -> Method:
         if len(self.adapter_names) < 2:
@@ -109,7 +111,7 @@ class AdapterFusionConfig(Method):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         n = site.fan_out
-        p = {}
+        p: dict[str, Tensor] = {}
         for name in ("query", "key"):
             if getattr(self, name):
                 p |= {name: site.normal(n, n, std=0.02), f"{name}_bias": site.zeros(n)}

@@ -20,7 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..method import (
-    Method, Site, Spot, Tensors, find_spots, matches, method, one_of, positive, probability, show_names, spot_at, suggest, whole,
+    Method,
+    Site,
+    Spot,
+    Tensors,
+    find_spots,
+    matches,
+    method,
+    one_of,
+    positive,
+    probability,
+    show_names,
+    spot_at,
+    suggest,
+    whole,
 )  # fmt: skip
 
 ACTIVATIONS: dict[str, Any] = {
@@ -226,9 +239,7 @@ class BottleneckConfig(Method):
             layer = str(self.spot(site).layer)
             if layer not in given and "default" not in given:
                 what = "reduction_factor" if self.width is None else "width"
-                raise ValueError(
-                    f"{site.name}: {what}={given!r} says nothing of block {layer}; add it, or a 'default'"
-                )
+                raise ValueError(f"{site.name}: {what}={given!r} says nothing of block {layer}; add it, or a 'default'")
             given = given.get(layer, given.get("default"))
         return max(1, int(site.fan_out // given)) if self.width is None else int(given)
 
@@ -239,7 +250,9 @@ class BottleneckConfig(Method):
         if not self.phm_dim:
             return {}
         rule = ("rule_left", "rule_right") if self.phm_factorized_rule else ("rule",)
-        factors = [f"{side}_{part}" for side in ("down", "up") for part in (("left", "right") if self.phm_rank else ("left",))]
+        factors = [
+            f"{side}_{part}" for side in ("down", "up") for part in (("left", "right") if self.phm_rank else ("left",))
+        ]
         keys = (rule if self.phm_shared_rule else ()) + (tuple(factors) if self.phm_shared_weights else ())
         return {k: f"phm_{k}" for k in keys}
 
@@ -359,7 +372,9 @@ class BottleneckConfig(Method):
         if self.stochastic_depth and site.owner.training:
             kept = torch.rand(u.shape[0], *(1,) * (u.ndim - 1), device=u.device) >= self.stochastic_depth
             u = u * kept.to(u.dtype) / (1 - self.stochastic_depth)
-        return u * (p["scale"].to(u.dtype) if "scale" in p else self.scaling)
+        scale: Any = p["scale"].to(u.dtype) if "scale" in p else self.scaling
+        scaled: Tensor = u * scale
+        return scaled
 
     def adapt(self, p: Tensors, site: Site, z: Tensor, a: Tensor | None, u: Tensor) -> Tensor:
         """The adapter's output, with its residual unless it is parallel."""

@@ -238,7 +238,7 @@ def test_methods_and_help() -> None:
     text = veneer("methods").output
     assert all(name.lower() in text for name in METHODS)
     for name in METHODS:
-        assert "target_modules" in veneer("methods", name.lower()).output
+        assert "modules_to_save" in veneer("methods", name.lower()).output or name == "TRAINABLE_TOKENS"
     assert "did you mean 'lora'" in veneer("methods", "lorra", ok=False).output
     usage = veneer("train", "--help").output
     assert "--lora-alpha" in usage and "--use-dora" in usage and "--learning-rate" in usage

@@ -364,7 +364,7 @@ class Runtime:
         module = self.module(name)
         known = self.sites.get(f"{name} (module)")
         site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
-        while site.near is module and not any(":" not in n for n, _ in site.near.named_parameters()) and name:
+        while name and not any(":" not in n for n, _ in site.near.named_parameters()):
             name = name.rpartition(".")[0]  # a dropout has no tensors: dtype and device are its block's
             site.near = self.module(name)
         if spot is not None and site.spot is None:

@@ -78,16 +78,14 @@ PHM = {"bias": "b", "left": "W_left", "right": "W_right", "rule": "phm_rule", "r
        "rule_right": "phm_rule_right"}  # fmt: skip
 
 
-def recognises(folder: str | os.PathLike[str], **hub: Any) -> bool:
-    """Whether a folder (or hub id) is AdapterHub's and not peft's or Veneer's."""
-    path = codec.find_file(folder, CONFIG, hub.pop("subfolder", None), **hub)
-    if path is None:
-        return (Path(folder) / FUSION_CONFIG).is_file()
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False  # the ordinary reader says what is wrong
-    return isinstance(values, dict) and "peft_type" not in values and isinstance(values.get("config"), dict)
+def recognises(values: Mapping[str, Any]) -> bool:
+    """Whether this is the content of AdapterHub's `adapter_config.json`, and not of peft's or Veneer's."""
+    return "peft_type" not in values and isinstance(values.get("config"), dict)
+
+
+def holds_fusion(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that AdapterHub's library wrote for a fusion."""
+    return (Path(folder) / FUSION_CONFIG).is_file() and not (Path(folder) / CONFIG).exists()
 
 
 def load(

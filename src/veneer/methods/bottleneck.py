@@ -98,7 +98,8 @@ class BottleneckConfig(Method):
         residual_before_ln: True for a = h, "post_add" for a = r + h, False for a = z.
         adapter_residual_before_ln: add a before the adapter's own norm at the output instead of behind it.
         parallel: whether the input is the sub-layer's, and the output is added to h.
-        scaling: s: a number, "learned" (one number) or "channel" (one a channel).
+        scaling: s: a number, "learned" (one number) or "channel" (one a channel). The parallel kind's 4 is the paper's
+            and wants a small learning rate (2e-4; the others 1e-3).
         gating: multiply by a learned gate sigmoid(w z + b), averaged over the tokens.
         phm_dim: n, the number of Kronecker products in each matrix; 0 for plain matrices.
         phm_rank: rank of the products' second factors; 0 for full matrices.

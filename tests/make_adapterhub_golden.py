@@ -1,4 +1,4 @@
-"""Write tests/golden/adapterhub: small folders by the `adapters` library, with the outputs they give.
+"""Write tests/golden_adapterhub: small folders by the `adapters` library, with the outputs they give.
 
 Run with an environment that has adapters 1.3.0 and its transformers:  python tests/make_adapterhub_golden.py
 Base weights are not stored: `fill` makes them from their names, here and in the tests. With `check FOLDER` it loads
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterhub_models import FUSED, MODELS, fill, logits
 
-HERE = Path(__file__).parent / "golden" / "adapterhub"
+HERE = Path(__file__).parent / "golden_adapterhub"
 
 
 def make(name: str) -> Any:

@@ -64,6 +64,9 @@ def labelled() -> dict[str, torch.Tensor]:
     return {"input_ids": IDS, "labels": torch.tensor([0, 1])}
 
 
+BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32}
+BART |= {"decoder_start_token_id": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0}
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 VIT = {**SIZES, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
 del VIT["vocab_size"]

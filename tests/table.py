@@ -78,6 +78,7 @@ class Row:
     not_for: set[str] = field(default_factory=set)  # layer tags with a clear refusal, or no field to name them by
     refused: str = ""  # what the refusal says
     norms: bool = False  # it is for normalisation layers too
+    merges: bool = True  # it can be baked into the weights
 
 
 def ids() -> Tensor:
@@ -103,19 +104,21 @@ LAYERS: dict[str, Layer] = {
     "linear": Layer(lambda: nn.Linear(8, 12), lambda: torch.randn(2, 3, 8)),
     "linear_no_bias": Layer(lambda: nn.Linear(8, 12, bias=False), lambda: torch.randn(2, 8), tags={"no_bias"}),
     "conv1d_gpt2": Layer(lambda: Conv1D(12, 8), lambda: torch.randn(2, 3, 8)),
-    "conv1d": Layer(lambda: nn.Conv1d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 6)),
-    "conv2d": Layer(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 6, 6)),
+    "conv1d": Layer(lambda: nn.Conv1d(4, 8, 3, padding=1), lambda: torch.randn(2, 4, 6), tags={"conv"}),
+    "conv2d": Layer(lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 6, 6), tags={"conv"}),
     "conv2d_reflect": Layer(
-        lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6)
+        lambda: nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6), tags={"conv"}
     ),
-    "conv2d_1x1": Layer(lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(2, 4, 5, 5)),
-    "conv2d_dilated": Layer(lambda: nn.Conv2d(4, 8, 3, dilation=2), lambda: torch.randn(2, 4, 8, 8)),
-    "conv3d": Layer(lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 4, 4, 4)),
+    "conv2d_1x1": Layer(lambda: nn.Conv2d(4, 8, 1), lambda: torch.randn(2, 4, 5, 5), tags={"conv"}),
+    "conv2d_dilated": Layer(lambda: nn.Conv2d(4, 8, 3, dilation=2), lambda: torch.randn(2, 4, 8, 8), tags={"conv"}),
+    "conv3d": Layer(lambda: nn.Conv3d(4, 8, 2), lambda: torch.randn(1, 4, 4, 4, 4), tags={"conv"}),
     "conv2d_grouped": Layer(
-        lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), lambda: torch.randn(2, 8, 5, 5), tags={"grouped"}
+        lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), lambda: torch.randn(2, 8, 5, 5), tags={"grouped", "conv"}
     ),
-    "conv2d_depthwise": Layer(lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped"}),
-    "conv2d_own_padding": Layer(lambda: PaddedConv(4, 8, 2), lambda: torch.randn(2, 4, 5, 5)),
+    "conv2d_depthwise": Layer(
+        lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: torch.randn(2, 4, 5, 5), tags={"grouped", "conv"}
+    ),
+    "conv2d_own_padding": Layer(lambda: PaddedConv(4, 8, 2), lambda: torch.randn(2, 4, 5, 5), tags={"conv"}),
     "embedding": Layer(lambda: nn.Embedding(12, 8, padding_idx=0), ids, tags={"lookup"}),
     "embedding_scaled": Layer(lambda: ScaledEmbedding(12, 8), ids, tags={"lookup"}),
     "attention": Layer(lambda: Attention(8, 2, batch_first=True), lambda: torch.randn(2, 5, 8), tags={"bare"}),
@@ -139,12 +142,13 @@ def row(
     not_for: str = "",
     refused: str = "",
     norms: bool = False,
+    merges: bool = True,
     **options: Any,
 ) -> Row:
     def make(**names: Any) -> Any:
         return getattr(veneer, config)(**options, **names)
 
-    return Row(make, identity, set(not_for.split()), refused, norms)
+    return Row(make, identity, set(not_for.split()), refused, norms, merges)
 
 
 # "parameter": methods whose config has no target_parameters, as in peft.
@@ -184,5 +188,39 @@ METHODS: dict[str, Row] = {
     "ln_tuning": row("LNTuningConfig", not_for="bare", norms=True),  # bare: attention, which it refuses
     "bitfit": row("BitFitConfig", not_for="parameter no_bias lookup", norms=True),
     "modules_to_save": row("LoraConfig", r=2, modules_to_save=[NAME], not_for="bare_name", norms=True),
+    "bottleneck": row("BottleneckConfig", width=3, activation="gelu", not_for="conv parameter", merges=False),
+    "bottleneck_random": row(
+        "BottleneckConfig",
+        width=3,
+        activation="tanh",
+        init_weights="bert",
+        layer_norm="both",
+        scaling="channel",
+        gating=True,
+        identity=False,
+        not_for="conv parameter not_sequence",
+        merges=False,
+    ),
+    "bottleneck_parallel": row(
+        "BottleneckConfig",
+        kind="parallel",
+        width=4,
+        activation="gelu",
+        scaling="learned",
+        not_for="conv parameter lookup",
+        merges=False,
+    ),
+    "compacter": row("BottleneckConfig", kind="compacter", width=4, phm_dim=2, not_for="conv parameter", merges=False),
+    "compacter_shared": row(
+        "BottleneckConfig",
+        kind="compacter",
+        width=4,
+        phm_dim=2,
+        phm_factorized_rule=True,
+        phm_shared_weights=True,
+        phm_rank=2,
+        not_for="conv parameter",
+        merges=False,
+    ),
     "tokens": row("TrainableTokensConfig", token_indices=[1, 4, 7], not_for="not_lookup"),
 }

@@ -15,7 +15,7 @@ from adapterhub_models import FUSED, MODELS, logits
 from veneer.interop import adapterhub
 from write_adapterhub import base
 
-GOLDEN = Path(__file__).parent / "golden" / "adapterhub"
+GOLDEN = Path(__file__).parent / "golden_adapterhub"
 WANTED = load_file(GOLDEN / "outputs.safetensors")
 BROKEN = "t5_compacter"  # their library leaves the shared rule out of T5's files
 SINGLE = [f"{n}_{label}" for n, row in MODELS.items() for label in row.configs if f"{n}_{label}" != BROKEN]

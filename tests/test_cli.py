@@ -168,7 +168,7 @@ NEEDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "ADAPTER_FUSION"])  # which needs other adapters first
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Of every method, on its own training defaults but for the rate; bit for bit."""
     from veneer.cli.progress import Bar

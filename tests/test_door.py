@@ -147,6 +147,20 @@ def test_forward_is_the_same_tokens_by_hand(name: str, method: str) -> None:
         assert torch.equal(model(input_ids=IDS, labels=IDS).loss, loss)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "falcon"])
+def test_a_prefix_can_start_as_real_tokens(name: str) -> None:
+    base = CAUSAL[name]()
+    config = veneer.PrefixTuningConfig(num_virtual_tokens=P, init_weights="vocabulary", task_type="CAUSAL_LM")
+    torch.manual_seed(3)
+    model = veneer.get_peft_model(base, config).eval()
+    torch.manual_seed(3)
+    tokens = torch.randint(0, 64, (1, P)).expand(2, -1)
+    expected = CAUSAL[name]()(input_ids=torch.cat([tokens, IDS], 1)).logits[:, P:]
+    close(model(input_ids=IDS).logits, expected)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        veneer.PrefixTuningConfig(init_weights="vocabulary", prefix_projection=True)
+
+
 @two
 @causal
 @torch.no_grad()

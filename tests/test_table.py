@@ -25,6 +25,8 @@ def tags_of(layer: Layer) -> set[str]:
         tags |= {"parameter", "bare_name"}
     if "lookup" not in tags:
         tags.add("not_lookup")
+    if layer.input().ndim < 3 and "lookup" not in tags:
+        tags.add("not_sequence")
     return tags
 
 
@@ -41,6 +43,8 @@ REFUSED = [
     if method.refused and method.not_for & tags_of(layer) and "norm" not in layer.tags
 ]
 cells = pytest.mark.parametrize(("method", "layer"), CELLS)
+MERGING = [c for c in CELLS if METHODS[c[0]].merges]
+merging = pytest.mark.parametrize(("method", "layer"), MERGING)
 
 
 def config_for(method: Row, layer: Layer, name: str = "") -> Any:
@@ -93,7 +97,19 @@ def test_identity_at_start(method: str, layer: str) -> None:
         assert torch.equal(model(x), expected)
 
 
-@cells
+@pytest.mark.parametrize(("method", "layer"), [c for c in CELLS if c not in MERGING])
+def test_what_is_no_weight_refuses_to_merge(method: str, layer: str) -> None:
+    x = LAYERS[layer].input()
+    model = adapted(method, layer)
+    before, start = model(x), bits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="acts on activations and cannot be merged"):
+            merge()
+    assert bits(model) == start
+    assert torch.equal(model(x), before)
+
+
+@merging
 def test_forward_equals_merge_and_unmerge_restores_bits(method: str, layer: str) -> None:
     x = LAYERS[layer].input()
     model = adapted(method, layer)
@@ -107,7 +123,7 @@ def test_forward_equals_merge_and_unmerge_restores_bits(method: str, layer: str)
     assert torch.equal(model(x), before)
 
 
-@cells
+@merging
 def test_merge_and_unload(method: str, layer: str) -> None:
     x = LAYERS[layer].input()
     model = adapted(method, layer)
@@ -173,7 +189,7 @@ def test_deepcopy_and_pickle(method: str, layer: str) -> None:
         randomise(other, 0.5, seed=2)  # what happens to a copy stays in the copy
         assert not torch.equal(other(x), expected)
         assert torch.equal(model(x), expected)
-        other.merge_adapter() if "grouped" not in LAYERS[layer].tags else None
+        other.merge_adapter() if "grouped" not in LAYERS[layer].tags and METHODS[method].merges else None
         assert torch.equal(model(x), expected)
 
 
@@ -201,11 +217,12 @@ def test_two_adapters_stack(method: str, layer: str) -> None:
     model.set_adapter(["default", "second"])
     both = model(x)
     assert relative(both, first) > 1e-4 and relative(both, second) > 1e-4
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.merge_adapter()
-        assert relative(model(x), both) <= 2e-5
-        model.unmerge_adapter()
+    if METHODS[method].merges:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.merge_adapter()
+            assert relative(model(x), both) <= 2e-5
+            model.unmerge_adapter()
     assert torch.equal(model(x), both)
     model.delete_adapter("second")
     model.set_adapter("default")
@@ -223,3 +240,42 @@ def test_refusals_are_clear_and_lose_nothing(method: str, layer: str) -> None:
         return  # attaches, and refuses to merge
     assert bits(base) == start and [type(m) for m in base.modules()] == kinds
     assert all(p.requires_grad for p in base.parameters())
+
+
+# Weights changed side by side: an attention is not linear in its own.
+SIDES = [c for c in CELLS if c[0] not in ("modules_to_save", "tokens") and not (c in MERGING and c[1] == "attention")]
+
+
+@pytest.mark.parametrize(("method", "layer"), SIDES)
+def test_side_by_side(method: str, layer: str) -> None:
+    """f + sum_i w_i (f_i - f), in the forward and in the merge; and in a branch, a stack."""
+    x = LAYERS[layer].input()
+    model = adapted(method, layer)
+    inner = model.get_base_model().layer  # before the tanh
+    for seed, name in enumerate(("second", "third"), 3):
+        model.add_adapter(name, config_for(METHODS[method], LAYERS[layer], method))
+        randomise(model, 0.2, seed=seed)
+
+    def outputs(chosen: Any) -> torch.Tensor:
+        with model.use_adapter(chosen), torch.no_grad():
+            return inner(x)
+
+    with model.disable_adapter():
+        base = inner(x).detach()
+    one, two, both = outputs("default"), outputs("second"), outputs(["second", "third"])
+    added = veneer.Parallel("default", ["second", "third"])
+    assert relative(outputs(added), one + both - base) <= 1e-5
+    mean = veneer.Average("default", "second", weights=[3, 1])
+    assert relative(outputs(mean), 0.75 * one + 0.25 * two) <= 1e-5
+    model.set_adapter(veneer.Parallel("default", "second"))
+    assert relative(inner(x), one + two - base) <= 1e-5
+    nested = veneer.Parallel("default", veneer.Average("second", "third"))
+    model.set_adapter(nested)
+    before = inner(x)
+    if METHODS[method].merges and "grouped" not in LAYERS[layer].tags:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.merge_adapter()
+            assert relative(inner(x), before) <= 2e-5
+            model.unmerge_adapter()
+        assert torch.equal(inner(x), before)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .methods.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
+    from .methods.bottleneck import BottleneckConfig as BottleneckConfig
     from .methods.cpt import CPTConfig as CPTConfig
     from .methods.full_copy import TrainableTokensConfig as TrainableTokensConfig
     from .methods.ia3 import IA3Config as IA3Config

@@ -73,6 +73,14 @@ def load_config(
     Raises:
         ValueError: no such file, no JSON, another method, or fields that cannot be honoured.
     """
+    values, path = read_config(where, subfolder=subfolder, **hub)
+    return config_from_dict(values, expected=expected, where=path)
+
+
+def read_config(
+    where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
+) -> tuple[dict[str, Any], str]:
+    """The content of `adapter_config.json`, and its path; see `load_config`."""
     path = find_file(where, CONFIG_NAME, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(where)!r} holds no {CONFIG_NAME}; give the folder an adapter was saved to")
@@ -82,7 +90,7 @@ def load_config(
         raise ValueError(f"{path} is no valid JSON ({error}); save the adapter again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of config fields")
-    return config_from_dict(values, expected=expected, where=str(path))
+    return values, str(path)
 
 
 def config_from_dict(

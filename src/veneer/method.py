@@ -215,6 +215,11 @@ class Method:
                 setattr(self, name, set(value))  # as peft holds them; written sorted
         self.check()
 
+    @classmethod
+    def recipe_for(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`recipe` as it holds beside what the user gave: the run's `task`, and fields of the config."""
+        return cls.recipe
+
     # What a method may say.
 
     def check(self) -> None:

@@ -282,7 +282,9 @@ class PeftModel(nn.Module):
             AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
         """
         config = kwargs.pop("config", None)
-        if config is None and adapterhub.recognises(model_id, **kwargs):
+        fusion = config is None and adapterhub.holds_fusion(model_id)
+        values, path = codec.read_config(model_id, **kwargs) if config is None and not fusion else ({}, "")
+        if fusion or (config is None and adapterhub.recognises(values)):
             return adapterhub.load(
                 self,
                 model_id,
@@ -293,7 +295,7 @@ class PeftModel(nn.Module):
                 **kwargs,
             )
         if config is None:
-            config = codec.load_config(model_id, **kwargs)
+            config = codec.config_from_dict(values, where=path)
         config = config.replace(inference_mode=not is_trainable)
         tensors = codec.load_weights(model_id, **kwargs)
         return self.runtime.attach(

@@ -416,7 +416,7 @@ class Runtime:
         module = self.module(name)
         known = self.sites.get(f"{name} (module)")
         site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
-        while site.near is module and not any(":" not in n for n, _ in site.near.named_parameters()) and name:
+        while name and not any(":" not in n for n, _ in site.near.named_parameters()):
             name = name.rpartition(".")[0]  # a dropout has no tensors: dtype and device are its block's
             site.near = self.module(name)
         if spot is not None and site.spot is None:
@@ -873,7 +873,7 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
         groups = site.kind.widen(site, value)
         original = Original(stored, bias, None, groups=site.groups)
         parameter = site.owner._parameters[site.param]
-        if not any(changes_weight(link) for link in links):
+        if not any(changes_weight(link) for link in every(links)):
             pass  # what is stored stays as it is, tied, quantized or not
         elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
             warnings.warn(

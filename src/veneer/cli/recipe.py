@@ -83,7 +83,7 @@ class Run:
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name} or the key {name!r} in the recipe ({HELP[name]})")
         self.method = {"name": "lora", **self.method}
-        for key, value in defaults(self.method_class).items():
+        for key, value in defaults(self.method_class, {"task": self.task, **self.method}).items():
             if key not in HELP:
                 self.method.setdefault(key, value)
             elif getattr(self, key) is None:
@@ -131,9 +131,9 @@ class Run:
             raise ValueError(f"method {name!r}: {error}") from error
 
 
-def defaults(cls: Any) -> dict[str, Any]:
+def defaults(cls: Any, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a run with this method uses where the user says nothing: keys of a run, and of the method's config."""
-    return {**PLAIN, **cls.recipe}
+    return {**PLAIN, **cls.recipe_for(given or {})}
 
 
 FIELDS = dataclasses.fields(Run)

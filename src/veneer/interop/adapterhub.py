@@ -42,7 +42,7 @@ LAYOUTS = {
     **dict.fromkeys(("t5", "mt5"), INSIDE),
     "vit": {"attention": "attention_adapters", "feed_forward": "output.output_adapters"},
 }
-BLOCKS = {"vit": (r"^vit\.layers\.", "vit.encoder.layer.")}  # transformers 5 renamed these blocks
+BLOCKS = {"vit": (r"^(vit\.)?layers\.", r"\1encoder.layer.")}  # transformers 5 renamed these blocks
 
 # Theirs -> ours, of fields that mean the same.
 FIELDS = {
@@ -78,16 +78,14 @@ PHM = {"bias": "b", "left": "W_left", "right": "W_right", "rule": "phm_rule", "r
        "rule_right": "phm_rule_right"}  # fmt: skip
 
 
-def recognises(folder: str | os.PathLike[str], **hub: Any) -> bool:
-    """Whether a folder (or hub id) is AdapterHub's and not peft's or Veneer's."""
-    path = codec.find_file(folder, CONFIG, hub.pop("subfolder", None), **hub)
-    if path is None:
-        return (Path(folder) / FUSION_CONFIG).is_file()
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False  # the ordinary reader says what is wrong
-    return isinstance(values, dict) and "peft_type" not in values and isinstance(values.get("config"), dict)
+def recognises(values: Mapping[str, Any]) -> bool:
+    """Whether this is the content of AdapterHub's `adapter_config.json`, and not of peft's or Veneer's."""
+    return "peft_type" not in values and isinstance(values.get("config"), dict)
+
+
+def holds_fusion(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that AdapterHub's library wrote for a fusion."""
+    return (Path(folder) / FUSION_CONFIG).is_file() and not (Path(folder) / CONFIG).exists()
 
 
 def load(
@@ -136,7 +134,7 @@ def load(
     theirs = codec.read_tensors(found[0])
     prepared = config if fusion else config.prepare(base)
     wanted = keys(base, prepared, values["name"], fusion)
-    prefix = prefix_of(base)
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."  # also of a file from a model with a head
     ours: dict[str, Tensor] = {}
     for key, value in theirs.items():
         for old, new in OLD_NAMES.items():
@@ -312,9 +310,8 @@ def fusion_from(values: Mapping[str, Any], where: str, names: Sequence[str] | No
         raise ValueError(f"{where}: fuses {len(own)} adapters ({', '.join(own)}); adapter_names={list(names)!r}")
     fields = {n: bool(theirs[n]) for n in FUSION_FIELDS if n in theirs}
     try:
-        made: Method = registry()["ADAPTER_FUSION"](
-            adapter_names=list(names or own), dropout=theirs.get("dropout_prob"), **fields
-        )
+        cls: Any = registry()["ADAPTER_FUSION"]
+        made: Method = cls(adapter_names=list(names or own), dropout=theirs.get("dropout_prob"), **fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return made

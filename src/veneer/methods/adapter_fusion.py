@@ -111,7 +111,7 @@ class AdapterFusionConfig(Method):
 
     def init(self, site: Site) -> dict[str, Tensor]:
         n = site.fan_out
-        p = {}
+        p: dict[str, Tensor] = {}
         for name in ("query", "key"):
             if getattr(self, name):
                 p |= {name: site.normal(n, n, std=0.02), f"{name}_bias": site.zeros(n)}

@@ -32,6 +32,8 @@ class BitFitConfig(TrainedBias):
     exclude_modules: Any = None
     modules_to_save: list[str] | None = None
 
+    recipe = {"learning_rate": 3e-3, "warmup": 10}
+
     def sites_of(self, model: nn.Module) -> Collection[str]:
         owners = {n: b for n, m in model.named_modules() if ":" not in n and (b := biases(m))}
         if not owners:

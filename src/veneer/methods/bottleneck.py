@@ -98,7 +98,8 @@ class BottleneckConfig(Method):
         residual_before_ln: True for a = h, "post_add" for a = r + h, False for a = z.
         adapter_residual_before_ln: add a before the adapter's own norm at the output instead of behind it.
         parallel: whether the input is the sub-layer's, and the output is added to h.
-        scaling: s: a number, "learned" (one number) or "channel" (one a channel).
+        scaling: s: a number, "learned" (one number) or "channel" (one a channel). The parallel kind's 4 is the paper's
+            and wants a small learning rate (2e-4; the others 1e-3).
         gating: multiply by a learned gate sigmoid(w z + b), averaged over the tokens.
         phm_dim: n, the number of Kronecker products in each matrix; 0 for plain matrices.
         phm_rank: rank of the products' second factors; 0 for full matrices.
@@ -138,6 +139,7 @@ class BottleneckConfig(Method):
     init_weights: str = "identity"
     modules_to_save: list[str] | None = None
 
+    recipe = {"learning_rate": 2e-3, "warmup": 10}
     names = {
         "down": "adapter_down.weight", "down_bias": "adapter_down.bias",
         "up": "adapter_up.weight", "up_bias": "adapter_up.bias", "scale": "adapter_scaling",
@@ -148,6 +150,11 @@ class BottleneckConfig(Method):
            for part in ("left", "right", "rule", "rule_left", "rule_right")},
     }  # fmt: skip
     on_modules = True
+
+    @classmethod
+    def recipe_for(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        hot = given.get("kind") == "parallel"  # its scale of 4
+        return {**cls.recipe, "learning_rate": 2e-4} if hot else cls.recipe
 
     def check(self) -> None:
         one_of(self, tuple(KINDS), kind=self.kind)
@@ -372,12 +379,19 @@ class BottleneckConfig(Method):
         if self.stochastic_depth and site.owner.training:
             kept = torch.rand(u.shape[0], *(1,) * (u.ndim - 1), device=u.device) >= self.stochastic_depth
             u = u * kept.to(u.dtype) / (1 - self.stochastic_depth)
-        return u * (p["scale"].to(u.dtype) if "scale" in p else self.scaling)
+        scale: Any = p["scale"].to(u.dtype) if "scale" in p else self.scaling
+        scaled: Tensor = u * scale
+        return scaled
 
     def adapt(self, p: Tensors, site: Site, z: Tensor, a: Tensor | None, u: Tensor) -> Tensor:
         """The adapter's output, with its residual unless it is parallel."""
         u = F.dropout(u, self.dropout, site.owner.training)
         if "gate" in p:
+            if z.ndim < 3:
+                raise ValueError(
+                    f"{site.name}: gating averages over the tokens of each row, and {type(site.owner).__name__} sees "
+                    f"{tuple(z.shape)}, without a token axis; use gating=False here"
+                )
             gate = torch.sigmoid(F.linear(z, p["gate"].to(z.dtype), p["gate_bias"].to(z.dtype)))  # (..., tokens, 1)
             u = u * gate.mean(-2, keepdim=True)
         if a is not None and self.adapter_residual_before_ln:

@@ -36,6 +36,7 @@ class LNTuningConfig(Method):
     exclude_modules: Any = None
     modules_to_save: list[str] | None = None
 
+    recipe = {"learning_rate": 3e-3, "warmup": 10}
     names = {"weight": "weight", "bias": "bias"}
 
     def check(self) -> None:

@@ -54,6 +54,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     num_ranks: int = 1
     num_tasks: int = 1
 
+    recipe = {"learning_rate": 1e-2, "warmup": 10}
     names = {"embedding": "prompt_embeddings", "cols": "prefix_task_cols", "rows": "prefix_task_rows"}
 
     def check_start(self) -> None:

@@ -45,6 +45,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_dropout: float = 0.0
     virtual_tokens_in: str | None = None
 
+    recipe = {"learning_rate": 5e-3, "warmup": 20}
     names = {"embedding": "prompt_embeddings"}
     own_fields = frozenset({"virtual_tokens_in"})
 

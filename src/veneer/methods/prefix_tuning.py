@@ -7,7 +7,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ class PrefixTuningConfig(PromptLearningConfig):
         prefix_projection: compute keys and values from narrow embeddings by a two-layer network (eq. 4) while training;
             the file holds what it computed.
         encoder_hidden_size: width inside that network; None for `token_dim`.
-        init_weights: "zero" starts with keys and values of zero, None at random.
+        init_weights: "zero" starts with keys and values of zero, None at random; "vocabulary", which peft does not have,
+            with those that the model computes for random tokens (section 7.4), so that it starts as it would with a few
+            real tokens more.
         token_dim: width of the keys of a layer, all heads together; None to read it from the model's config.
         num_attention_heads: heads of keys and values; None to read it from the model's config.
         num_layers: layers with a prefix; None for all.
@@ -44,11 +46,23 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     init_weights: str | None = None
 
+    recipe = {"learning_rate": 1e-2, "warmup": 10, "init_weights": "vocabulary"}
     names = {"embedding": "prompt_embeddings"}
+
+    @classmethod
+    def recipe_for(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if given.get("prefix_projection") or given.get("task") == "seq2seq-lm":  # where it cannot start as tokens
+            return {**cls.recipe, "init_weights": "zero"}
+        return cls.recipe
 
     def check(self) -> None:
         super().check()
-        one_of(self, (None, "zero"), init_weights=self.init_weights)
+        one_of(self, (None, "zero", "vocabulary"), init_weights=self.init_weights)
+        if self.init_weights == "vocabulary" and self.prefix_projection:
+            raise ValueError(
+                "PrefixTuningConfig(init_weights='vocabulary'): keys and values to start from cannot be had through "
+                "prefix_projection=True; leave one of the two out"
+            )
         if self.encoder_hidden_size is not None:
             whole(self, encoder_hidden_size=self.encoder_hidden_size)
         if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
@@ -96,6 +110,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         zero = self.init_weights == "zero"
         if not self.prefix_projection:
             shape = (self.num_virtual_tokens, self.columns)  # (P, 2 L width)
+            if self.init_weights == "vocabulary":
+                return {"embedding": site.computed(shape, lambda: self.of_tokens(site))}
             return {"embedding": site.zeros(*shape) if zero else site.normal(*shape)}
         width, hidden = self.token_dim or 0, self.encoder_hidden_size or 0
         return {
@@ -107,6 +123,24 @@ class PrefixTuningConfig(PromptLearningConfig):
             else site.kaiming_uniform(self.columns, hidden),
             "transform.2.bias": site.zeros(self.columns) if zero else site.uniform(self.columns, bound=hidden**-0.5),
         }
+
+    def of_tokens(self, site: Site) -> Tensor:
+        """The keys and values that the stack computes for random tokens, (P, 2 L width)."""
+        if self.num_transformer_submodules == 2:
+            raise ValueError(
+                "PrefixTuningConfig(init_weights='vocabulary'): the file's layout for encoder-decoders has no place for "
+                "each layer's own keys and values; use init_weights='zero'"
+            )
+        from transformers import DynamicCache
+
+        stack, P = site.owner, self.num_virtual_tokens
+        ids = torch.randint(0, site.fan_in, (1, P), device=site.home)
+        cache, training = DynamicCache(), stack.training
+        with torch.no_grad():
+            stack.eval()(input_ids=ids, use_cache=True, cache=cache)
+        stack.train(training)
+        both = [t for layer in cache.layers for t in (layer.keys, layer.values)]  # 2 L of (1, heads, P, head width)
+        return torch.cat(both).permute(2, 0, 1, 3).flatten(1)
 
     def loaded(self, site: Site) -> dict[str, Tensor]:
         return {"embedding": site.empty(self.num_virtual_tokens, self.columns)}  # (P, 2 L width)

@@ -47,6 +47,7 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict[str, Any] | None = None
     virtual_tokens_in: str | None = None
 
+    recipe = {"learning_rate": 1e-2, "warmup": 10, "prompt_tuning_init": "SAMPLE_VOCAB"}
     names = {"embedding": "prompt_embeddings"}
     own_fields = frozenset({"virtual_tokens_in"})
 

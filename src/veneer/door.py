@@ -92,6 +92,7 @@ class Door:
         if behind is not None and call.get("encoder_hidden_states") is not None:
             extend_cross(call, behind)
         if here is None:
+            refuse_left_behind(call.get(self.cache))
             return state.inner(stack, router.live(), (), call)
         return Passage(self, state, stack, call, here).run()
 
@@ -119,7 +120,9 @@ class Door:
         # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
         prefix = None if prefix is None else prefix[None]
         prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
-        return Front(prefix, prompt, None, ((name, versions),))
+        tasks = router.tasks() if prompt is not None and prompt.shape[0] > 1 else None
+        which = () if tasks is None or torch.compiler.is_compiling() else tuple(tasks.tolist())
+        return Front(prefix, prompt, None, ((name, entry.serial, versions, which),))
 
 
 @dataclass
@@ -245,6 +248,9 @@ class Passage:
     def run(self) -> Any:
         door, call, front = self.door, self.call, self.front
         refuse_packed_kernels(call)
+        as_tuple = call.get("return_dict") is False
+        if as_tuple:
+            call["return_dict"] = True  # names tell what is to be cut
         cross = call.get("encoder_hidden_states") is not None
         inner = self.inner_cache(cross)
         memory = self.remembered(inner)
@@ -273,7 +279,8 @@ class Passage:
             self.check_served(served)
             if inner is not None and runs:
                 self.remember(inner, served)
-        return self.cut(out, runs, inner)
+        out = self.cut(out, runs, inner)
+        return out.to_tuple() if as_tuple else out
 
     # The cache.
 
@@ -352,8 +359,8 @@ class Passage:
         if inner is None:
             return None
         memory = inner.__dict__.get("veneer")
-        if memory is not None and memory.key == self.front.key:
-            return memory
+        if memory is not None and (memory.key == self.front.key or torch.compiler.is_compiling()):
+            return memory  # a compiled step does not look at values: it goes on with what the cache was filled with
         from .interop import cache as kv
 
         if kv.holds_tokens(inner):
@@ -372,7 +379,8 @@ class Passage:
         from .interop import cache as kv
 
         front = [served.made[i] for i in range(len(served.made))]
-        if self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
+        alone = self.call.get("encoder_hidden_states") is None  # cross-attention tells the rows' prompts apart
+        if alone and self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
             front = [(k[:1], v[:1]) for k, v in front]
         inner.veneer = kv.Memory(self.front.key, front)
 
@@ -431,10 +439,8 @@ class Passage:
     def packed(self, positions: Tensor) -> None:
         """Several sequences in a row, told by positions that start again: each sees the virtual tokens and itself."""
         positions = positions.reshape(-1, positions.shape[-1])
-        if torch.compiler.is_compiling():
-            return
         starts = positions[:, 1:] != positions[:, :-1] + 1  # (rows, tokens - 1)
-        if not bool(starts.any()):
+        if not torch.compiler.is_compiling() and not bool(starts.any()):  # a graph has the mask in any case
             return
         number = nn.functional.pad(starts.long().cumsum(1), (1, 0))  # (rows, tokens)
         same = number[:, :, None] == number[:, None, :]  # (rows, tokens, tokens)
@@ -594,6 +600,7 @@ def stacks(model: nn.Module) -> dict[str, str]:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         found = {"encoder": call_if(model, "get_encoder"), "decoder": call_if(model, "get_decoder")}
+        found = {r: getattr(m, "base_model", m) for r, m in found.items()}  # below a language model's head
         chosen = {r: names[id(m)] for r, m in found.items() if takes_embeddings(m) and id(m) in names}
         if len(chosen) == 2:
             return chosen
@@ -783,6 +790,21 @@ def sliding_offset(cache: Any) -> int:
     own = kv.own_cache(cache)
     at = next((i for i, sliding in enumerate(own.is_sliding) if sliding), 0)
     return int(own.get_mask_sizes(1, at)[1])
+
+
+def refuse_left_behind(cache: Any) -> None:
+    """Raise ValueError for a cache whose tokens were computed with soft prompts in front, where there are none now."""
+    if cache is None or "veneer" not in getattr(cache, "__dict__", {}):
+        return
+    from .interop import cache as kv
+
+    if kv.holds_tokens(cache):
+        names = [k[0] for k in cache.veneer.key if isinstance(k[0], str)]
+        raise ValueError(
+            f"the cache that was passed holds tokens computed with the soft prompts {names} in front, and none is active "
+            "now; pass a new cache and the whole sequence"
+        )
+    del cache.veneer  # it was reset, and is filled without
 
 
 def is_cache(value: Any) -> bool:

@@ -9,6 +9,7 @@ parameters (accelerate, ZeRO-3) act on a layer's own parameters.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -73,13 +74,15 @@ class Link:
 class Entry:
     """One adapter's share of one site: its method there and where its tensors are."""
 
-    __slots__ = ("frozen", "key", "method", "names", "saved", "shared", "trained")
+    __slots__ = ("frozen", "key", "method", "names", "saved", "serial", "shared", "trained")
+    made = itertools.count()
 
     def __init__(self, method: Method, key: str, names: Mapping[str, str]) -> None:
         self.method, self.key, self.names = method, key, names
         self.trained: tuple[tuple[str, str], ...] = ()  # the method's key -> attribute of the owner
         self.frozen: tuple[tuple[str, str], ...] = ()
         self.shared: tuple[str, ...] = ()
+        self.serial = next(Entry.made)  # tells it from an adapter of the same name that was deleted
         self.saved = True  # False where the tensors are another site's
 
 
@@ -346,12 +349,14 @@ class Takeover:
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
         if self.opaque is not None:
+            if rows is not None and any(name in self.opaque.entries for name in rows):
+                return self.by_rows(layer, rows, args, kwargs)
             for name in reversed(live + self.router.merged if self.router.enabled else live):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
         if self.objective is not None and live:
             return state_objective(self, layer, live, args, kwargs)
-        if self.door is not None and (live or rows):
+        if self.door is not None:
             return self.door.run(self, layer, args, kwargs)
         if rows is not None:
             return self.by_rows(layer, rows, args, kwargs)
@@ -374,11 +379,11 @@ class Takeover:
 
     def by_rows(self, layer: nn.Module, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each row of a batch through its own adapter, one adapter after another."""
-        mine = [s for s in (self.main, self.module, *self.bare) if s is not None]
+        mine = [s for s in (self.main, self.opaque, self.module, *self.bare) if s is not None]
         if not any(name in site.entries for site in mine for name in rows):
             return self.call(layer, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if mine != [self.main] or not isinstance(x, Tensor) or x.shape[0] % len(rows):
+        if self.module is not None or self.bare or not isinstance(x, Tensor) or x.shape[0] % len(rows):
             raise ValueError(
                 f"{mine[0].name}: adapter_names cannot be told apart by row here, because {type(layer).__name__} does not "
                 "get the rows of the batch one by one; run the rows of one adapter at a time"
@@ -393,7 +398,16 @@ class Takeover:
             ]
             named = {k: a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a
                      for k, a in kwargs.items()}  # fmt: skip
-            parts.append(self.inner(layer, (name,), tuple(taken), named))
+            if self.opaque is not None and name in self.opaque.entries:
+                part = layer._modules[copy_name(name)](*taken, **named)  # type: ignore[misc]
+            else:
+                part = self.inner(layer, (name,), tuple(taken), named)
+            if not isinstance(part, Tensor):
+                raise ValueError(
+                    f"{mine[0].name}: adapter_names needs layers that return one tensor, and {type(layer).__name__} returns "
+                    f"a {type(part).__name__}; run the rows of one adapter at a time"
+                )
+            parts.append(part)
             order.append(own)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 

@@ -178,7 +178,7 @@ def in_front(inner: Cache | None, prefix: KeyValues, length: int, fill: int, cro
 def holds_tokens(cache: Cache) -> bool:
     """Whether a cache has been filled. Its length is only asked where that needs no synchronisation."""
     own = own_cache(cache)
-    layers = [layer for layer in own.layers if getattr(layer, "is_initialized", False)]
+    layers = [x for x, empty in zip(own.layers, own.is_dummy, strict=True) if x.is_initialized and not empty]
     if not layers:
         return False
     length = layers[0].get_seq_length()

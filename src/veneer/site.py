@@ -354,7 +354,7 @@ class Takeover:
             for name in reversed(live + self.router.merged if self.router.enabled else live):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
-        if self.objective is not None and live:
+        if self.objective is not None and (live or rows):
             return state_objective(self, layer, live, args, kwargs)
         if self.door is not None:
             return self.door.run(self, layer, args, kwargs)
@@ -430,21 +430,32 @@ def state_objective(
 ) -> Any:
     """A model's forward whose loss an adapter computes, from the logits of virtual and real tokens."""
     assert state.objective is not None
-    entry = next((state.objective.entries[n] for n in live if n in state.objective.entries), None)
+    entry = next(
+        (state.objective.entries[n] for n in state.router.rows() or live if n in state.objective.entries), None
+    )
     if entry is None:
         return state.inner(model, live, args, kwargs)
     method = entry.method
+    rows = state.router.rows()
     call = {**dict(zip(inspect.signature(state.base.forward).parameters, (model, *args), strict=False)), **kwargs}
     call.pop("self", None)
     inputs = {name: call.pop(name) for name in method.extra_inputs if name in call}
     labels = call.pop("labels", None)
     if labels is None:
         return state.inner(model, live, (), call)
+    as_tuple = call.get("return_dict") is False
     with state.router.hold(whole=True):
         out = state.inner(model, live, (), {**call, "return_dict": True})
+    here, wanted = out["logits"].shape[1], method.virtual_tokens + labels.shape[1]
+    if rows is not None or here != wanted:
+        raise ValueError(
+            f"{type(method).__name__} computes its own loss, for {method.virtual_tokens} virtual tokens and {labels.shape[1]} "
+            f"labels in each row, and there are {here} logits; call with labels only where it is the one soft prompt of all "
+            "rows (no adapter_names, no logits_to_keep)"
+        )
     out["loss"] = method.objective(out["logits"], labels, inputs)
     out["logits"] = out["logits"][:, method.virtual_tokens :]
-    return out
+    return out.to_tuple() if as_tuple else out
 
 
 def copy_name(adapter: str) -> str:

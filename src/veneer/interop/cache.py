@@ -185,6 +185,12 @@ def holds_tokens(cache: Cache) -> bool:
     return bool(length > 0)
 
 
+def is_recurrent(cache: Cache) -> bool:
+    """Whether some layers of a cache hold recurrent states."""
+    own = own_cache(cache)
+    return any(own.is_linear) or any(hasattr(layer, "conv_states") for layer in own.layers)
+
+
 def refuse(cache: Any) -> None:
     """Raise for caches in front of which no virtual token can stand.
 
@@ -195,7 +201,7 @@ def refuse(cache: Any) -> None:
         raise TypeError(
             f"soft prompts: cache is a {type(cache).__name__}; pass a transformers Cache object such as DynamicCache()"
         )
-    if any(own_cache(cache).is_linear) or any(hasattr(layer, "conv_states") for layer in own_cache(cache).layers):
+    if is_recurrent(cache):
         raise TypeError(
             f"soft prompts: {type(cache).__name__} holds recurrent states (linear attention), which have no positions "
             "to put virtual tokens in front of; call with use_cache=False, or adapt this model with LoRA"

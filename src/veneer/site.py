@@ -453,8 +453,9 @@ def state_objective(
             f"labels in each row, and there are {here} logits; call with labels only where it is the one soft prompt of all "
             "rows (no adapter_names, no logits_to_keep)"
         )
-    out["loss"] = method.objective(out["logits"], labels, inputs)
-    out["logits"] = out["logits"][:, method.virtual_tokens :]
+    loss = method.objective(out["logits"], labels, inputs)
+    made = {**out, "loss": loss, "logits": out["logits"][:, method.virtual_tokens :]}
+    out = type(out)(**made)  # anew, so that the loss comes first
     return out.to_tuple() if as_tuple else out
 
 

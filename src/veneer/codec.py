@@ -295,6 +295,8 @@ def load_set(where: str | os.PathLike[str], **hub: Any) -> tuple[list[str], list
         raise ValueError(
             f"{path}: names of adapters must be non-empty and without '/', '\\', '.' and ':'; it has {names}"
         )
+    if len(set(names)) < len(names) or not set(active) <= set(names):
+        raise ValueError(f"{path}: lists an adapter twice, or an active one it does not hold: {names}, active {active}")
     return names, active
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # what forwards call their cache
 CARRIED = "veneer_prefix"  # the cache that gradient checkpointing takes away from a block
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
 
 
@@ -56,6 +57,21 @@ class DoorKind(LayerKind):
 DOOR = DoorKind()
 
 
+@dataclass(frozen=True)
+class Positions:
+    """A table of learned absolute positions.
+
+    Attributes:
+        count: positions that tokens can have.
+        first: the position of a sequence's first token.
+        by_mask: whether the model counts tokens that are not padding, and not steps.
+    """
+
+    count: int
+    first: int
+    by_mask: bool
+
+
 @dataclass
 class Door:
     """What is known of one stack.
@@ -66,7 +82,7 @@ class Door:
         arguments: names of the forward's arguments.
         cache: which of them is the cache, or "".
         causal: whether a token sees only what is before it.
-        positions: most positions that a table of learned positions has, or None.
+        table: what is known of its table of learned positions, or None.
         keeps_first: whether the head reads the first position, which then is the first virtual one, as in peft.
         carriers: the blocks, which get the prefix also where checkpointing takes their cache away.
         encoder: the door of the encoder, of which this is the decoder.
@@ -77,10 +93,15 @@ class Door:
     arguments: tuple[str, ...]
     cache: str
     causal: bool
-    positions: int | None
+    table: Positions | None
     keeps_first: bool
     carriers: list[nn.Module] = field(default_factory=list)
     encoder: Door | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """Most positions that a table of learned positions has, or None."""
+        return None if self.table is None else self.table.count
 
     def run(self, state: Takeover, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stack's forward with the virtual tokens of the adapters that are live."""
@@ -93,6 +114,7 @@ class Door:
         if behind is not None and call.get("encoder_hidden_states") is not None:
             extend_cross(call, behind)
         if here is None:
+            refuse_left_behind(call.get(self.cache))
             return state.inner(stack, router.live(), (), call)
         return Passage(self, state, stack, call, here).run()
 
@@ -120,7 +142,9 @@ class Door:
         # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
         prefix = None if prefix is None else prefix[None]
         prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
-        return Front(prefix, prompt, None, ((name, versions),))
+        tasks = router.tasks() if prompt is not None and prompt.shape[0] > 1 else None
+        which = () if tasks is None or torch.compiler.is_compiling() else tuple(tasks.tolist())
+        return Front(prefix, prompt, None, ((name, entry.serial, versions, which),))
 
 
 @dataclass
@@ -246,6 +270,9 @@ class Passage:
     def run(self) -> Any:
         door, call, front = self.door, self.call, self.front
         refuse_packed_kernels(call)
+        as_tuple = call.get("return_dict") is False
+        if as_tuple:
+            call["return_dict"] = True  # names tell what is to be cut
         cross = call.get("encoder_hidden_states") is not None
         inner = self.inner_cache(cross)
         memory = self.remembered(inner)
@@ -274,7 +301,8 @@ class Passage:
             self.check_served(served)
             if inner is not None and runs:
                 self.remember(inner, served)
-        return self.cut(out, runs, inner)
+        out = self.cut(out, runs, inner)
+        return out.to_tuple() if as_tuple else out
 
     # The cache.
 
@@ -297,7 +325,8 @@ class Passage:
             return None
         from .interop import cache as kv
 
-        return kv.fresh_cache(config, cross or bool(getattr(config, "is_encoder_decoder", False)))
+        made = kv.fresh_cache(config, cross or bool(getattr(config, "is_encoder_decoder", False)))
+        return None if kv.is_recurrent(made) else made
 
     def checkpointed(self) -> bool:
         """Whether the blocks are to be checkpointed in this call."""
@@ -353,7 +382,7 @@ class Passage:
         if inner is None:
             return None
         memory = inner.__dict__.get("veneer")
-        if memory is not None and memory.key == self.front.key:
+        if memory is not None and same(memory.key, self.front.key):
             return memory
         from .interop import cache as kv
 
@@ -373,7 +402,8 @@ class Passage:
         from .interop import cache as kv
 
         front = [served.made[i] for i in range(len(served.made))]
-        if self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
+        alone = self.call.get("encoder_hidden_states") is None  # cross-attention tells the rows' prompts apart
+        if alone and self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
             front = [(k[:1], v[:1]) for k, v in front]
         inner.veneer = kv.Memory(self.front.key, front)
 
@@ -417,25 +447,24 @@ class Passage:
         moved = given + front.offset(self.device)
         if runs:
             steps = front.prompt_positions(moved.shape[-2] if moved.ndim > 1 else 1, self.device).to(moved.dtype)
+            steps = steps if self.door.table is None else steps + self.door.table.first
             moved = torch.cat([steps.expand(*moved.shape[:-1], -1) if moved.ndim > 1 else steps[0], moved], -1)
         call["position_ids"] = moved
 
     def positions_of_tokens(self, past: Any) -> Tensor:
         """Positions of the real tokens as the model counts them, (1 or batch, tokens)."""
-        mask = self.call.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            counted: Tensor = (mask.long().cumsum(1) - 1).clamp_min(0)
+        mask, table = self.call.get("attention_mask"), self.door.table
+        if table is not None and table.by_mask and isinstance(mask, Tensor) and mask.ndim == 2:
+            counted: Tensor = (mask.long().cumsum(1) - 1).clamp_min(0) + table.first
             return counted[:, -self.tokens :]
         steps: Tensor = torch.arange(self.tokens, device=self.device) + past
-        return steps[None]
+        return steps[None] + (0 if table is None else table.first)
 
     def packed(self, positions: Tensor) -> None:
         """Several sequences in a row, told by positions that start again: each sees the virtual tokens and itself."""
         positions = positions.reshape(-1, positions.shape[-1])
-        if torch.compiler.is_compiling():
-            return
         starts = positions[:, 1:] != positions[:, :-1] + 1  # (rows, tokens - 1)
-        if not bool(starts.any()):
+        if not torch.compiler.is_compiling() and not bool(starts.any()):  # a graph has the mask in any case
             return
         number = nn.functional.pad(starts.long().cumsum(1), (1, 0))  # (rows, tokens)
         same = number[:, :, None] == number[:, None, :]  # (rows, tokens, tokens)
@@ -536,8 +565,16 @@ class Passage:
             assert table is not None
             embeds = table(call["input_ids"])
         call["input_ids"] = None
+        for name, value in call.items():
+            if name in PER_TOKEN or name.startswith("encoder_") or not isinstance(value, Tensor):
+                continue
+            if tuple(value.shape[:2]) == (self.batch, self.tokens):
+                raise ValueError(
+                    f"{type(self.stack).__name__} gets {name}, something of each token that virtual tokens do not have; use "
+                    "prefix tuning where the model takes a cache, or a method that adapts layers, such as LoraConfig"
+                )
         # (batch, T, width) + (batch, tokens, width)
-        call["inputs_embeds"] = torch.cat([prompt.to(embeds.dtype).expand(self.batch, -1, -1), embeds], 1)
+        call["inputs_embeds"] = torch.cat([prompt.to(embeds).expand(self.batch, -1, -1), embeds], 1)
         for name in ("token_type_ids", "mm_token_type_ids"):
             if isinstance(given := call.get(name), Tensor):
                 call[name] = torch.cat([given.new_zeros(given.shape[0], runs), given], 1)
@@ -595,6 +632,7 @@ def stacks(model: nn.Module) -> dict[str, str]:
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         found = {"encoder": call_if(model, "get_encoder"), "decoder": call_if(model, "get_decoder")}
+        found = {r: getattr(m, "base_model", m) for r, m in found.items()}  # below a language model's head
         chosen = {r: names[id(m)] for r, m in found.items() if takes_embeddings(m) and id(m) in names}
         if len(chosen) == 2:
             return chosen
@@ -637,7 +675,7 @@ def open_door(site: Site, role: str, model: nn.Module) -> Door:
     arguments = tuple(inspect.signature(stack.forward).parameters)
     own = [m for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     pooled = getattr(stack, "pooler", None) is not None
-    mean = getattr(getattr(model, "config", None), "classifier_pooling", None) == "mean"
+    mean = getattr(getattr(model, "config", None), "classifier_pooling", None) in ("mean", "late")
     whole_sequence = type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
     causal = role != "encoder" and (not own or any(m.is_causal for m in own))
     return Door(
@@ -670,14 +708,15 @@ def cache_argument(module: nn.Module) -> tuple[str, int] | None:
     return next(((a, names.index(a)) for a in CACHES if a in names), None)
 
 
-def learned_positions(stack: nn.Module) -> int | None:
-    """Rows of a table of learned absolute positions, without those that no position uses; None where there is none."""
+def learned_positions(stack: nn.Module) -> Positions | None:
+    """The table of learned absolute positions, without the rows that no position uses; None where there is none."""
     for name, module in stack.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (leaf == "wpe" or "position" in leaf) and "bias" not in leaf:
             unused = getattr(module, "offset", 0)
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - max(unused, padding)
+            by_mask = padding > 0 or "attention_mask" in inspect.signature(module.forward).parameters
+            return Positions(module.num_embeddings - max(unused, padding), padding, by_mask)
     return None
 
 
@@ -713,6 +752,17 @@ def check_fits(door: Door, virtual: int, prefix: bool) -> None:
         ValueError: they leave no position for a real one.
         TypeError: a prefix needs the stack's cache, and it takes none.
     """
+    config = getattr(door.site.owner, "config", None)
+    if not prefix and "per_layer_inputs" in door.arguments and getattr(config, "hidden_size_per_layer_input", None):
+        raise TypeError(
+            f"{type_name(door.site.owner)} reads the ids of its tokens in every layer, and virtual tokens have none; use "
+            "PrefixTuningConfig or LoraConfig"
+        )
+    if prefix and door.cache and recurrent(config):
+        raise TypeError(
+            f"{type_name(door.site.owner)} has layers with recurrent states (linear attention), which have no keys and values "
+            "for a prefix to stand in front of; use PromptTuningConfig or LoraConfig"
+        )
     if prefix and not door.cache:
         raise TypeError(
             f"{type_name(door.site.owner)} takes no cache, which a prefix needs; use PromptTuningConfig or LoraConfig"
@@ -770,6 +820,15 @@ def refuse_packed_kernels(call: Mapping[str, Any]) -> None:
         )
 
 
+def recurrent(config: Any) -> bool:
+    """Whether some layers of a stack keep recurrent states instead of keys and values."""
+    if not callable(getattr(config, "get_text_config", None)):
+        return False
+    from .interop import cache as kv
+
+    return kv.is_recurrent(kv.fresh_cache(config, False))
+
+
 def length_of(cache: Any) -> Any:
     from .interop import cache as kv
 
@@ -784,6 +843,30 @@ def sliding_offset(cache: Any) -> int:
     own = kv.own_cache(cache)
     at = next((i for i, sliding in enumerate(own.is_sliding) if sliding), 0)
     return int(own.get_mask_sizes(1, at)[1])
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two keys name the same virtual tokens; a compiled call knows which adapter it runs, not its values."""
+    if one == other:
+        return True
+    named = [[k if isinstance(k[0], int) else k[:2] for k in key] for key in (one, other)]
+    compiled = any(isinstance(k[0], str) and not k[2] for k in (*one, *other))
+    return compiled and named[0] == named[1]
+
+
+def refuse_left_behind(cache: Any) -> None:
+    """Raise ValueError for a cache whose tokens were computed with soft prompts in front, where there are none now."""
+    if cache is None or "veneer" not in getattr(cache, "__dict__", {}):
+        return
+    from .interop import cache as kv
+
+    if kv.holds_tokens(cache):
+        names = [k[0] for k in cache.veneer.key if isinstance(k[0], str)]
+        raise ValueError(
+            f"the cache that was passed holds tokens computed with the soft prompts {names} in front, and none is active "
+            "now; pass a new cache and the whole sequence"
+        )
+    del cache.veneer  # it was reset, and is filled without
 
 
 def is_cache(value: Any) -> bool:

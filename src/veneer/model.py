@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import codec
@@ -141,20 +142,30 @@ class PeftModel(nn.Module):
         Takes two arguments more: `adapter_names`, the adapter of each row ("__base__" for none), and `task_ids`, the
         task of each row (batch,) for adapters that hold several.
         """
-        with self._by_row(kwargs):
+        with self._by_row(args, kwargs):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""
-        with self._by_row(kwargs):
+        with self._by_row(args, kwargs):
             return cast(Any, self.get_base_model()).generate(*args, **kwargs)
 
-    def _by_row(self, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    def _by_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Hold what is said of single rows, and take it out of the call."""
         if "adapter_names" not in kwargs and "task_ids" not in kwargs:
             return nullcontext()
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         router = self.runtime.router
+        if tasks is not None:
+            tasks = torch.as_tensor(tasks)
+            if tasks.is_floating_point() or tasks.dtype == torch.bool:
+                raise ValueError(f"task_ids are {tasks.dtype}; give whole numbers, one for each row")
+        batch = rows_of(args, kwargs)
+        for given in (names, tasks):
+            if given is not None and batch is not None and len(given) != batch:
+                raise ValueError(
+                    f"adapter_names or task_ids are for {len(given)} rows, but the batch has {batch}; give one for each row"
+                )
         if names is not None:
             for name in dict.fromkeys(names):
                 if name != "__base__":
@@ -334,8 +345,16 @@ class PeftModel(nn.Module):
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._wrap(model)
+        before = set(made.peft_config)
         if adapters is not None:
-            made._load_set(model_id, adapters, is_trainable, autocast_adapter_dtype, strict, kwargs)
+            try:
+                made._load_set(model_id, adapters, is_trainable, autocast_adapter_dtype, strict, kwargs)
+            except BaseException:
+                if made.peft_config and not before:
+                    made.runtime.unload()
+                for name in [n for n in made.peft_config if n not in before]:
+                    made.runtime.delete(name)
+                raise
             return made
         if config is not None:
             kwargs["config"] = config
@@ -463,7 +482,8 @@ class PeftModel(nn.Module):
                 codec.save_adapter(self.runtime, name, folder, embeddings=save_embedding_layers, **fields)
             else:
                 codec.adapter_tensors(self.runtime, name, embeddings=save_embedding_layers)  # takes part in gathering
-        if len(names) > 1 and is_main_process:
+        listed = selected_adapters is None and (Path(save_directory) / codec.SET_NAME).exists()  # of an earlier save
+        if (len(names) > 1 or listed) and is_main_process:
             codec.save_set(names, [n for n in self.active_adapters if n in names], save_directory)
 
     def push_to_hub(
@@ -523,6 +543,14 @@ def facade_of(base: type[nn.Module]) -> type[PeftModel]:
     name = f"PeftModelFor{task}" if task else "PeftModel"
     _FACADES[base] = type(name, (PeftModel,), {"forward": forward, "__module__": __name__})
     return _FACADES[base]
+
+
+def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of the batch that a call is given, or None where it does not tell."""
+    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("inputs"), *args[:1]):
+        if isinstance(given, Tensor) and given.ndim > 1:
+            return int(given.shape[0])
+    return None
 
 
 def _rebuild(base: type[nn.Module]) -> PeftModel:

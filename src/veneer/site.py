@@ -9,6 +9,7 @@ parameters (accelerate, ZeRO-3) act on a layer's own parameters.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import threading
 import types
@@ -104,13 +105,15 @@ class Tap(threading.local):
 class Entry:
     """One adapter's share of one site: its method there and where its tensors are."""
 
-    __slots__ = ("frozen", "key", "method", "names", "saved", "shared", "trained")
+    __slots__ = ("frozen", "key", "method", "names", "saved", "serial", "shared", "trained")
+    made = itertools.count()
 
     def __init__(self, method: Method, key: str, names: Mapping[str, str]) -> None:
         self.method, self.key, self.names = method, key, names
         self.trained: tuple[tuple[str, str], ...] = ()  # the method's key -> attribute of the owner
         self.frozen: tuple[tuple[str, str], ...] = ()
         self.shared: tuple[str, ...] = ()
+        self.serial = next(Entry.made)  # tells it from an adapter of the same name that was deleted
         self.saved = True  # False where the tensors are another site's
 
 
@@ -398,12 +401,14 @@ class Takeover:
             if any(name in site.entries for name in flat(live)):
                 site.tap.value = args[0] if args else next(iter(kwargs.values()))
         if self.opaque is not None:
+            if rows is not None and any(name in self.opaque.entries for name in rows):
+                return self.by_rows(layer, rows, args, kwargs)
             for name in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
-        if self.objective is not None and live:
+        if self.objective is not None and (live or rows):
             return state_objective(self, layer, live, args, kwargs)
-        if self.door is not None and (live or rows):
+        if self.door is not None:
             return self.door.run(self, layer, args, kwargs)
         if rows is not None:
             return self.by_rows(layer, rows, args, kwargs)
@@ -426,11 +431,11 @@ class Takeover:
 
     def by_rows(self, layer: nn.Module, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each row of a batch through its own adapter, one adapter after another."""
-        mine = [s for s in (self.main, self.module, *self.bare) if s is not None]
+        mine = [s for s in (self.main, self.opaque, self.module, *self.bare) if s is not None]
         if not any(name in site.entries for site in mine for name in rows):
             return self.call(layer, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if mine != [self.main] or not isinstance(x, Tensor) or x.shape[0] % len(rows):
+        if self.module is not None or self.bare or not isinstance(x, Tensor) or x.shape[0] % len(rows):
             raise ValueError(
                 f"{mine[0].name}: adapter_names cannot be told apart by row here, because {type(layer).__name__} does not "
                 "get the rows of the batch one by one; run the rows of one adapter at a time"
@@ -445,7 +450,16 @@ class Takeover:
             ]
             named = {k: a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a
                      for k, a in kwargs.items()}  # fmt: skip
-            parts.append(self.inner(layer, (name,), tuple(taken), named))
+            if self.opaque is not None and name in self.opaque.entries:
+                part = layer._modules[copy_name(name)](*taken, **named)  # type: ignore[misc]
+            else:
+                part = self.inner(layer, (name,), tuple(taken), named)
+            if not isinstance(part, Tensor):
+                raise ValueError(
+                    f"{mine[0].name}: adapter_names needs layers that return one tensor, and {type(layer).__name__} returns "
+                    f"a {type(part).__name__}; run the rows of one adapter at a time"
+                )
+            parts.append(part)
             order.append(own)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
@@ -468,21 +482,32 @@ def state_objective(
 ) -> Any:
     """A model's forward whose loss an adapter computes, from the logits of virtual and real tokens."""
     assert state.objective is not None
-    entry = next((state.objective.entries[n] for n in flat(live) if n in state.objective.entries), None)
+    names = state.router.rows() or tuple(flat(live))
+    entry = next((state.objective.entries[n] for n in names if n in state.objective.entries), None)
     if entry is None:
         return state.inner(model, live, args, kwargs)
     method = entry.method
+    rows = state.router.rows()
     call = {**dict(zip(inspect.signature(state.base.forward).parameters, (model, *args), strict=False)), **kwargs}
     call.pop("self", None)
     inputs = {name: call.pop(name) for name in method.extra_inputs if name in call}
     labels = call.pop("labels", None)
     if labels is None:
         return state.inner(model, live, (), call)
+    as_tuple = call.get("return_dict") is False
     with state.router.hold(whole=True):
         out = state.inner(model, live, (), {**call, "return_dict": True})
-    out["loss"] = method.objective(out["logits"], labels, inputs)
-    out["logits"] = out["logits"][:, method.virtual_tokens :]
-    return out
+    here, wanted = out["logits"].shape[1], method.virtual_tokens + labels.shape[1]
+    if rows is not None or here != wanted:
+        raise ValueError(
+            f"{type(method).__name__} computes its own loss, for {method.virtual_tokens} virtual tokens and {labels.shape[1]} "
+            f"labels in each row, and there are {here} logits; call with labels only where it is the one soft prompt of all "
+            "rows (no adapter_names, no logits_to_keep)"
+        )
+    loss = method.objective(out["logits"], labels, inputs)
+    made = {**out, "loss": loss, "logits": out["logits"][:, method.virtual_tokens :]}
+    out = type(out)(**made)  # anew, so that the loss comes first
+    return out.to_tuple() if as_tuple else out
 
 
 def copy_name(adapter: str) -> str:

@@ -178,11 +178,17 @@ def in_front(inner: Cache | None, prefix: KeyValues, length: int, fill: int, cro
 def holds_tokens(cache: Cache) -> bool:
     """Whether a cache has been filled. Its length is only asked where that needs no synchronisation."""
     own = own_cache(cache)
-    layers = [layer for layer in own.layers if getattr(layer, "is_initialized", False)]
+    layers = [x for x, empty in zip(own.layers, own.is_dummy, strict=True) if x.is_initialized and not empty]
     if not layers:
         return False
     length = layers[0].get_seq_length()
     return bool(length > 0)
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether some layers of a cache hold recurrent states."""
+    own = own_cache(cache)
+    return any(own.is_linear) or any(hasattr(layer, "conv_states") for layer in own.layers)
 
 
 def refuse(cache: Any) -> None:
@@ -195,7 +201,7 @@ def refuse(cache: Any) -> None:
         raise TypeError(
             f"soft prompts: cache is a {type(cache).__name__}; pass a transformers Cache object such as DynamicCache()"
         )
-    if any(own_cache(cache).is_linear) or any(hasattr(layer, "conv_states") for layer in own_cache(cache).layers):
+    if is_recurrent(cache):
         raise TypeError(
             f"soft prompts: {type(cache).__name__} holds recurrent states (linear attention), which have no positions "
             "to put virtual tokens in front of; call with use_cache=False, or adapt this model with LoRA"

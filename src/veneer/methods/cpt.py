@@ -112,11 +112,11 @@ class CPTConfig(PromptLearningConfig):
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
         delta = p["delta"]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and site.owner.training:
             with torch.no_grad():
                 delta.copy_(self.moved(p))  # projected gradient descent: the next step starts inside the ball
         else:
-            delta = self.moved(p)
+            delta = delta + (self.moved(p) - delta).detach()
         trained = (self.kinds(delta.device) % 4 != 0)[:, None]  # labels stay where they are
         return p["embedding"] + torch.where(trained, delta, delta.detach())
 

@@ -89,9 +89,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         heads = queries
         if isinstance(getattr(config, "num_key_value_heads", None), int):
             heads = config.num_key_value_heads
-        elif getattr(config, "new_decoder_architecture", False):  # Falcon
-            heads = config.num_kv_heads
-        elif getattr(config, "multi_query", False):
+        elif getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
             heads = 1
         width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
         if width is None:

@@ -267,3 +267,26 @@ def test_a_set_that_does_not_load_changes_nothing(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = veneer.PeftModel.from_pretrained(CAUSAL["llama"](), tmp_path, adapters="all")
     assert list(again.peft_config) == ["default"]
+
+
+def test_trainer_keeps_the_columns_that_methods_take(tmp_path: Any) -> None:
+    """It drops every column that is not in the signature of the model's class; CPT's loss would go wrong silently."""
+    from transformers import Trainer, TrainingArguments
+
+    config = veneer.CPTConfig(cpt_token_ids=[3, 4, 5, 6], cpt_tokens_type_mask=[1, 2, 3, 4])
+    seen: list[set[str]] = []
+    rows = [{"input_ids": r, "labels": r, "input_type_mask": [4] * 6 + [0] * 6, "other": 1} for r in IDS.tolist()]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seen.append(set(batch[0]))
+        return {k: torch.tensor([r[k] for r in batch]) for k in batch[0]}
+
+    from datasets import Dataset
+
+    model = veneer.get_peft_model(CAUSAL["llama"](), config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+    Trainer(model, arguments, train_dataset=Dataset.from_list(rows), data_collator=collate).train()
+    assert seen and all(s == {"input_ids", "labels", "input_type_mask"} for s in seen)
+    import inspect
+
+    assert {"task_ids", "input_type_mask", "cache"} <= set(inspect.signature(type(model).forward).parameters)

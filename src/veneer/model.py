@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import codec
 from .interop import adapterhub
-from .method import Method
+from .method import Method, registry
 from .router import Item, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
@@ -538,7 +538,7 @@ def facade_of(base: type[nn.Module]) -> type[PeftModel]:
         return PeftModel.forward(self, *args, **kwargs)
 
     forward.__doc__ = PeftModel.forward.__doc__
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = with_inputs_of_methods(inspect.signature(base.forward))  # type: ignore[attr-defined]
     task = base.__name__.partition("For")[2]
     name = f"PeftModelFor{task}" if task else "PeftModel"
     _FACADES[base] = type(name, (PeftModel,), {"forward": forward, "__module__": __name__})
@@ -551,6 +551,19 @@ def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         if isinstance(given, Tensor) and given.ndim > 1:
             return int(given.shape[0])
     return None
+
+
+def with_inputs_of_methods(signature: inspect.Signature) -> inspect.Signature:
+    """A forward's signature with what single methods take besides: `task_ids`, and inputs of their objectives."""
+    extra = dict.fromkeys(["task_ids", *(name for cls in registry().values() for name in cls.extra_inputs)])
+    own = list(signature.parameters.values())
+    new = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for n in extra
+        if n not in signature.parameters
+    ]
+    rest = [p for p in own if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return signature.replace(parameters=[*(p for p in own if p not in rest), *new, *rest])
 
 
 def _rebuild(base: type[nn.Module]) -> PeftModel:

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all without any")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; results are shown and not saved")
+    parser.add_argument("--save", metavar="FILE", help="keep the figures of the named ones, as bench/results/FILE.md")
     given = parser.parse_args()
     console = Console()
     if given.list:
@@ -60,8 +61,8 @@ def main() -> int:
     above = [f.name for f in figures if f.within is False]
     if above:
         console.print(f"above the bar: {', '.join(above)}", style="red", markup=False)
-    if not given.names and not given.quick:
-        save(figures, (before, load()))
+    if not given.quick and (given.save or not given.names):
+        save(figures, (before, load()), given.save or "figures")
         console.print("written to bench/results")
     return 0
 

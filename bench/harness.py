@@ -159,8 +159,8 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def save(figures: list[Figure], loads: tuple[float, float]) -> None:
-    """Write figures.json, README.md and figures.png.
+def save(figures: list[Figure], loads: tuple[float, float], name: str = "figures") -> None:
+    """Write NAME.json, NAME.png and a table: README.md of all figures, NAME.md of some.
 
     Args:
         loads: load of the machine before and after; more than its threads means that others were at work.
@@ -168,7 +168,7 @@ def save(figures: list[Figure], loads: tuple[float, float]) -> None:
     RESULTS.mkdir(exist_ok=True)
     about = {**machine(), "load_before": loads[0], "load_after": loads[1]}
     data = {"machine": about, "figures": [{**asdict(f), "within": f.within} for f in figures]}
-    (RESULTS / "figures.json").write_text(json.dumps(data, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
     where = (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}, peft {about['peft']}, commit {about['commit']}, {about['date']}, "
@@ -186,11 +186,11 @@ def save(figures: list[Figure], loads: tuple[float, float]) -> None:
         "|---|---|---|---|---|---|",
         *map(row, figures),
         "",
-        "![figures](figures.png)",
+        f"![figures]({name}.png)",
         "",
     ]
-    (RESULTS / "README.md").write_text("\n".join(lines))
-    plot(figures)
+    (RESULTS / ("README.md" if name == "figures" else f"{name}.md")).write_text("\n".join(lines))
+    plot(figures, name)
 
 
 def number(value: float | None, unit: str) -> str:
@@ -220,7 +220,7 @@ def row(f: Figure) -> str:
     return f"| {' | '.join(c.replace('|', '/') for c in cells)} |"
 
 
-def plot(figures: list[Figure]) -> None:
+def plot(figures: list[Figure], name: str) -> None:
     """Every figure that has a bar, as its share of the bar."""
     import matplotlib as mpl
 
@@ -238,5 +238,5 @@ def plot(figures: list[Figure]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("measured / bar (left of the line is within); diamonds: peft")
     chart.tight_layout()
-    chart.savefig(RESULTS / "figures.png")
+    chart.savefig(RESULTS / f"{name}.png")
     plt.close(chart)

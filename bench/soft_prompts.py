@@ -91,14 +91,14 @@ def prepared(kind: str, sizes: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {"veneer": ours, "peft": theirs}, real(sizes).requires_grad_(False)
 
 
-def shapes(quick: bool) -> dict[str, Any]:
-    return {**SMOLLM2, "num_hidden_layers": 2 if quick else 6, "vocab_size": 4096 if quick else 16384}
+def shapes(quick: bool, layers: int) -> dict[str, Any]:
+    return {**SMOLLM2, "num_hidden_layers": 2 if quick else layers, "vocab_size": 4096 if quick else 16384}
 
 
 @bench
 def soft_prompt_forward(quick: bool) -> list[Figure]:
     """A forward with virtual tokens, against the same model with as many real tokens more."""
-    sizes, found = shapes(quick), []
+    sizes, found = shapes(quick, 6), []
     drawn = torch.randint(0, 4096, (4, 128 + P), generator=torch.Generator().manual_seed(0))
     for kind in KINDS:
         models, base = prepared(kind, sizes)
@@ -121,7 +121,7 @@ def soft_prompt_forward(quick: bool) -> list[Figure]:
 @bench
 def soft_prompt_generation(quick: bool) -> list[Figure]:
     """A new token with virtual tokens in front, against the base model with as long a cache."""
-    sizes, found, steps = shapes(quick), [], 8 if quick else 48
+    sizes, found, steps = shapes(quick, 30), [], 8 if quick else 32
     drawn = torch.randint(0, 4096, (1, 64 + P), generator=torch.Generator().manual_seed(0))
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for kind in KINDS:
@@ -136,7 +136,7 @@ def soft_prompt_generation(quick: bool) -> list[Figure]:
             ids = drawn if name == "base" else drawn[:, P:]
             for count in (1, steps + 1):
                 runs[f"{name} {count}"] = partial(model.generate, input_ids=ids, max_new_tokens=count, **options)
-        taken = interleaved(runs, 3 if quick else 12, warmup=1)
+        taken = interleaved(runs, 3 if quick else 9, warmup=1)
         times = {
             n: [a - b for a, b in zip(taken[f"{n} {steps + 1}"], taken[f"{n} 1"], strict=True)]
             for n in ("veneer", "peft", "base")

@@ -109,7 +109,7 @@ class Door:
         if self.cache == "cache" and "past_key_values" in call:  # transformers' name for it until 5.23
             call["cache"] = call.pop("past_key_values")
         router = state.router
-        here = self.front(router, call)
+        here = self.known(router, call.get(self.cache)) or self.front(router, call)
         behind = None if self.encoder is None else self.encoder.front(router, call)
         if behind is not None and call.get("encoder_hidden_states") is not None:
             extend_cross(call, behind)
@@ -117,6 +117,27 @@ class Door:
             refuse_left_behind(call.get(self.cache))
             return state.inner(stack, router.live(), (), call)
         return Passage(self, state, stack, call, here).run()
+
+    def known(self, router: Router, cache: Any) -> Front | None:
+        """What the caller's cache keeps of an earlier call with the same virtual tokens, or None."""
+        memory = None if cache is None or torch.is_grad_enabled() else getattr(cache, "veneer", None)
+        if memory is None or memory.made is None or torch.compiler.is_compiling():
+            return None
+        live = router.rows() or tuple(flat(router.live()))
+        names = [n for n in dict.fromkeys(live) if n in self.site.entries]
+        key = tuple(self.key_of(n, self.site.tensors(n), ()) for n in names)
+        if router.rows() is not None:
+            order = list(dict.fromkeys(live))
+            key = (tuple(order.index(n) for n in live), *key)
+        made: Front = memory.made
+        return made if made.key == key else None
+
+    def key_of(self, name: str, p: Mapping[str, Tensor], tasks: tuple[int, ...]) -> tuple[Any, ...]:
+        """What an adapter's virtual tokens are made from: it, the state of its tensors, and the rows' tasks."""
+        versions = (
+            () if torch.compiler.is_compiling() else tuple(0 if t.is_inference() else t._version for t in p.values())
+        )
+        return (name, self.site.entries[name].serial, versions, tasks)
 
     def front(self, router: Router, call: Mapping[str, Any]) -> Front | None:
         """The virtual tokens that stand before this call's rows, or None."""
@@ -136,15 +157,12 @@ class Door:
         prompt = method.prompt(p, self.site, router.tasks()) if "prompt" in method.hooks else None
         if prefix is None and prompt is None:
             return None
-        versions = (
-            () if torch.compiler.is_compiling() else tuple(0 if t.is_inference() else t._version for t in p.values())
-        )
         # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
         prefix = None if prefix is None else prefix[None]
         prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
         tasks = router.tasks() if prompt is not None and prompt.shape[0] > 1 else None
         which = () if tasks is None or torch.compiler.is_compiling() else tuple(tasks.tolist())
-        return Front(prefix, prompt, None, ((name, entry.serial, versions, which),))
+        return Front(prefix, prompt, None, (self.key_of(name, p, which),))
 
 
 @dataclass
@@ -287,6 +305,7 @@ class Passage:
             pairs = self.pairs(memory)
             fill = runs if inner is not None else 0
             call[door.cache], served = kv.in_front(inner, pairs, known, fill, cross)
+            served.ready = self.plain(memory, pairs, inner)
             if inner is None and "use_cache" in door.arguments and not self.checkpointed():
                 call["use_cache"] = (
                     True  # some stacks hand their blocks no cache otherwise; nothing is kept all the same
@@ -393,7 +412,7 @@ class Passage:
                 f"{[k[0] for k in self.front.key if isinstance(k[0], str)]}; pass a new cache and the whole sequence"
             )
         if not self.front.T:
-            memory = kv.Memory(self.front.key, [])
+            memory = kv.Memory(self.front.key, [], self.made)
             inner.veneer = memory
             return memory
         return None
@@ -405,10 +424,39 @@ class Passage:
         alone = self.call.get("encoder_hidden_states") is None  # cross-attention tells the rows' prompts apart
         if alone and self.front.prompt is not None and self.front.prompt.shape[0] == 1:  # the same in every row
             front = [(k[:1], v[:1]) for k, v in front]
-        inner.veneer = kv.Memory(self.front.key, front)
+        inner.veneer = kv.Memory(self.front.key, front, self.made)
+
+    def plain(self, memory: Any, pairs: Any, inner: Any) -> bool:
+        """Whether the layers need not look at what stands in front; found out once and kept."""
+        if memory is None or memory.ready is None or torch.is_grad_enabled() or memory.ready is not pairs:
+            return False
+        if memory.plain != self.batch:
+            from .interop import cache as kv
+
+            memory.plain = self.batch if kv.plainly_filled(inner, pairs, self.batch) else -1
+        return bool(memory.plain == self.batch and own_layers(inner)[0].is_initialized)  # else it was reset
+
+    @property
+    def made(self) -> Front | None:
+        """The virtual tokens, where a later call can have them again."""
+        return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.front
 
     def pairs(self, memory: Any) -> list[tuple[Tensor, Tensor]]:
         """Keys and values that stand in front already: the prefix's, then those remembered of the prompt."""
+        keep = memory is not None and memory.made is not None and not torch.is_grad_enabled()
+        if keep and memory.ready is not None and memory.ready[0][0].shape[0] == self.batch:
+            return memory.ready  # type: ignore[no-any-return]
+        found = self.pairs_made(memory)
+        if keep and found:
+            dtype = self.site_dtype()
+            found = [
+                (k.to(dtype).expand(self.batch, -1, -1, -1), v.to(dtype).expand(self.batch, -1, -1, -1))
+                for k, v in found
+            ]
+            memory.ready = found
+        return found
+
+    def pairs_made(self, memory: Any) -> list[tuple[Tensor, Tensor]]:
         found: list[tuple[Tensor, Tensor]] = []
         if self.front.prefix is not None:
             # (batch or 1, layers, 2, heads, P, head width) -> a pair (batch or 1, heads, P, head width) a layer
@@ -827,6 +875,12 @@ def recurrent(config: Any) -> bool:
     from .interop import cache as kv
 
     return kv.is_recurrent(kv.fresh_cache(config, False))
+
+
+def own_layers(cache: Any) -> Any:
+    from .interop import cache as kv
+
+    return kv.own_cache(cache).layers
 
 
 def length_of(cache: Any) -> Any:

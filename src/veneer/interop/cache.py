@@ -25,10 +25,15 @@ class Memory:
     Attributes:
         key: which adapters, for which rows, from which values.
         front: keys and values of the prompt's tokens, a pair a layer; empty where there was no prompt.
+        made: the virtual tokens, so that a later call need not compute them again; None where gradients are wanted.
+        ready: all that stands in front, a pair (batch, heads, length, head width) a layer, on the same condition.
     """
 
     key: tuple[Any, ...]
     front: list[tuple[Tensor, Tensor]]
+    made: Any = None
+    ready: list[tuple[Tensor, Tensor]] | None = None
+    plain: int = -1  # the batch for which every layer takes `ready` as it is
 
 
 class PrefixCache(Cache):  # type: ignore[misc]
@@ -44,6 +49,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
     def __init__(self, inner: Cache | None, prefix: KeyValues, length: int, fill: int = 0) -> None:
         self.inner, self.prefix, self.length, self.fill = inner, prefix, length, fill
         self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.ready = False  # whether the prefix fits the batch and the layers as it is, seen in an earlier call
         self.served: set[int] = set()  # layers that asked
 
     @property
@@ -62,6 +68,14 @@ class PrefixCache(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Take the new keys and values (batch, heads, tokens, width) of a layer; return all that it attends to."""
         self.served.add(layer_idx)
+        if self.ready:  # the way of every new token: one copy, nothing asked twice
+            grown = self.inner.layers[layer_idx]  # type: ignore[union-attr]
+            front_keys, front_values = self.prefix[layer_idx]
+            all_keys = torch.cat((front_keys, grown.keys, key_states), -2)
+            all_values = torch.cat((front_values, grown.values, value_states), -2)
+            own = all_keys.shape[-2] - self.length
+            grown.keys, grown.values = all_keys.narrow(2, self.length, own), all_values.narrow(2, self.length, own)
+            return all_keys, all_values
         keys: list[Tensor] = []
         values: list[Tensor] = []
         if self.length:
@@ -79,7 +93,9 @@ class PrefixCache(Cache):  # type: ignore[misc]
                         f"{found.shape[1]} of width {found.shape[3]}; set num_attention_heads and token_dim (heads times "
                         "width) in the config"
                     )
-                made.append(found.to(states).expand(states.shape[0], -1, -1, -1))
+                if found.dtype != states.dtype or found.device != states.device:
+                    found = found.to(states)
+                made.append(found if found.shape[0] == states.shape[0] else found.expand(states.shape[0], -1, -1, -1))
         if self.fill:
             self.made[layer_idx] = (key_states[:, :, : self.fill], value_states[:, :, : self.fill])
             keys.append(key_states[:, :, : self.fill])
@@ -87,7 +103,6 @@ class PrefixCache(Cache):  # type: ignore[misc]
             key_states, value_states = key_states[:, :, self.fill :], value_states[:, :, self.fill :]
         if self.inner is None:
             return torch.cat([*keys, key_states], -2), torch.cat([*values, value_states], -2)
-        hidden = self.hidden(key_states.shape[-2], layer_idx)  # asked before the inner cache grows
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if type(layer) is DynamicLayer and not self.offloading:  # one copy, not two
             if not layer.is_initialized:
@@ -95,8 +110,10 @@ class PrefixCache(Cache):  # type: ignore[misc]
             kept = (layer.keys, layer.values) if layer.keys.numel() else (key_states[:, :, :0], value_states[:, :, :0])
             all_keys = torch.cat([*keys, kept[0], key_states], -2)
             all_values = torch.cat([*values, kept[1], value_states], -2)
-            layer.keys, layer.values = all_keys[:, :, self.front :], all_values[:, :, self.front :]
+            own = all_keys.shape[-2] - self.front
+            layer.keys, layer.values = all_keys.narrow(2, self.front, own), all_values.narrow(2, self.front, own)
             return all_keys, all_values
+        hidden = self.hidden(key_states.shape[-2], layer_idx)  # asked before the inner cache grows
         own_keys, own_values = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         if hidden:
             return own_keys, own_values
@@ -158,6 +175,24 @@ def fresh_cache(config: Any, cross: bool) -> Cache:
     if cross:
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
     return DynamicCache(config=config)
+
+
+def plainly_filled(cache: Cache, front: KeyValues, batch: int) -> bool:
+    """Whether every layer simply grows, and has begun to, with what stands in front as it is used."""
+    own = own_cache(cache)
+    return (
+        len(own.layers) == len(front)
+        and not own.offloading
+        and all(
+            type(layer) is DynamicLayer
+            and layer.is_initialized
+            and layer.keys.shape[:2] == k.shape[:2]
+            and layer.keys.shape[0] == batch
+            and layer.keys.dtype == k.dtype
+            and layer.keys.device == k.device
+            for layer, (k, _) in zip(own.layers, front, strict=True)
+        )
+    )
 
 
 def in_front(inner: Cache | None, prefix: KeyValues, length: int, fill: int, cross: bool) -> tuple[Cache, PrefixCache]:

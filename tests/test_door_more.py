@@ -40,6 +40,13 @@ def test_caches_of_another_task_adapter_or_none_are_refused() -> None:
     model(input_ids=IDS[:, :4], cache=cache, task_ids=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="other soft prompts"):
         model(input_ids=IDS[:, 4:], cache=cache, task_ids=torch.tensor([2, 1]))
+    model, cache = multitask(), DynamicCache()  # a batch of one too, whose prompt looks like that of every row
+    model(input_ids=IDS[:1, :4], cache=cache, task_ids=torch.tensor([0]))
+    with pytest.raises(ValueError, match="other soft prompts"):
+        model(input_ids=IDS[:1, 4:], cache=cache, task_ids=torch.tensor([2]))
+    cache.reset()
+    got = model(input_ids=IDS[:1], cache=cache, task_ids=torch.tensor([2])).logits
+    close(got, model(input_ids=IDS[:1], use_cache=False, task_ids=torch.tensor([2])).logits)
     model = soft("llama", "prompt")
     model.add_adapter("x", METHODS["prompt"](task_type="CAUSAL_LM"))
     model.set_adapter("x")

@@ -334,13 +334,18 @@ def prefix_of(model: nn.Module) -> str:
     return PREFIX if hasattr(model, "get_base_model") else ""
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model of a PeftModel, or a model that is adapted in place."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attached(model: nn.Module) -> Runtime:
     """The runtime of a PeftModel or of a model adapted in place.
 
     Raises:
         ValueError: it has no adapters.
     """
-    base: nn.Module = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     found = runtime_of(base)
     if found is None:
         raise ValueError(f"{type(base).__name__} has no adapters; attach one with get_peft_model(model, config)")

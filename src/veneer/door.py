@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from .layers.kind import LayerKind
 from .router import flat
-from .site import Geometry, Site, give_back, take_over, take_over_carrier
+from .site import CARRIED, Geometry, Site, give_back, take_over, take_over_carrier
 
 if TYPE_CHECKING:
     from .router import Router
     from .site import Takeover
 
 CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # what forwards call their cache
-CARRIED = "veneer_prefix"  # the cache that gradient checkpointing takes away from a block
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
 
@@ -125,19 +124,20 @@ class Door:
             return None
         live = router.rows() or tuple(flat(router.live()))
         names = [n for n in dict.fromkeys(live) if n in self.site.entries]
-        key = tuple(self.key_of(n, self.site.tensors(n), ()) for n in names)
+        key = tuple(self.key_of(n, self.site.tensors(n), router) for n in names)
         if router.rows() is not None:
             order = list(dict.fromkeys(live))
             key = (tuple(order.index(n) for n in live), *key)
         made: Front = memory.made
         return made if made.key == key else None
 
-    def key_of(self, name: str, p: Mapping[str, Tensor], tasks: tuple[int, ...]) -> tuple[Any, ...]:
+    def key_of(self, name: str, p: Mapping[str, Tensor], router: Router) -> tuple[Any, ...]:
         """What an adapter's virtual tokens are made from: it, the state of its tensors, and the rows' tasks."""
-        versions = (
-            () if torch.compiler.is_compiling() else tuple(0 if t.is_inference() else t._version for t in p.values())
-        )
-        return (name, self.site.entries[name].serial, versions, tasks)
+        serial, tasks = self.site.entries[name].serial, router.tasks()
+        if torch.compiler.is_compiling():
+            return (name, serial, (), ())
+        versions = tuple(0 if t.is_inference() else t._version for t in p.values())
+        return (name, serial, versions, () if tasks is None else tuple(tasks.tolist()))
 
     def front(self, router: Router, call: Mapping[str, Any]) -> Front | None:
         """The virtual tokens that stand before this call's rows, or None."""
@@ -160,9 +160,7 @@ class Door:
         # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
         prefix = None if prefix is None else prefix[None]
         prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
-        tasks = router.tasks() if prompt is not None and prompt.shape[0] > 1 else None
-        which = () if tasks is None or torch.compiler.is_compiling() else tuple(tasks.tolist())
-        return Front(prefix, prompt, None, (self.key_of(name, p, which),))
+        return Front(prefix, prompt, None, (self.key_of(name, p, router),))
 
 
 @dataclass

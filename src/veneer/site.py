@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .router import Router
 
 
+CARRIED = "veneer_prefix"  # argument that brings a block the cache that gradient checkpointing takes away
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """A weight seen as a matrix (fan_out, fan_in).
@@ -391,7 +394,7 @@ class Takeover:
         return self.base.forward(module, *args, **kwargs)
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.carries is not None and "veneer_prefix" in kwargs:
+        if self.carries is not None and CARRIED in kwargs:
             args, kwargs = self.unpacked(args, dict(kwargs))
         rows = self.router.rows()
         live = self.router.live()
@@ -424,7 +427,7 @@ class Takeover:
         """The arguments of a block with the prefix in place of the cache that checkpointing took away."""
         assert self.carries is not None
         name, place = self.carries
-        cache = kwargs.pop("veneer_prefix")
+        cache = kwargs.pop(CARRIED)
         if place < len(args):
             return (*args[:place], cache, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: cache}

@@ -115,7 +115,7 @@ def load(
         ValueError: no such files, another model type, or a setting that Veneer does not have.
         AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
     """
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = codec.base_of(model)
     subfolder = hub.pop("subfolder", None)
     fusion = codec.find_file(folder, CONFIG, subfolder, **hub) is None
     path = codec.find_file(folder, FUSION_CONFIG if fusion else CONFIG, subfolder, **hub)

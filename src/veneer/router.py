@@ -130,6 +130,15 @@ class Shared(nn.Module):
                 del table[key]
 
 
+class Local(threading.local):
+    """What holds for one thread."""
+
+    chosen: tuple[Item, ...] | None = None
+    rows: tuple[str, ...] | None = None
+    tasks: Tensor | None = None
+    whole = False
+
+
 class Router:
     """The active adapters of one model.
 
@@ -139,6 +148,7 @@ class Router:
         merged: what of it is baked into the base weights, in order.
         enabled: False inside `disable_adapter`.
         shared: state shared between sites.
+        version: another object whenever adapters were added or removed, so that plans made before are void.
     """
 
     def __init__(self) -> None:
@@ -146,8 +156,9 @@ class Router:
         self.merged: tuple[Item, ...] = ()
         self.enabled = True
         self.shared = Shared()
-        self._local = threading.local()
-        self._live: tuple[Item, ...] = ()
+        self.local = Local()
+        self.stack: tuple[Item, ...] = ()
+        self.version = object()
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -155,22 +166,24 @@ class Router:
 
     def live(self) -> tuple[Item, ...]:
         """The stack that a forward must apply now: chosen for this thread, or active; without what is merged."""
-        chosen: tuple[Item, ...] | None = getattr(self._local, "chosen", None)
-        return self._live if chosen is None else chosen
+        chosen = self.local.chosen
+        return self.stack if chosen is None else chosen
+
+    def changed(self) -> None:
+        """Say that adapters were added or removed."""
+        self.version = object()
 
     def rows(self) -> tuple[str, ...] | None:
         """The adapter of each row of the batch, chosen for this thread, or None where all rows have the live ones."""
-        rows: tuple[str, ...] | None = getattr(self._local, "rows", None)
-        return rows
+        return self.local.rows
 
     def tasks(self) -> Tensor | None:
         """The task of each row (batch,), for adapters that hold several, or None."""
-        tasks: Tensor | None = getattr(self._local, "tasks", None)
-        return tasks
+        return self.local.tasks
 
     def whole(self) -> bool:
         """Whether virtual positions stay in what the stacks return, for an objective that needs them."""
-        return bool(getattr(self._local, "whole", False))
+        return self.local.whole
 
     def set(
         self,
@@ -187,9 +200,9 @@ class Router:
         if enabled is not None:
             self.enabled = enabled
         if not self.enabled:
-            self._live = ()
+            self.stack = ()
         else:
-            self._live = tuple(n for n in self.chosen if n not in self.merged) if self.merged else self.chosen
+            self.stack = tuple(n for n in self.chosen if n not in self.merged) if self.merged else self.chosen
 
     @contextmanager
     def choose(self, names: tuple[Item, ...]) -> Iterator[None]:
@@ -200,18 +213,18 @@ class Router:
     @contextmanager
     def hold(self, **choices: Any) -> Iterator[None]:
         """Within the block and in this thread only, hold `chosen`, `rows`, `tasks` or `whole`."""
-        before = {name: getattr(self._local, name, None) for name in choices}
+        before = {name: getattr(self.local, name) for name in choices}
         for name, value in choices.items():
-            setattr(self._local, name, value)
+            setattr(self.local, name, value)
         try:
             yield
         finally:
             for name, value in before.items():
-                setattr(self._local, name, value)
+                setattr(self.local, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_local"}
+        return {k: v for k, v in vars(self).items() if k not in ("local", "version")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._local = threading.local()
+        self.local, self.version = Local(), object()

@@ -16,6 +16,7 @@ from . import door, layers, targets
 from .backends import backend_of
 from .door import DOOR, Door
 from .interop import offload, torch_fastpath
+from .kernels.plan import arrange
 from .layers.kind import LayerKind
 from .method import Method
 from .places import Spot
@@ -562,6 +563,21 @@ class Runtime:
         door.join(self.sites.values())
         self.configs[adapter] = config
         self.places[adapter] = sites
+        self.arrange(sites)
+
+    def arrange(self, sites: Iterable[Site]) -> None:
+        """See which layers can run together, among those of `sites` and beside them."""
+        names = dict.fromkeys(s.name.rpartition(".")[0] for s in sites if s.kind.own_forward() is not None)
+        parents = {n: self.root.get_submodule(n) for n in names if n in self.named or not self.named}
+        found = arrange(parents.values())
+        for parent in parents.values():
+            if parent in found:
+                take_over(parent, self.router).gated = found[parent]
+            elif "_veneer" in parent.__dict__ and parent.__dict__["_veneer"].gated is not None:
+                parent.__dict__["_veneer"].gated = None
+                if not parent.__dict__["_veneer"].in_use:
+                    give_back(parent)
+        self.router.changed()
 
     # Looking.
 
@@ -773,7 +789,8 @@ class Runtime:
             raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
         if needed := [n for n, c in self.configs.items() if adapter in c.uses]:
             raise ValueError(f"adapter {adapter!r} is used by {needed[0]!r}; delete that one first")
-        for site in self.places.pop(adapter):
+        sites = self.places.pop(adapter)
+        for site in sites:
             entry = site.entries.pop(adapter)
             for _, attr in (*entry.trained, *entry.frozen):
                 site.owner._parameters.pop(attr, None)
@@ -783,6 +800,7 @@ class Runtime:
             layer._modules.pop(copy_name(adapter), None)
             if not site.entries:
                 self.forget(site)
+        self.arrange(sites)
         self.router.shared.drop(adapter)
         del self.configs[adapter]
         self.router.set(tuple(i for i in self.router.chosen if adapter not in flat([i])))

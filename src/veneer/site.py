@@ -15,11 +15,13 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from . import kernels
 from .inits import START
 from .interop import offload
 from .operators import Operator
@@ -27,6 +29,8 @@ from .router import Combined, Item, flat
 
 if TYPE_CHECKING:
     from .door import Door
+    from .kernels.plan import Group, Kernel
+    from .kernels.structure import Gated
     from .layers.kind import LayerKind
     from .method import Method
     from .places import Spot
@@ -366,6 +370,25 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+class Plan(NamedTuple):
+    """What serves a layer with one stack of adapters.
+
+    Attributes:
+        live: the stack.
+        version: of the router, when it was made.
+        kernel: what runs the layer's weights with their adapters, or None.
+        whole: the same where nothing else happens at the layer.
+    """
+
+    live: tuple[Item, ...] | None
+    version: object
+    kernel: Kernel | None
+    whole: Kernel | None
+
+
+NO_PLAN = Plan(None, None, None, None)
+
+
 class Takeover:
     """The state of one adapted layer: its base forward and the sites whose weights it uses."""
 
@@ -381,11 +404,34 @@ class Takeover:
         self.opaque: Site | None = None  # a module with full copies
         self.tapped: list[Site] = []  # sites that want to know what goes into this module
         self.instance_forward: Callable[..., Any] | None = None
+        self.group: Group | None = None  # the layers that see the same input
+        self.gated: Gated | None = None  # a gated feed-forward network, whose layers can run as one
+        self.planned = NO_PLAN
 
     @property
     def in_use(self) -> bool:
-        held = (self.main, self.module, self.opaque, self.door, self.carries, self.objective)
+        held = (self.main, self.module, self.opaque, self.door, self.carries, self.objective, self.gated)
         return bool(self.bare or self.tapped) or any(x is not None for x in held)
+
+    @property
+    def only_main(self) -> bool:
+        """Whether the operators of its weight, or those of its layers, are all that is done here."""
+        held = (self.module, self.opaque, self.door, self.carries, self.objective)
+        return not (self.bare or self.tapped) and all(x is None for x in held)
+
+    def plan(self, layer: nn.Module, live: tuple[Item, ...]) -> Plan:
+        """What serves a stack of adapters, found once until adapters change."""
+        plan = self.planned
+        if plan.live is not live or plan.version is not self.router.version:
+            from .kernels.plan import kernel_of
+
+            version = self.router.version
+            kernel = kernel_of(self, layer, live, version)
+            self.planned = plan = Plan(live, version, kernel, kernel if self.only_main else None)
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "planned": NO_PLAN}
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
@@ -394,6 +440,17 @@ class Takeover:
         return self.base.forward(module, *args, **kwargs)
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and len(args) == 1 and not is_compiling():
+            router, local = self.router, self.router.local
+            if local.rows is None:
+                live = router.stack if local.chosen is None else local.chosen
+                plan = self.planned
+                if plan.live is not live or plan.version is not router.version:
+                    plan = self.plan(layer, live)
+                if plan.whole is not None and kernels.enabled():
+                    y = plan.whole(layer, args[0])
+                    if y is not None:
+                        return y
         if self.carries is not None and CARRIED in kwargs:
             args, kwargs = self.unpacked(args, dict(kwargs))
         rows = self.router.rows()
@@ -468,6 +525,11 @@ class Takeover:
 
     def inner(self, layer: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer with the adapters of its weights."""
+        if self.gated is not None and len(args) == 1 and not kwargs and kernels.enabled() and not is_compiling():
+            kernel = self.plan(layer, live).kernel
+            y = None if kernel is None else kernel(layer, args[0])
+            if y is not None:
+                return y
         target = layer
         for site in self.bare:
             links = site.links(live)

@@ -40,6 +40,10 @@ class LayerKind(ABC):
     def check(self, owner: nn.Module, param: str, name: str) -> None:
         """Raise if this particular layer cannot be adapted; `name` says where it is."""
 
+    def own_forward(self) -> Any:
+        """The forward that is the operator's own product and nothing more, or None where no class has one."""
+        return None
+
     def widen(self, site: Site, stored: Tensor) -> int:
         """Groups of the layer once it holds `stored` as its weight."""
         return site.groups

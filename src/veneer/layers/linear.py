@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ class Linear(LayerKind):
         assert isinstance(owner, nn.Linear)
         return Geometry(owner.in_features, owner.out_features, bias=owner.bias is not None)
 
+    def own_forward(self) -> Any:
+        return nn.Linear.forward
+
 
 class Conv1D(LayerKind):
     name = "Conv1D"
@@ -35,6 +38,9 @@ class Conv1D(LayerKind):
     def measure(self, owner: nn.Module, param: str) -> Geometry:
         shape = owner._parameters[param].shape  # type: ignore[union-attr]
         return Geometry(shape[0], shape[1], bias=owner._parameters.get("bias") is not None)
+
+    def own_forward(self) -> Any:
+        return sys.modules["transformers.pytorch_utils"].Conv1D.forward
 
     def canonical(self, site: Site, stored: Tensor) -> Tensor:
         return stored.T  # (in, out) -> (out, in)

@@ -1,0 +1,167 @@
+"""A gated feed-forward network whose three linear layers have low-rank adapters, as one function of its input.
+
+    y = down(act(gate(x)) * up(x))
+
+Kept for backward are x, gate(x), up(x) and the low-rank products. act(gate(x)) and the input of `down` are computed
+again, element by element; without this an adapter on `down` makes autograd keep them both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_module
+
+from . import linear, scratch
+from .linear import Kept, Member, Share
+from .structure import Gated
+
+# Activations of one element at a time that always give the same, so that they can be computed twice.
+ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
+ACTIVATIONS |= {"FastGELUActivation", "QuickGELUActivation", "ReLU", "ReLUSquaredActivation", "Tanh", "Sigmoid", "Mish"}
+SILU = ("SiLU", "SiLUActivation")
+HOME = ("torch.nn.modules.activation", "transformers.activations")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class GatedNetwork:
+    """The kernel of one gated feed-forward network."""
+
+    def __init__(self, names: Gated, members: Sequence[Member]) -> None:
+        self.names = names
+        self.members = tuple(members)  # gate, up, down
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        modules = layer._modules
+        act = modules[self.names.act]
+        if act is None or not plain(act) or watched(act) or any_global():
+            return None
+        gate, up, down = self.members
+        for name, member in zip((self.names.gate, self.names.up, self.names.down), self.members, strict=True):
+            if modules[name] is not member.layer or watched(member.layer):
+                return None
+        shares = (gate.share(), up.share(), down.share())
+        if any(s is None for s in shares) or shares[0].dropout != shares[1].dropout:  # type: ignore[union-attr]
+            return None
+        return run(x, act, shares)  # type: ignore[arg-type]
+
+
+def plain(act: nn.Module) -> bool:
+    """Whether the activation is one of those that can be computed twice."""
+    kind = type(act)
+    return kind.__name__ in ACTIVATIONS and kind.__module__ in HOME and not getattr(act, "inplace", False)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module's own calls."""
+    own = module.__dict__
+    return any(own[name] for name in HOOKS) or "forward" in own
+
+
+def any_global() -> bool:
+    return bool(
+        torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    )  # fmt: skip
+
+
+def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor | None:
+    """The output of the network on x (..., in), or None where its layers have to run on their own."""
+    gate, up, down = shares
+    K = gate.W.shape[1]
+    if type(x) is not Tensor or x.shape[-1] != K or up.W.shape[1] != K or x.device != gate.W.device:
+        return None
+    if not gate.W.dtype == up.W.dtype == down.W.dtype or not linear.ready():
+        return None
+    dtype = linear.compute_dtype(x, gate.W)
+    if dtype is None:
+        return None
+    flat = x if x.ndim == 2 else x.reshape(-1, K)  # (M, in)
+    *above, scales, p = linear.columns(shares[:2])
+    *below, down_scales, down_p = linear.columns(shares[2:])
+    if torch.is_grad_enabled() and (x.requires_grad or linear.needs_grad(*above[1:], *below[1:])):
+        if flat.numel() < linear.SMALL:
+            low = linear.lowered(dtype, *above), linear.lowered(dtype, *below)
+            e, g = linear.composed(flat.to(dtype), *low[0], scales, p)
+            made = linear.composed(act(e) * g, *low[1], down_scales, down_p)[0]
+            return linear.unflat(x, made)
+        rules = (scales, p, down_scales, down_p, dtype)
+        y = linear.apply(GatedLinear, flat, act, rules, *(t for group in (*above, *below) for t in group))
+    else:
+        e, g = linear.forward(flat.to(dtype), *linear.lowered(dtype, *above), scales, p, keep=False)[0]
+        m = act_forward(act, e, "inner").mul_(g)
+        y = linear.forward(m, *linear.lowered(dtype, *below), down_scales, down_p, keep=False)[0][0]
+    return linear.unflat(x, y)
+
+
+def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
+    """act(e), in scratch memory of this name where the activation can be told to write there."""
+    if type(act).__name__ in SILU:
+        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.take(name, tuple(e.shape), e.dtype, e.device))
+        return made
+    return act(e)  # type: ignore[no-any-return]
+
+
+def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:
+    """The gradient of e from that of act(e), which may be overwritten."""
+    if type(act).__name__ in SILU:
+        made: Tensor = torch.ops.aten.silu_backward.grad_input(grad, e, grad_input=grad)
+        return made
+    with torch.enable_grad():
+        e = e.detach().requires_grad_()
+        return torch.autograd.grad(act(e), e, grad)[0]
+
+
+class GatedLinear(torch.autograd.Function):
+    """Takes x (M, in), the activation, (scales and dropout of gate and up, those of down, dtype), then W, b, A, B, d of
+    gate and up in pairs, and of down.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: nn.Module, rules: Any, *tensors: Any) -> Any:
+        scales, p, down_scales, down_p, dtype = rules
+        above = linear.lowered(dtype, *[tensors[i : i + 2] for i in range(0, 10, 2)])
+        below = linear.lowered(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
+        low = x if x.dtype == dtype else x.to(dtype)
+        (e, g), kept = linear.forward(low, *above, scales, p, True)  # (M, width) each
+        m = act_forward(act, e, "inner").mul_(g)  # (M, width)
+        (y,), down = linear.forward(m, *below, down_scales, down_p, True)
+        need = ctx.needs_input_grad
+        ctx.needs = need[0], *(need[i : i + 2] for i in range(5, 13, 2))
+        ctx.down_needs = True, *(need[i : i + 1] for i in range(14, 18))
+        A_needed, B_needed = any(ctx.needs[2]), any(ctx.needs[3])
+        ctx.save_for_backward(
+            low if A_needed else None, e, g, kept.A, kept.h if B_needed else None, kept.mask,
+            down.A, down.h if need[16] else None, down.mask,
+            *above[0], *above[3], *above[4], below[0][0], below[3][0], below[4][0], *kept.raw, *down.raw,
+        )  # fmt: skip
+        ctx.act, ctx.scales, ctx.down_scales, ctx.raws = act, scales, down_scales, len(kept.raw)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        x, e, g, A, h, mask, down_A, down_h, down_mask, *rest = ctx.saved_tensors
+        raw = rest[9:]
+        a = act_forward(ctx.act, e, "gate")  # (M, width)
+        m = None
+        if ctx.down_needs[2][0]:
+            m = torch.mul(a, g, out=scratch.take("inner", tuple(e.shape), e.dtype, e.device))
+        room = m
+        if m is None or down_mask is not None:
+            room = scratch.take("gradient", tuple(e.shape), e.dtype, e.device)
+        kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :])
+        dm, *below = linear.backward(
+            (gy,), m, rest[6:7], rest[7:8], rest[8:9], kept, ctx.down_scales, ctx.down_needs, room=room
+        )
+        dg = a.mul_(dm)
+        de = act_backward(ctx.act, dm.mul_(g), e)  # type: ignore[union-attr]
+        kept = Kept(A, h, mask, raw[: ctx.raws])
+        dx, *above = linear.backward((de, dg), x, rest[:2], rest[2:4], rest[4:6], kept, ctx.scales, ctx.needs)
+        return (
+            dx, None, None, None, None, *(t for group in above for t in group), None, *(t for group in below for t in group)
+        )  # fmt: skip

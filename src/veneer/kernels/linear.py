@@ -1,0 +1,455 @@
+"""A linear layer with low-rank adapters as one function of its input, alone or with the layers that share the input.
+
+    y_i = (x W_i^T + s_i (x A_i^T) B_i^T) diag(d_i) + b_i
+
+Forward adds the low-rank part into the base product; backward adds into the gradient of x. What is kept for backward is
+x, which siblings and the rest of the model share, and x A^T. One product with all A of the siblings serves them all, and
+so does one with all of their gradients. Small matrices are cast to the dtype of x, x never to theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from ..operators import Diagonal, Factored, Operator, Sum
+from ..site import Link
+from . import dropout
+
+if TYPE_CHECKING:
+    from ..router import Item
+    from ..site import Site
+
+# W + s B A for one call pays where its pass over W is cheaper than the passes over x and y: measured on two CPUs, an
+# entry of W costs as much as 2.4 of x and y.
+MERGE = 2.4
+SMALL = 2**16  # entries of x below which an autograd function of ours takes longer to start than it saves
+MERGED = (torch.float32, torch.float64)  # dtypes in which W + s B A loses nothing that matters
+PLAIN = (nn.Parameter, Tensor)
+
+
+class Share(NamedTuple):
+    """What one layer brings to a call.
+
+    Attributes:
+        W: (out, in), frozen.
+        b: (out,) or None, added last.
+        A: (r, in).
+        B: (out, r).
+        d: (out,) or None, the scale of the output's channels.
+        scale: s.
+        dropout: probability of dropping an entry of x before A.
+    """
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    d: Tensor | None
+    scale: float
+    dropout: float
+
+
+class Member:
+    """One layer with the adapters of one stack: where its share comes from."""
+
+    def __init__(self, site: Site, live: tuple[Item, ...]) -> None:
+        self.site, self.live, self.layer = site, live, site.owner
+        self.param, self.bias = site.param, site.kind.bias
+        self.straight = site.kind.name == "Linear"  # W is stored as (out, in)
+        self.names: tuple[str, str] | None = None  # of A and B where the operator holds the adapter's own tensors
+        self.scale = self.dropout = 0.0
+
+    def plan(self) -> bool:
+        """Whether a kernel can say what the adapters do here."""
+        if self.site.lookup or self.site.kernel or self.site.bare:
+            return False
+        with torch.no_grad():
+            links = self.site.links(self.live)
+        if not self.says(links):
+            return False
+        link = links[0]
+        if len(links) == 1 and isinstance(link, Link) and link.left is None and link.shift is None:
+            op = link.delta
+            if isinstance(op, Factored):
+                held = {id(p): name for name, p in self.layer._parameters.items()}
+                if id(op.A) in held and id(op.B) in held:
+                    self.names = held[id(op.A)], held[id(op.B)]
+                    self.scale, self.dropout = float(op.scale), op.dropout
+        return True
+
+    def says(self, links: Sequence[Any]) -> bool:
+        for link in links:
+            if not isinstance(link, Link) or link.right is not None or link.post is not None or link.delta is None:
+                return False
+            if not all(factored(op) for op in terms(link.delta)):
+                return False
+            if link.left is not None and (len(links) > 1 or not isinstance(link.left, Diagonal)):
+                return False
+        return bool(links)
+
+    def share(self) -> Share | None:
+        """The tensors of one call, or None where the layer cannot be read as it is stored now."""
+        layer = self.layer
+        parameters = layer._parameters
+        W, b = parameters[self.param], parameters[self.bias]
+        if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or "_hf_hook" in layer.__dict__:
+            return None
+        if b is not None and b.requires_grad:
+            return None
+        if not self.straight:
+            W = W.t()
+        if self.names is not None:
+            A, B = parameters[self.names[0]], parameters[self.names[1]]
+            if type(A) not in PLAIN or type(B) not in PLAIN:
+                return None
+            return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)  # type: ignore[arg-type]
+        links = self.site.links(self.live)
+        ops = [op for link in links for op in terms(link.delta)]  # type: ignore[union-attr]
+        drop = ops[0].dropout if layer.training else 0.0
+        if layer.training and any(op.dropout != drop for op in ops):
+            return None
+        scale = ops[0].scale
+        A, B = ops[0].A, ops[0].full_B()
+        if len(ops) > 1:
+            A = torch.cat([op.A for op in ops])
+            B = torch.cat([op.full_B() * (op.scale / scale) for op in ops], 1)
+        d = None
+        for link in links:
+            left, shift = link.left, link.shift  # type: ignore[union-attr]
+            if isinstance(left, Diagonal):
+                d = left.v
+                if b is not None and left.scales_bias:
+                    b = b.to(d.dtype) * d
+            if shift is not None:
+                b = shift if b is None else b.to(shift.dtype) + shift
+        return Share(W, b, A, B, d, scale, drop)
+
+
+def terms(op: Operator | None) -> Sequence[Any]:
+    return op.terms if isinstance(op, Sum) else (op,)
+
+
+def factored(op: Any) -> bool:
+    """Whether the operator is scale B A and nothing more."""
+    return isinstance(op, Factored) and op.inner is None and op.outer is None and op.A.ndim == 2
+
+
+class Alone:
+    """The kernel of one layer."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        if layer is not self.member.layer:
+            return None
+        share = self.member.share()
+        if share is None:
+            return None
+        made = run(x, (share,))
+        return None if made is None else made[0]
+
+
+class Pending(threading.local):
+    """What a sibling computed for the others in this thread: the input, and the outputs not yet asked for."""
+
+    x: Tensor | None = None
+    version = 0
+    grad = False
+    ys: list[Tensor | None]
+
+
+class Together:
+    """Layers of one parent that see the same input: whichever is called first computes all."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self.pending = Pending()
+
+    def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
+        pending = self.pending
+        if pending.x is x:
+            y = pending.ys[at]
+            if y is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
+                pending.ys[at] = None
+                if all(kept is None for kept in pending.ys):
+                    pending.x = None
+                return y
+        pending.x = None
+        if layer is not self.members[at].layer:
+            return None
+        shares = [member.share() for member in self.members]
+        own = shares[at]
+        if own is None:
+            return None
+        alike = all(s is not None and s.dropout == own.dropout and s.W.shape[1] == own.W.shape[1] for s in shares)
+        made = run(x, tuple(shares) if alike else (own,))  # type: ignore[arg-type]
+        if made is None:
+            return None
+        if len(made) == 1:
+            return made[0]
+        y = made[at]
+        made[at] = None  # type: ignore[call-overload]
+        pending.x, pending.ys, pending.version, pending.grad = x, made, version(x), torch.is_grad_enabled()  # type: ignore[assignment]
+        return y
+
+
+class Sibling:
+    """One layer's end of `Together`."""
+
+    def __init__(self, together: Together, at: int) -> None:
+        self.together, self.at = together, at
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        return self.together(layer, x, self.at)
+
+
+def version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:
+    """The outputs of layers on x (..., in), or None where they have to run on their own."""
+    W = shares[0].W
+    if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not ready():
+        return None
+    dtype = compute_dtype(x, W)
+    if dtype is None:
+        return None
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
+    Ws, bs, As, Bs, ds, scales, p = columns(shares)
+    if torch.is_grad_enabled() and (x.requires_grad or needs_grad(bs, As, Bs, ds)):
+        if flat.numel() < SMALL:
+            ys = composed(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p)
+        else:
+            ys = apply(FactoredLinear, flat, (len(Ws), scales, p, dtype), *Ws, *bs, *As, *Bs, *ds)
+    else:
+        ys = forward(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p, keep=False)[0]
+    return [unflat(x, y) for y in ys]
+
+
+def unflat(x: Tensor, y: Tensor) -> Tensor:
+    """An output (M, out) in the shape of x (..., in)."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def composed(
+    x: Tensor, Ws: Tensors, bs: Maybe, As: Tensors, Bs: Tensors, ds: Maybe, scales: Sequence[float], p: float
+) -> list[Tensor]:
+    """The outputs (M, out_i) for x (M, in), with autograd's own functions, which start faster than one in Python."""
+    A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
+    h = linear(torch.dropout(x, p, True) * (1 - p) if p else x, A)  # (M, R); the scales make up for what is dropped
+    ys = []
+    for W, b, B, d, scale, part in zip(Ws, bs, Bs, ds, scales, parted(h, Bs), strict=True):
+        if d is None:
+            ys.append(linear(x, W, b).addmm_(part, B.t(), alpha=scale))  # (M, out)
+        else:
+            y = linear(x, W).addmm_(part, B.t(), alpha=scale)
+            ys.append(y * d if b is None else torch.addcmul(b, y, d))
+    return ys
+
+
+Tensors = Sequence[Tensor]
+Maybe = Sequence[Tensor | None]
+
+
+def columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tuple[float, ...], float]:
+    """W, b, A, B, d and the scale of each share, and the dropout; the scale makes up for what is dropped."""
+    Ws, bs, As, Bs, ds, scales, ps = zip(*shares, strict=True)
+    p = ps[0]
+    return Ws, bs, As, Bs, ds, tuple(s / (1 - p) for s in scales) if p else scales, p
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply` without its care for functorch, which `ready` has taken."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def needs_grad(*groups: Maybe) -> bool:
+    return any(t is not None and t.requires_grad for group in groups for t in group)
+
+
+def ready() -> bool:
+    """Whether the mode we run in is one that an autograd function of ours can serve."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def compute_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
+    """The dtype a linear layer computes in, or None where it would refuse or convert on its own terms."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        return torch.get_autocast_dtype(kind) if x.dtype in floats and W.dtype in floats else None
+    return x.dtype if x.dtype == W.dtype else None
+
+
+def lowered(dtype: torch.dtype, *groups: Maybe) -> tuple[Any, ...]:
+    """Tensors in the dtype of the computation."""
+    return tuple([[t if t is None or t.dtype == dtype else t.to(dtype) for t in group] for group in groups])
+
+
+class Kept(NamedTuple):
+    """What forward leaves for backward."""
+
+    A: Tensor  # (R, in), all A of the siblings
+    h: Tensor | None  # (M, R), times the scales
+    mask: Tensor | None  # packed
+    raw: list[Tensor | None]  # outputs before diag(d), (M, out)
+
+
+def parted(h: Tensor, Bs: Tensors) -> Tensors:
+    """h (M, R) in the parts of the siblings, (M, r_i)."""
+    return (h,) if len(Bs) == 1 else h.split([B.shape[1] for B in Bs], 1)
+
+
+def rescale(h: Tensor, parts: Tensors, scales: Sequence[float]) -> None:
+    """Multiply the parts of h (M, R), or of its gradient, by each sibling's scale."""
+    first = scales[0]
+    if scales.count(first) == len(scales):
+        if first != 1:
+            h.mul_(first)
+    else:
+        for part, scale in zip(parts, scales, strict=True):
+            part.mul_(scale)
+
+
+def forward(
+    x: Tensor, Ws: Tensors, bs: Maybe, As: Tensors, Bs: Tensors, ds: Maybe, scales: Sequence[float], p: float, keep: bool
+) -> tuple[list[Tensor], Kept]:
+    """The outputs (M, out_i) for x (M, in), and what backward needs. Everything is in the dtype of x."""
+    A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
+    M, K = x.shape
+    mask = dropout.draw(M, K, p, x.device) if p else None
+    raw: list[Tensor | None] = []
+    if M > MERGE * K and not p and x.dtype in MERGED and all(d is None for d in ds):
+        ys = [linear(x, torch.addmm(W, B, own, alpha=s), b)
+              for W, b, own, B, s in zip(Ws, bs, As, Bs, scales, strict=True)]  # fmt: skip
+        h = None
+        if keep:
+            h = linear(x, A)
+            rescale(h, parted(h, Bs), scales)
+        return ys, Kept(A, h, mask, raw)
+    h = linear(x, A) if mask is None else dropout.shrink(mask, x, A)  # (M, R)
+    parts = parted(h, Bs)
+    rescale(h, parts, scales)
+    ys = []
+    for W, b, B, d, part in zip(Ws, bs, Bs, ds, parts, strict=True):
+        if d is None:
+            ys.append(linear(x, W, b).addmm_(part, B.t()))  # (M, out)
+            continue
+        y = linear(x, W).addmm_(part, B.t())
+        raw.append(y)
+        ys.append(y * d if b is None else torch.addcmul(b, y, d))
+    return ys, Kept(A, h, mask, raw if keep else [])
+
+
+def backward(
+    gs: Maybe,
+    x: Tensor | None,
+    Ws: Tensors,
+    Bs: Tensors,
+    ds: Maybe,
+    kept: Kept,
+    scales: Sequence[float],
+    needs: Sequence[Any],
+    *,
+    room: Tensor | None = None,
+) -> tuple[Tensor | None, list[Any], Sequence[Any], list[Any], list[Any]]:
+    """Gradients of x and of each b, A, B, d.
+
+    Args:
+        gs: gradients of the outputs (M, out_i); not all None.
+        x: (M, in), or None where no A is trained.
+        needs: whether x needs a gradient, and for each share whether its b, A, B, d do.
+        room: (M, in), where the gradient of x may be put; with dropout it is not x itself.
+    """
+    A, h, mask, raw = kept
+    need_x, need_b, need_A, need_B, need_d = needs
+    n = len(Bs)
+    dbs, dBs, dds = [None] * n, [None] * n, [None] * n
+    first = gs[0] if gs[0] is not None else next(g for g in gs if g is not None)
+    if any(need_b):
+        dbs = [g.sum(0) if g is not None and wanted else None for g, wanted in zip(gs, need_b, strict=True)]
+    if raw:
+        left = iter(raw)
+        ys = [None if d is None else next(left) for d in ds]
+        pairs = list(zip(gs, ys, need_d, strict=True))
+        dds = [torch.linalg.vecdot(g, y, dim=0) if wanted and g is not None else None for g, y, wanted in pairs]  # type: ignore[misc,arg-type]
+        gs = [g if d is None or g is None else g * d for g, d in zip(gs, ds, strict=True)]
+    if n == 1:
+        gh = torch.mm(gs[0], Bs[0])  # type: ignore[arg-type]  # (M, R)
+        parts: Tensors = (gh,)
+    else:
+        gh = first.new_empty(first.shape[0], A.shape[0])
+        parts = parted(gh, Bs)
+        for g, B, part in zip(gs, Bs, parts, strict=True):
+            part.zero_() if g is None else torch.mm(g, B, out=part)
+    rescale(gh, parts, scales)
+    if any(need_B):
+        # The wide product is the faster one where there are many tokens, though its result is transposed.
+        wide = first.shape[0] > 128
+        for i, part in enumerate(parted(h, Bs)):  # type: ignore[arg-type]
+            g = gs[i]
+            if g is not None and need_B[i]:
+                dBs[i] = torch.mm(part.t(), g).t() if wide else torch.mm(g.t(), part)  # type: ignore[call-overload]
+    wanted_A = any(need_A)
+    dA = torch.mm(gh.t(), x) if wanted_A and mask is None else None  # type: ignore[arg-type]  # (R, in)
+    dx = None
+    if need_x:
+        for g, W in zip(gs, Ws, strict=True):
+            if g is not None:
+                if dx is not None:
+                    dx.addmm_(g, W)
+                else:
+                    dx = torch.mm(g, W) if room is None else torch.mm(g, W, out=room)
+    if mask is not None:
+        dA = dropout.pull(mask, gh, x if wanted_A else None, A, dx)
+    elif dx is not None:
+        dx.addmm_(gh, A)
+    dAs: Sequence[Any] = (None,) * n
+    if dA is not None:
+        dAs = (dA,) if n == 1 else dA.split([B.shape[1] for B in Bs])
+    return dx, dbs, dAs, dBs, dds
+
+
+class FactoredLinear(torch.autograd.Function):
+    """`forward` and `backward` for autograd. Takes x (M, in), (number of shares n, scales, dropout, dtype), then n times
+    W, n times b, and so on for A, B and d.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rules: Any, *tensors: Any) -> Any:
+        n, scales, p, dtype = rules
+        Ws, bs, As, Bs, ds = lowered(dtype, *(tensors[i : i + n] for i in range(0, 5 * n, n)))
+        low = x if x.dtype == dtype else x.to(dtype)
+        ys, kept = forward(low, Ws, bs, As, Bs, ds, scales, p, True)
+        need = ctx.needs_input_grad
+        ctx.needs = need[0], *(need[i : i + n] for i in range(2 + n, 2 + 5 * n, n))
+        A_needed, B_needed = any(ctx.needs[2]), any(ctx.needs[3])
+        ctx.save_for_backward(
+            low if A_needed else None, kept.A, kept.h if B_needed else None, kept.mask, *Ws, *Bs, *ds, *kept.raw
+        )
+        ctx.n, ctx.scales = n, scales
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor | None) -> Any:
+        n = ctx.n
+        if all(g is None for g in gs):
+            return (None,) * (2 + 5 * n)
+        x, A, h, mask, *rest = ctx.saved_tensors
+        kept = Kept(A, h, mask, rest[3 * n :])
+        dx, *found = backward(
+            gs, x, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], kept, ctx.scales, ctx.needs
+        )  # fmt: skip
+        return dx, None, *(None,) * n, *(t for group in found for t in group)

@@ -1,0 +1,101 @@
+"""Which kernel serves a layer that was taken over, for one stack of adapters. Computed when adapters change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import structure
+from .gated import GatedNetwork
+from .linear import Alone, Member, Sibling, Together
+
+if TYPE_CHECKING:
+    from ..router import Item
+    from ..site import Takeover
+
+    Kernel = Callable[[nn.Module, Tensor], Tensor | None]
+
+LINEAR = ("Linear", "Conv1D")  # the layer kinds that are x W^T + b
+
+
+class Group:
+    """Layers of one parent that its forward calls on the same input."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = tuple(layers)
+        self.made: dict[Any, dict[nn.Module, Sibling]] = {}
+
+    def kernel(self, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
+        """The kernel of one of them, for the adapters of `live`; None where no other has any of them."""
+        if (live, version) not in self.made:
+            found = [(one, member_of(one, live)) for one in self.layers]
+            members = [(one, member) for one, member in found if member is not None]
+            together = Together([member for _, member in members])
+            ends = {one: Sibling(together, i) for i, (one, _) in enumerate(members)} if len(members) > 1 else {}
+            self.made = {k: v for k, v in self.made.items() if k[1] is version} | {(live, version): ends}
+        return self.made[live, version].get(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "made": {}}
+
+
+def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
+    """A layer's part in a kernel, or None where a kernel cannot say all that happens there."""
+    state: Takeover | None = layer.__dict__.get("_veneer")
+    if state is None or state.main is None or not state.only_main or not runs_as_linear(state):
+        return None
+    member = Member(state.main, live)
+    return member if member.plan() else None
+
+
+def runs_as_linear(state: Takeover) -> bool:
+    """Whether the layer's own forward is x W^T + b and nothing more."""
+    assert state.main is not None
+    kind = state.main.kind
+    if kind.name not in LINEAR or state.instance_forward is not None:
+        return False
+    return state.base.forward is kind.own_forward()
+
+
+def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
+    """The kernel for a layer with the adapters of `live`, or None."""
+    if not live:
+        return None
+    if state.main is not None:
+        if state.group is not None:
+            found = state.group.kernel(layer, live, version)
+            if found is not None:
+                return found
+        member = member_of(layer, live)
+        return None if member is None else Alone(member)
+    if state.gated is not None:
+        names = state.gated
+        children = [layer._modules.get(name) for name in (names.gate, names.up, names.down)]
+        members = [None if c is None else member_of(c, live) for c in children]
+        if all(m is not None for m in members):
+            return GatedNetwork(names, members)  # type: ignore[arg-type]
+    return None
+
+
+def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]:
+    """Tell layers under `parents` of their siblings; return the parents that are gated feed-forward networks."""
+    found = {}
+    for parent in parents:
+        children = parent._modules
+        states = {n: c.__dict__["_veneer"] for n, c in children.items() if c is not None and "_veneer" in c.__dict__}
+        linear = {n for n, s in states.items() if s.main is not None and runs_as_linear(s)}
+        base = getattr(type(parent), "_veneer_base", type(parent))
+        for name in linear:
+            states[name].group = None
+        for names in structure.siblings(base) if len(linear) > 1 else ():
+            together = [n for n in names if n in linear]
+            if len(together) > 1:
+                group = Group([children[n] for n in together])  # type: ignore[misc]
+                for name in together:
+                    states[name].group = group
+        names = structure.gated(base) if len(linear) > 2 else None
+        if names is not None and {names.gate, names.up, names.down} <= linear:
+            found[parent] = names
+    return found

@@ -107,9 +107,12 @@ class Factored(Operator):
 
     def folded_B(self) -> Tensor:
         """B with `scale`, `outer` and `inner` in it, (out, r)."""
-        B = self.B if self.inner is None else self.B * self.inner
-        if self.outer is not None:
-            B = B * self.outer[:, None]
+        if self.inner is not None and self.outer is not None:
+            B = self.B * torch.outer(self.outer, self.inner)  # in this order nothing (out, r) is kept but B
+        elif self.outer is not None:
+            B = self.B * self.outer[:, None]
+        else:
+            B = self.B if self.inner is None else self.B * self.inner
         return B if self.scale == 1 else B * self.scale
 
     def full_B(self) -> Tensor:

@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 from . import kernels
 from .inits import START
 from .interop import offload
+from .kept import Kept
 from .operators import Operator
 from .router import Combined, Item, flat
 
@@ -165,6 +166,7 @@ class Site:
         self.tap = Tap()  # the residual stream there
         self.norm: nn.Module | None = None  # the norm behind the residual's sum there
         self.original: Original | None = None  # while adapters are merged
+        self.squares = Kept()  # of the weight's rows
         self.device: torch.device | None = None
         self.dtype = torch.float32
 
@@ -201,6 +203,27 @@ class Site:
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor in the layer's own layout as a matrix, as `weight()` is of `stored()`."""
         return self.kind.canonical(self, stored)
+
+    def rows(self) -> Tensor:
+        """`weight()`, of a grouped convolution without the zeros off its groups: (fan_out, patch / groups)."""
+        return self.stored().flatten(1) if self.groups > 1 else self.weight()
+
+    def row_squares(self) -> Tensor:
+        """Squared length of each row of `weight()`, (fan_out,), in float64 where the device has it.
+
+        Computed when the weight changes, not on every call.
+        """
+        source = self.owner._parameters.get(self.param) if self.original is None else self.original.weight
+        if source is None or source.device.type == "meta":
+            source = self.stored()  # offloaded
+
+        def squares() -> Tensor:
+            rows = self.rows().detach()
+            wide = torch.float64 if rows.device.type in ("cpu", "cuda", "meta") else torch.float32
+            norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)  # no wide copy of the weight is made
+            return norm.square()
+
+        return self.squares.get(source, squares)
 
     def current_weight(self) -> Tensor:
         """The layer's weight as a matrix, with whatever is merged into it."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import Diagonal, Factored, Operator, Sum, along, regroup, ungroup
+from ..operators import Diagonal, Factored, Hadamard, Operator, Sum, along, regroup, ungroup
 from ..site import Geometry, every, stand_in
 from .kind import LayerKind
 
@@ -94,14 +94,19 @@ class Conv(LayerKind):
         if isinstance(op, Sum):
             return super().delta(site, op, x, target, state, training)
         channel = -1 - len(site.kernel)
+        if isinstance(op, Hadamard) and site.groups == 1 and op.thin:
+            op = op.factored()
         if isinstance(op, Factored):
             if training and op.dropout:
                 x = F.dropout(x, op.dropout)
             h: Tensor = state.call(self.with_weight(target, site, op.A.to(x.dtype), None), x)  # (N, r, *spatial)
-            taps = (1,) * len(site.kernel)
-            B = op.B.to(x.dtype).reshape(*op.B.shape, *taps)  # (out, r / groups, 1...)
-            y = POINTWISE[len(site.kernel)](op.middle(h, channel), B, groups=op.groups)
-            return op.finish(y, channel)
+            folded = op.folds(h.numel() // h.shape[channel])
+            B = (op.folded_B() if folded else op.B).to(x.dtype)
+            B = B.reshape(*B.shape, *(1,) * len(site.kernel))  # (out, r / groups, 1...)
+            pointwise = POINTWISE[len(site.kernel)]
+            if folded:
+                return pointwise(h, B)
+            return op.finish(pointwise(op.middle(h, channel), B, groups=op.groups), channel)
         dense = op.dense().to(x.dtype)
         double = self.with_weight(target, site, dense, None)
         if dense.shape[1] * site.groups == site.patch:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import Diagonal, Factored, Operator, Rows, Sum
+from ..operators import Diagonal, Factored, Hadamard, Operator, Rows, Sum
 from ..site import Fork, Geometry, every, stand_in
 from .kind import LayerKind
 
@@ -73,9 +73,13 @@ class Embedding(LayerKind):
         if isinstance(op, Factored):
             h = op.middle(self.look_up(target, state, op.A.T.to(dtype), x))  # (..., r)
             return op.finish(F.linear(h, op.full_B().to(h.dtype)))  # (..., width)
-        if isinstance(op, Rows):
+        if isinstance(op, (Rows, Hadamard)):
+            rows = op.lookup(x).to(dtype)  # (..., width)
+            padding = getattr(target, "padding_idx", None)
+            if isinstance(op, Hadamard) and padding is not None:  # such a row is used and not trained
+                rows = torch.where((x == padding)[..., None], rows.detach(), rows)
             table = stand_in(target, padding_idx=None)
-            return self.scaled_like(table, state, op.lookup(x).to(dtype), x)
+            return self.scaled_like(table, state, rows, x)
         return self.look_up(target, state, op.dense().T.to(dtype), x)
 
     def look_up(self, target: nn.Module, state: Takeover, table: Tensor, ids: Tensor) -> Tensor:

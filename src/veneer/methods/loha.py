@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..method import Method, Site, Tensors, method, positive, probability, whole
-from ..operators import Dense, Operator
+from ..operators import Hadamard, Operator
 
 
 @method("LOHA", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
@@ -78,11 +78,12 @@ class LoHaConfig(Method):
         return p
 
     def delta(self, p: Tensors, site: Site) -> Operator:
-        if self.core(site):
-            halves = [
-                torch.einsum("ijkl,jn,im->mnkl", p[f"t{s}"], p[f"w{s}_b"], p[f"w{s}_a"]).flatten(1) for s in "12"
-            ]  # (out, in / groups * kernel)
-        else:
-            halves = [p[f"w{s}_a"] @ p[f"w{s}_b"] for s in "12"]  # (out, in)
-        product = halves[0] * halves[1]
-        return Dense(product, self.alpha / self.r, row_dropout=self.rank_dropout, skip=self.module_dropout)
+        X, Y = {}, {}
+        for s in "12":
+            a, b = p[f"w{s}_a"], p[f"w{s}_b"]
+            if self.core(site):  # the product of side s is sum_i a[i, out] sum_j t[i, j, kernel] b[j, in]
+                X[s], Y[s] = a.T, torch.einsum("ijkl,jn->inkl", p[f"t{s}"], b).flatten(1)
+            else:
+                X[s], Y[s] = a, b  # (out, r), (r, in / groups * kernel)
+        scale = self.alpha / self.r
+        return Hadamard(X["1"], Y["1"], X["2"], Y["2"], scale, row_dropout=self.rank_dropout, skip=self.module_dropout)

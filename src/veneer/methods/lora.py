@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..method import Method, Site, Tensors, method, one_of, positive, probability, whole
-from ..operators import Diagonal, Factored, Operator, Sum
+from ..operators import Diagonal, Factored, Operator, Sum, plain_precision
 
 
 @method(
@@ -214,12 +214,17 @@ class LoraConfig(Method):
         return Factored(B, A, scale, dropout=dropout, groups=site.groups)
 
     def row_norm(self, p: Tensors, site: Site) -> Tensor:
-        """||W + scale B A|| of each row, (out,), in float32 at least."""
-        weight = site.weight()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        full = weight.to(wide) + self.delta(p, site).dense().to(device=weight.device, dtype=wide)  # (out, in)
-        norm: Tensor = torch.linalg.vector_norm(full, dim=1)
-        return norm
+        """||W + scale B A|| of each row, (out,), in float32 at least, without W + scale B A:
+
+        ||W||^2 + 2 scale <W A^T, B> + scale^2 <B (A A^T), B>, row by row; ||W||^2 is kept at the site.
+        """
+        weight, delta = site.rows(), self.delta(p, site)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), p["B"].dtype)
+        with plain_precision(weight.device):
+            cross = delta.row_products(weight, wide)  # (out,)
+            own = delta.row_squares(wide).to(weight.device)  # (out,)
+            # Rounding can leave a row that the adapter all but cancels below zero.
+            return (site.row_squares() + 2 * cross + own).clamp_min(0).sqrt().to(wide)
 
     def left(self, p: Tensors, site: Site) -> Operator | None:
         if not self.use_dora:

@@ -112,9 +112,7 @@ class OFTConfig(Method):
         Q = upper.new_zeros(upper.shape[0], b, b).index_put((torch.arange(upper.shape[0], device=upper.device)[:, None],
                                                              rows, columns), upper)  # fmt: skip
         R = self.cayley(Q - Q.transpose(1, 2))  # (blocks, b, b)
-        if self.block_share:
-            R = R.expand(n, b, b)
-        return BlockDiagonal(R.transpose(1, 2), skip=self.module_dropout)
+        return BlockDiagonal(R.transpose(1, 2), count=n, skip=self.module_dropout)
 
     def cayley(self, Q: Tensor) -> Tensor:
         """Skew-symmetric Q (n, b, b) -> orthogonal R (n, b, b)."""

@@ -605,8 +605,10 @@ def copy_name(adapter: str) -> str:
 
 def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link | Fork]) -> nn.Module:
     """A stand-in for `target` in which the site's parameter has its effective value."""
-    weight, bias = site.kind.compose(site, links, site.current_weight(), site.current_bias())
-    value = site.kind.restored(site, weight)
+    value, bias = site.kind.lazy(site, links), site.current_bias()
+    if value is None:
+        weight, bias = site.kind.compose(site, links, site.current_weight(), bias)
+        value = site.kind.restored(site, weight)
     if target is layer:
         target = stand_in(layer)
     if site.owner is layer:

@@ -94,6 +94,10 @@ class LayerKind(ABC):
     def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
         return op.dense().to(weight.dtype)
 
+    def lazy(self, site: Site, links: Links) -> Tensor | None:
+        """The effective weight in the layer's own layout, not formed; None where it has to be."""
+        return None
+
     # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
 
     def forward(

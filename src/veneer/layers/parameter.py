@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels.experts import lazily
 from ..operators import Factored, Operator
 from ..site import Geometry
 from .kind import LayerKind
 
 if TYPE_CHECKING:
     from ..site import Site
+    from .kind import Links
 
 
 class Parameter(LayerKind):
@@ -61,6 +63,12 @@ class Parameter(LayerKind):
             # (experts, out, r) (experts, r, in) -> (experts, out, in)
             return torch.bmm(op.B.to(weight.dtype), op.A.to(weight.dtype)) * op.scale
         return op.dense().to(weight.dtype)
+
+    def lazy(self, site: Site, links: Links) -> Tensor | None:
+        if not self.by_parameter:  # nn.MultiheadAttention needs the weight itself
+            return None
+        stored = site.backend.read(site.owner, site.param)
+        return lazily(stored, links, flipped=stored.ndim == 3 and self.transposed(site.owner))
 
 
 class InProjection(Parameter):

@@ -71,7 +71,7 @@ def route(slots: Tensor, count: int) -> Routing:
         count: slots there are, S.
     """
     M, device = slots.shape[0], slots.device
-    size = 64 if M > 16 * count else 16
+    size = 64 if 16 * count < M else 16
     ordered, order = slots.sort(stable=True)
     bounds = torch.arange(count + 1, device=device, dtype=slots.dtype)
     offsets = torch.searchsorted(ordered, bounds)  # (S + 1,)

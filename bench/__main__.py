@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from . import soft_prompts  # noqa: F401  # registers what it measures
+from . import gpu, soft_prompts  # noqa: F401  # register what they measure
 from .figures import BENCHES, CHECKS
 from .harness import Figure, Red, gain, load, number, save
 

@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from . import experts, soft_prompts  # noqa: F401  # they register what they measure
+from . import experts, gpu, soft_prompts  # noqa: F401  # they register what they measure
 from .figures import BENCHES, CHECKS
 from .harness import Figure, Red, gain, load, number, save
 

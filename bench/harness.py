@@ -143,8 +143,10 @@ def machine() -> dict[str, Any]:
         lines = info.read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         cpu = models[0] if models else cpu
+    graphics = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": cpu,
+        **graphics,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -169,8 +171,9 @@ def save(figures: list[Figure], loads: tuple[float, float], name: str = "figures
     about = {**machine(), "load_before": loads[0], "load_after": loads[1]}
     data = {"machine": about, "figures": [{**asdict(f), "within": f.within} for f in figures]}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    device = f"{about['gpu']}, " if "gpu" in about else ""
     where = (
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+        f"{device}{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}, peft {about['peft']}, commit {about['commit']}, {about['date']}, "
         f"load {loads[0]} before and {loads[1]} after"
     )

@@ -16,8 +16,8 @@ class InputError(click.ClickException):
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """Turn the library's own complaints about values and files into an `InputError`."""
+    """Turn the library's own complaints about values, files and missing packages into an `InputError`."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise InputError(str(error)) from error

@@ -61,6 +61,7 @@ class Run:
     max_length: int = setting(128, "tokens a row is cut to", low=4)
     dtype: str = setting("float32", "dtype of the frozen model", allowed=("float32", "bfloat16", "float16"))
     gradient_checkpointing: bool = setting(False, "compute activations again in backward, to save memory")
+    liger: bool = setting(False, "Liger's fused cross-entropy, to save the memory of the logits (needs a GPU)")
     eval_every: int = setting(25, "steps between measurements of the held-out loss; 0 only at the ends", low=0)
     save_every: int = setting(50, "steps between checkpoints; 0 for none", low=0)
     log_every: int = setting(5, "steps between lines of metrics.jsonl", low=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import codec
+from ..interop import liger
 from . import data as rows_of
 from .errors import InputError, user_input
 from .generate import complete
@@ -52,12 +53,13 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     with user_input():
         config = run.config().replace(base_model_name_or_path=run.model)
         model = veneer.get_peft_model(base, config)
+        fused = liger.loss_only(base) if run.liger else None
     console.print(
         f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}"
     )
     model.print_trainable_parameters()
 
-    trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console)
+    trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console, fused)
     prompts = [rows_of.prompt_text(run.chat, str(r[run.prompt_column]), tokenizer) for r in found.held_out
                if run.prompt_column in r][: run.samples if run.task != "classification" else 0]  # fmt: skip
     started = time.perf_counter()
@@ -149,9 +151,10 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def make_trainer(
-    run: Run, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any
-) -> Any:
-    """Trainer on the adapted base model, saving and loading only the adapter."""
+    run: Run, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any,
+    fused: dict[str, bool] | None,
+) -> Any:  # fmt: skip
+    """Trainer on the adapted base model, saving and loading only the adapter. `fused` is how Liger is applied."""
     import numpy as np
     import torch
     import transformers
@@ -221,6 +224,8 @@ def make_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         train_sampling_strategy="group_by_length",
+        use_liger_kernel=fused is not None,
+        liger_kernel_config=fused,
     )
 
     def accuracy(prediction: Any) -> dict[str, float]:

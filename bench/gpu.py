@@ -1,0 +1,226 @@
+"""What is measured on a GPU, at the shapes of Llama-3-8B's layers in bfloat16. Nothing, and no figures, without one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import veneer
+from veneer.kernels import triton as kernels
+
+from .figures import bench, median, relative, tensors
+from .harness import Figure, Worst, figure, interleaved, ratio, require
+
+LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA3_8B |= {"num_hidden_layers": 4, "vocab_size": 4096}  # the layers' shapes; a small head, for it is the same in all
+R, TOKENS = 16, 4096
+NEAR = 0.03  # of the largest entry: some roundings to bfloat16, in another order
+
+Run = Callable[[], Any]
+
+
+def gpu() -> torch.device | None:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    print("      no GPU: nothing is measured")
+    return None
+
+
+def waited(run: Run, times: int = 1) -> None:
+    """Run, and wait until the device is done."""
+    for _ in range(times):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@bench
+def gpu_step(quick: bool) -> list[Figure]:
+    """On a GPU: time and peak memory of a LoRA step at Llama-3-8B's shapes in bfloat16, against peft."""
+    device = gpu()
+    if device is None:
+        return []
+    return step_figures({**LLAMA3_8B, "num_hidden_layers": 1 if quick else 4}, TOKENS, device, 3 if quick else 15)
+
+
+def step_figures(sizes: dict[str, Any], tokens: int, device: torch.device, rounds: int) -> list[Figure]:
+    ids = torch.randint(0, sizes["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    weights = base_model(sizes, device).state_dict()
+    models: dict[str, Any] = {"floor": base_model(sizes, device, weights).requires_grad_(False)}
+    models["floor"].enable_input_require_grads()
+    config = veneer.LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        models["veneer"] = veneer.get_peft_model(base_model(sizes, device, weights), config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in models["veneer"].parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(device) * 0.01)
+        models["veneer"].save_pretrained(folder)
+        models["peft"] = peft.PeftModel.from_pretrained(
+            base_model(sizes, device, weights), folder, is_trainable=True
+        )  # fmt: skip
+    for model in models.values():
+        model.train()
+    require(step_parity(models, ids))
+
+    def step(model: Any) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    taken = interleaved({n: partial(waited, partial(step, m)) for n, m in models.items()}, rounds, warmup=3)
+    note = f"r={R}, {tokens} tokens, {sizes['num_hidden_layers']} layers, bf16, no optimizer; "
+    note += f"frozen floor {median(taken['floor']):.3g} s"
+    floor = median([a / b for a, b in zip(taken["peft"], taken["floor"], strict=True)])
+    found = [
+        ratio("GPU: LoRA step / peft's", taken["veneer"], taken["peft"], bar=0.6, note=note),
+        ratio("GPU: LoRA step / frozen floor", taken["veneer"], taken["floor"], reference=floor, note=note),
+    ]
+    if device.type == "cuda":
+        peaks = {name: peak(partial(step, model), device) for name, model in models.items()}
+        note = f"bytes allocated at the most, weights too; frozen floor {peaks['floor'] / 2**30:.2f} GiB"
+        found.append(
+            figure("GPU: LoRA peak / peft's", [peaks["veneer"] / peaks["peft"]], "ratio", bar=0.7, note=note)
+        )  # fmt: skip
+    return found
+
+
+def base_model(sizes: dict[str, Any], device: torch.device, weights: dict[str, Tensor] | None = None) -> Any:
+    """A model in bfloat16; all share one set of weights, so that a peak is what one model alone would need."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16)
+    if weights is not None:
+        model.load_state_dict(weights, assign=True)
+    return model
+
+
+def step_parity(models: dict[str, Any], ids: Tensor) -> list[Figure]:
+    """Loss and gradients of a step against peft's, relative to the largest; both round to bfloat16."""
+    worst, losses = Worst(), {}
+    for name in ("veneer", "peft"):
+        loss = models[name](input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses[name] = loss.detach()
+    worst.add(relative(losses["veneer"], losses["peft"]), "loss")
+    mine = dict(tensors("veneer", models["veneer"], "default"))
+    for key, tensor in tensors("peft", models["peft"], "default"):
+        worst.add(relative(mine[key].grad, tensor.grad), key)  # type: ignore[arg-type]
+    for model in models.values():
+        model.zero_grad(set_to_none=True)
+    return [worst.figure("GPU step against peft, relative", 2 * NEAR)]
+
+
+def peak(run: Run, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    waited(run)
+    return torch.cuda.max_memory_allocated(device)
+
+
+@bench
+def gpu_kernels(quick: bool) -> list[Figure]:
+    """On a GPU: the Triton kernels against PyTorch's own operations, at Llama-3-8B's shapes in bfloat16."""
+    device = gpu()
+    if device is None:
+        return []
+    if not kernels.available(torch.zeros(1, device=device)):
+        print("      triton is not installed: nothing is measured")
+        return []
+    return kernel_figures(TOKENS, 4096, 14336, device, 5 if quick else 25)
+
+
+def kernel_figures(M: int, K: int, N: int, device: torch.device, rounds: int, times: int = 20) -> list[Figure]:
+    found = []
+    for name, ours, theirs in kernel_runs(M, K, N, device):
+        taken = interleaved(
+            {"ours": partial(waited, ours, times), "torch": partial(waited, theirs, times)}, rounds, warmup=3
+        )
+        note = f"{M} tokens, {K} to {N}, r={R}, bf16; PyTorch {median(taken['torch']) / times * 1e6:.3g} us"
+        found.append(ratio(f"GPU: {name} / PyTorch", taken["ours"], taken["torch"], bar=1.0, note=note))
+    return found
+
+
+def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[str, Run, Run]]:
+    """Each kernel and what PyTorch does in its place, after both were found to agree."""
+    torch.manual_seed(0)
+    with device:
+        x, y, e, g, dm = (torch.randn(M, n).bfloat16() for n in (K, N, N, N, N))
+        A, B, S = torch.randn(R, K) / K**0.5, torch.randn(N, R), 32
+        As, Bs, scales = torch.randn(S, R, K) / K**0.5, torch.randn(S, N, R), torch.rand(S)
+        h, p = torch.randn(M, R).bfloat16(), 0.1
+    A16, B16, As16, Bs16 = (
+        t.bfloat16() for t in (A, B, As, Bs * scales[:, None, None])
+    )  # PyTorch gets its copies for nothing
+
+    def same(name: str, mine: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+        worst = Worst()
+        for i, (one, other) in enumerate(zip(mine, wanted, strict=True)):
+            worst.add(relative(one.float(), other.float()), f"tensor {i}")
+        require([worst.figure(f"{name} against PyTorch, relative", NEAR)])
+
+    same("shrink", (kernels.shrink(x, A),), (F.linear(x, A16),))
+    yield "shrink", partial(kernels.shrink, x, A), partial(F.linear, x, A16)
+
+    same("expand-add", (kernels.expand_add_(y.clone(), h, B, 0.5),), (y.addmm(h, B16.T, alpha=0.5),))
+    yield "expand-add", partial(kernels.expand_add_, y, h, B, 1e-3), partial(y.addmm_, h, B16.T, alpha=1e-3)
+
+    for rows, kept in ((min(S, M), "a token each"), (M, "all tokens")):
+        slots = (torch.arange(rows, device=device) * S // rows).int()  # in runs, as rows of a batch are
+        routing, own = kernels.route(slots, S), slots.long()
+        few, out = x[:rows], y[:rows].clone()
+
+        def gathered(out: Tensor = out, few: Tensor = few, own: Tensor = own) -> Tensor:
+            return out.add_(torch.bmm(Bs16[own], torch.bmm(As16[own], few[:, :, None]))[:, :, 0])
+
+        def grouped(out: Tensor = out, few: Tensor = few) -> Tensor:
+            return out.add_(torch.bmm(torch.bmm(few.view(S, -1, K), As16.mT), Bs16.mT).view(-1, N))
+
+        plain = gathered if rows <= S else grouped
+
+        def routed(out: Tensor = out, few: Tensor = few, routing: Any = routing) -> Tensor:
+            return kernels.routed_add_(out, few, As, Bs, scales, routing)
+
+        same(f"{S} adapters, {kept}", (routed(out.clone()),), (plain(out.clone()),))
+        yield f"{S} adapters, {kept}", routed, plain
+
+    def gate(e: Tensor, g: Tensor) -> Tensor:
+        return F.silu(e) * g
+
+    def backward() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (e, g)]
+            m = gate(*leaves)
+        return *torch.autograd.grad(m, leaves, dm), m
+
+    same("gate", (kernels.gate(e, g),), (gate(e, g),))
+    yield "gated MLP, forward", partial(kernels.gate, e, g), partial(gate, e, g)
+    same("gate, backward", kernels.gate_backward(dm, e, g), backward())
+    yield "gated MLP, backward", partial(kernels.gate_backward, dm, e, g), backward
+
+    leaves = [x.requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+
+    def fused(seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        out = kernels.low_rank_add_(
+            y.detach(), x, A, B, 0.5, p=p, seed=kernels.draw_seed(device) if seed is None else seed
+        )
+        return torch.autograd.grad(out, leaves, dm)
+
+    def composed(mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        dropped = F.dropout(x, p) if mask is None else x * mask
+        out = y.detach() + F.linear(F.linear(dropped, A.bfloat16()), B.bfloat16()) * 0.5
+        return torch.autograd.grad(out, leaves, dm)
+
+    seed, ones = kernels.draw_seed(device), (h.new_ones(M, 1), h.new_ones(K, 1))
+    mask = kernels.expand_add_(x.new_zeros(M, K), *ones, p=p, seed=seed).detach()
+    same("LoRA with dropout", fused(seed), composed(mask))
+    yield "LoRA with dropout, forward and backward", fused, composed

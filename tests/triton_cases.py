@@ -1,0 +1,397 @@
+"""The Triton kernels against plain PyTorch. Run by test_triton.py in a process of its own, because triton reads
+TRITON_INTERPRET when it is imported: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from veneer.kernels import triton as kernels
+from veneer.operators import Factored
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = (torch.float32, torch.bfloat16)
+RANKS = (1, 4, 24, 64, 100, 256)
+SHAPES = ((1, 64, 32), (5, 1500, 70), (33, 200, 129), (600, 40, 50))  # M, K, N
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def widened(handle: object) -> object:
+        """The interpreter keeps bfloat16 as uint16 and would multiply its bit patterns."""
+        if handle.dtype.scalar != triton.language.bfloat16:
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, triton.language.float32)
+
+    original = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: original(self, widened(a), widened(b), *rest)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values that bfloat16 has, for the interpreter truncates where hardware rounds."""
+    return torch.randn(*shape, device=DEVICE).bfloat16().to(dtype)
+
+
+def strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A matrix that is no whole tensor: every second column of wider rows."""
+    return random(shape[0] + 1, 2 * shape[1] + 3, dtype=dtype)[1:, 1 : 2 * shape[1] : 2]
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, *, loss: float = 1.0) -> None:
+    """Within rounding of `dtype`, relative to the largest entry; `loss` counts the roundings on the way."""
+    assert found.shape == wanted.shape
+    unit = 1e-6 if dtype == torch.float32 else 2**-8
+    largest = max(wanted.abs().max().item(), 1e-3) if wanted.numel() else 1.0
+    assert torch.isfinite(found).all()
+    if found.numel():
+        assert (found.double() - wanted.double()).abs().max().item() <= 4 * loss * unit * largest
+
+
+def philox(seed: int, c0: np.ndarray, c1: np.ndarray) -> list[np.ndarray]:
+    """Philox-4x32-10 of Salmon et al. 2011, at counters (c0, c1, 0, 0)."""
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c = [c0.astype(np.uint64), c1.astype(np.uint64), np.zeros_like(c0, np.uint64), np.zeros_like(c0, np.uint64)]
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(b >> half) ^ c[1] ^ key[0], b & low, (a >> half) ^ c[3] ^ key[1], a & low]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    return c
+
+
+def mask_of(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """The mask by its definition, (rows, columns) of 0 and 1."""
+    groups = -(-columns // 4)
+    c1, c0 = np.meshgrid(np.arange(rows), np.arange(groups), indexing="ij")
+    words = np.stack(philox(int(seed), c0, c1), -1).reshape(rows, 4 * groups)[:, :columns]
+    signed = words.astype(np.uint32).view(np.int32)
+    uniform = np.where(signed < 0, -signed - 1, signed).astype(np.float32) * np.float32(4.6566127342e-10)
+    return torch.from_numpy((uniform >= np.float32(p)).astype(np.float32)).to(DEVICE)
+
+
+# Plain products.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shrink_then_expand_is_the_operator(shape: tuple[int, int, int], rank: int, dtype: torch.dtype) -> None:
+    (M, K, N), make = shape, (random if rank % 8 else strided)
+    x, y = make(M, K, dtype=dtype), make(M, N, dtype=dtype)
+    A, B = random(rank, K), random(N, rank)
+    before = y.clone()
+    h = kernels.shrink(x, A)
+    close(h, F.linear(x.double(), A.to(dtype).double()), dtype)
+    assert h.dtype == dtype
+    assert kernels.expand_add_(y, h, B, 0.5) is y
+    close(y, before.double() + 0.5 * F.linear(h.double(), B.to(dtype).double()), dtype)
+    close(y, before + Factored(B, A, 0.5).apply(x), dtype, loss=3)
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_a_stack_of_siblings_is_one_product(rank: int) -> None:
+    x, As = random(40, 300), [random(rank, 300) for _ in range(3)]
+    h = kernels.shrink(x, torch.cat(As))
+    for one, A in zip(h.split(rank, 1), As, strict=True):
+        close(one, x.double() @ A.double().T, torch.float32)
+        y = torch.zeros(40, 50, device=DEVICE)
+        close(kernels.expand_add_(y, one, A[:, :50].T), one.double() @ A[:, :50].double(), torch.float32)
+
+
+def test_the_sum_over_columns_is_split_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = kernels.code().shrink_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            seen.append(grid)
+            return real[grid]
+
+    monkeypatch.setattr(kernels, "code", lambda: SimpleNamespace(shrink_kernel=Watched()))
+    x, A = random(1, 4096 + 40), random(8, 4096 + 40)
+    close(kernels.shrink(x, A), x.double() @ A.double().T, torch.float32)
+    assert seen[0][2] > 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 33, 600])
+@pytest.mark.parametrize("rank", [4, 100])
+def test_outer(M: int, rank: int, dtype: torch.dtype) -> None:
+    g, x = strided(M, rank, dtype=dtype), strided(M, 150, dtype=dtype)
+    close(kernels.outer(g, x, 2.0), 2 * g.double().T @ x.double(), torch.float32, loss=4)
+
+
+def test_no_rows() -> None:
+    x, A, B = random(0, 64), random(8, 64), random(32, 8)
+    y = random(0, 32)
+    assert kernels.shrink(x, A).shape == (0, 8)
+    assert kernels.expand_add_(y, kernels.shrink(x, A), B) is y
+    assert torch.equal(kernels.outer(random(0, 8), x), torch.zeros(8, 64, device=DEVICE))
+    routing = kernels.route(torch.zeros(0, dtype=torch.int32, device=DEVICE), 2)
+    assert kernels.shrink(x, A.expand(2, -1, -1), routing=routing).shape == (0, 8)
+    assert kernels.gate(x, x).shape == (0, 64)
+    A.requires_grad_()
+    kernels.low_rank_add_(random(0, 32), x, A, B).sum().backward()
+    assert torch.equal(A.grad, torch.zeros_like(A))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", ["x A B", "A B", "B", "x B"])
+def test_low_rank_gradients(trained: str, dtype: torch.dtype) -> None:
+    inputs = {"x": random(70, 90, dtype=dtype), "A": random(5, 90), "B": random(40, 5)}
+    base = random(70, 40, dtype=dtype)
+    up = random(70, 40, dtype=dtype)
+    ours = {k: v.clone().requires_grad_(k in trained) for k, v in inputs.items()}
+    theirs = {k: v.double().requires_grad_(k in trained) for k, v in inputs.items()}
+    y = kernels.low_rank_add_(base.clone(), **ours, scale=0.3)
+    wanted = base.double() + 0.3 * (theirs["x"] @ theirs["A"].T) @ theirs["B"].T
+    close(y, wanted, dtype, loss=2)
+    y.backward(up)
+    wanted.backward(up.double())
+    for name, value in ours.items():
+        assert (value.grad is not None) == (name in trained)
+        if value.grad is not None:
+            assert value.grad.dtype == value.dtype
+            close(value.grad, theirs[name].grad, dtype, loss=3)
+
+
+def test_the_gradient_of_the_base_goes_on() -> None:
+    z, W = random(6, 20), random(30, 20).requires_grad_()
+    A, B = random(4, 20), random(30, 4)
+    kernels.low_rank_add_(F.linear(z, W), z, A, B).square().sum().backward()
+    reference = W.detach().clone().requires_grad_()
+    (F.linear(z, reference) + z @ A.T @ B.T).square().sum().backward()
+    close(W.grad, reference.grad, torch.float32, loss=4)
+
+
+# Rows of several adapters.
+
+SLOTS = {
+    "mixed": lambda M, S: torch.randint(-1, S, (M,)),
+    "one": lambda M, S: torch.full((M,), S - 1),
+    "base only": lambda M, S: torch.full((M,), -1),
+    "a slot without rows": lambda M, S: torch.randint(0, S, (M,)).clamp(min=1),
+    "in turn": lambda M, S: torch.arange(M) % S,
+}
+ROUTED = [(case, torch.float32) for case in SLOTS] + [("mixed", torch.bfloat16)]
+
+
+def routed_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
+    rows = [
+        y[i] if s < 0 else y[i] + scales[s] * (B[s] @ (A[s] @ x[i])) for i, s in enumerate(slots.tolist())
+    ]  # fmt: skip
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("M", "S", "rank"), [(7, 3, 4), (16, 16, 16), (70, 3, 100), (200, 2, 8)])
+@pytest.mark.parametrize(("case", "dtype"), ROUTED)
+def test_rows_take_their_own_adapter(case: str, M: int, S: int, rank: int, dtype: torch.dtype) -> None:
+    slots = SLOTS[case](M, S).to(DEVICE, torch.int32)
+    routing = kernels.route(slots, S)
+    names = ("x", "A", "B")
+    values = (strided(M, 50, dtype=dtype), random(S, rank, 50), random(S, 70, rank))
+    scales, base, up = torch.rand(S, device=DEVICE) + 0.5, random(M, 70, dtype=dtype), random(M, 70, dtype=dtype)
+    ours = [v.detach().requires_grad_() for v in values]
+    theirs = [v.double().requires_grad_() for v in values]
+    y = kernels.routed_add_(base.clone(), *ours, scales, routing)
+    wanted = routed_reference(base.double(), *theirs, scales.double(), slots)
+    close(y, wanted, dtype, loss=3)
+    assert torch.equal(y[slots < 0], base[slots < 0])
+    y.backward(up)
+    if wanted.requires_grad:
+        wanted.backward(up.double())
+    for name, own, other in zip(names, ours, theirs, strict=True):
+        close(own.grad, torch.zeros_like(own) if other.grad is None else other.grad, dtype, loss=4)
+        if name != "x":
+            unused = [s for s in range(S) if not (slots == s).any()]
+            assert not own.grad[unused].any()
+
+
+def test_every_block_is_rows_of_one_slot_and_every_row_is_in_one() -> None:
+    for M, S in ((1, 1), (5, 40), (64, 4), (65, 4), (1000, 3)):
+        slots = torch.randint(-1, S, (M,), dtype=torch.int32, device=DEVICE)
+        r = kernels.route(slots, S)
+        taken = []
+        for slot, first in zip(r.slot.tolist(), r.first.tolist(), strict=True):
+            if slot >= 0:
+                rows = r.order[first : min(first + r.size, int(r.offsets[slot + 1]))].tolist()
+                assert rows and all(slots[i] == slot for i in rows)
+                taken += rows
+        assert sorted(taken) == [i for i in range(M) if slots[i] >= 0]
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_one_mask_everywhere(p: float) -> None:
+    M, K, r = 70, 211, 5
+    seed = kernels.draw_seed(DEVICE)
+    mask = mask_of(seed, M, K, p)
+    x, A, g = random(M, K), random(r, K), random(M, r)
+    close(kernels.shrink(x, A, p=p, seed=seed), (x * mask).double() @ A.double().T / (1 - p), torch.float32)
+    close(kernels.outer(g, x, p=p, seed=seed), g.double().T @ (x * mask).double() / (1 - p), torch.float32)
+    y = random(M, K)
+    wanted = y.double() + 0.5 * (g.double() @ A.double()) * mask / (1 - p)
+    close(kernels.expand_add_(y, g, A.T, 0.5, p=p, seed=seed), wanted, torch.float32)
+    few = kernels.shrink(x[:3], A, p=p, seed=seed)  # other blocks, the same mask
+    close(few, (x * mask)[:3].double() @ A.double().T / (1 - p), torch.float32)
+
+
+def test_the_mask_has_the_right_distribution() -> None:
+    M, K, p = 300, 400, 0.25
+    seeds = [kernels.draw_seed(DEVICE) for _ in range(2)]
+    ones = (torch.ones(M, 1, device=DEVICE), torch.ones(K, 1, device=DEVICE))
+    masks = [kernels.expand_add_(torch.zeros(M, K, device=DEVICE), *ones, 1 - p, p=p, seed=s) for s in seeds]
+    for mask in masks:
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        deviation = (p * (1 - p) / (M * K)) ** 0.5
+        assert abs(mask.mean().item() - (1 - p)) < 4 * deviation
+        for axis, length in ((0, M), (1, K)):
+            spread = mask.mean(axis).var().item() / (p * (1 - p) / length)
+            assert 0.75 < spread < 1.3  # rows and columns are independent
+    assert (masks[0] == masks[1]).float().mean().item() == pytest.approx((1 - p) ** 2 + p**2, abs=0.01)
+
+
+def test_dropout_follows_torchs_generator() -> None:
+    torch.manual_seed(5)
+    first = [int(kernels.draw_seed(DEVICE)) for _ in range(2)]
+    torch.manual_seed(5)
+    assert first == [int(kernels.draw_seed(DEVICE)) for _ in range(2)] and first[0] != first[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", ["x A B", "x B"])
+def test_gradients_with_dropout(trained: str, dtype: torch.dtype) -> None:
+    p, seed = 0.2, kernels.draw_seed(DEVICE)
+    mask = mask_of(seed, 40, 90, p).double() / (1 - p)
+    inputs = {"x": random(40, 90, dtype=dtype), "A": random(8, 90), "B": random(64, 8)}
+    up = random(40, 64, dtype=dtype)
+    ours = {k: v.clone().requires_grad_(k in trained) for k, v in inputs.items()}
+    theirs = {k: v.double().requires_grad_(k in trained) for k, v in inputs.items()}
+    y = kernels.low_rank_add_(torch.zeros_like(up), **ours, scale=2.0, p=p, seed=seed)
+    kept = [t for t in y.grad_fn.saved_tensors if t is not None and t.numel() >= 40 * 90]
+    assert len(kept) == ("A" in trained)  # x where A is trained, and no mask
+    wanted = 2 * ((theirs["x"] * mask) @ theirs["A"].T) @ theirs["B"].T
+    close(y, wanted, dtype, loss=2)
+    y.backward(up)
+    wanted.backward(up.double())
+    for name in trained.split():
+        close(ours[name].grad, theirs[name].grad, dtype, loss=3)
+
+
+def test_dropout_with_rows_of_several_adapters() -> None:
+    M, K, N, S, p = 50, 60, 40, 3, 0.3
+    slots = torch.randint(-1, S, (M,), dtype=torch.int32, device=DEVICE)
+    routing, seed = kernels.route(slots, S), kernels.draw_seed(DEVICE)
+    x, A, B, scales = random(M, K), random(S, 4, K), random(S, N, 4), torch.ones(S, device=DEVICE)
+    h = kernels.shrink(x, A, p=p, seed=seed, routing=routing)
+    y = kernels.expand_add_(torch.zeros(M, N, device=DEVICE), h, B, routing=routing)
+    dropped = x * mask_of(seed, M, K, p) / (1 - p)
+    close(y, routed_reference(torch.zeros_like(y), dropped, A, B, scales, slots), torch.float32, loss=3)
+    assert not h[slots < 0].any()
+
+
+def test_checkpointing_draws_the_same_mask() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    x, A, B = random(20, 32).requires_grad_(), random(4, 32).requires_grad_(), random(16, 4)
+
+    def block(x: Tensor) -> Tensor:
+        y = torch.zeros(20, 16, device=DEVICE)
+        return kernels.low_rank_add_(y, x.sin(), A, B, p=0.5, seed=kernels.draw_seed(DEVICE))
+
+    gradients = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        x.grad = A.grad = None
+        run(x).square().sum().backward()
+        gradients.append((x.grad, A.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# Gated MLPs.
+
+PLAIN = {"silu": F.silu, "gelu_tanh": lambda e: F.gelu(e, approximate="tanh")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1025), (17, 300), (4, 2048)])
+@pytest.mark.parametrize("act", PLAIN)
+@pytest.mark.parametrize("layout", ["whole", "halves", "strided", "spread"])
+def test_gate(layout: str, act: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    M, Fw = shape
+    if layout == "halves":  # of one product
+        e, g = (3 * random(M, 2 * Fw, dtype=dtype)).chunk(2, 1)
+    else:
+        e, g = ((3 * (strided if layout == "strided" else random)(M, Fw, dtype=dtype)) for _ in range(2))
+        e = 3 * e
+    dm = random(1, 1, dtype=dtype).expand(M, Fw) if layout == "spread" else random(M, Fw, dtype=dtype)
+    wide = [t.double().requires_grad_() for t in (e, g)]
+    wanted = PLAIN[act](wide[0]) * wide[1]
+    wanted.backward(dm.double())
+    close(kernels.gate(e, g, act), wanted, dtype)
+    de, dg, m = kernels.gate_backward(dm, e, g, act)
+    for found, expected in ((de, wide[0].grad), (dg, wide[1].grad), (m, wanted)):
+        close(found, expected, dtype)
+        assert found.dtype == dtype
+    ours = [t.detach().requires_grad_() for t in (e, g)]
+    out = kernels.gated(*ours, act)
+    out.backward(dm)
+    assert torch.equal(out, m) and torch.equal(ours[0].grad, de) and torch.equal(ours[1].grad, dg)
+
+
+def test_large_inputs_of_the_gate_stay_finite() -> None:
+    e = torch.tensor([[-200.0, -20.0, 0.0, 20.0, 200.0]], device=DEVICE)
+    for act, plain in PLAIN.items():
+        wide = e.double().requires_grad_()
+        plain(wide).sum().backward()
+        de, _, m = kernels.gate_backward(torch.ones_like(e), e, torch.ones_like(e), act)
+        close(de, wide.grad, torch.float32)
+        close(m, plain(e.double()), torch.float32)
+
+
+# What is refused.
+
+
+def test_errors_name_the_remedy() -> None:
+    x, A = random(2, 16), random(4, 16)
+    with pytest.raises(ValueError, match="draw_seed"):
+        kernels.shrink(x, A, p=0.1)
+    with pytest.raises(ValueError, match=r"p=1\.0.*below 1"):
+        kernels.shrink(x, A, p=1.0, seed=kernels.draw_seed(DEVICE))
+    with pytest.raises(ValueError, match="there is no routing"):
+        kernels.shrink(x, A, scales=torch.ones(1, device=DEVICE))
+    with pytest.raises(ValueError, match="act='relu'.*silu, gelu_tanh"):
+        kernels.gate(x, x, "relu")
+    routing = kernels.route(torch.zeros(2, dtype=torch.int32, device=DEVICE), 3)
+    for wrong in (
+        lambda: kernels.shrink(x, random(4, 15)),
+        lambda: kernels.shrink(x, A, routing=routing),
+        lambda: kernels.shrink(x, A.expand(2, -1, -1), routing=routing),
+        lambda: kernels.shrink(random(3, 16), A.expand(3, -1, -1), routing=routing),
+        lambda: kernels.expand_add_(x, random(1, 4), A.T),
+        lambda: kernels.expand_add_(x, random(2, 4), A),
+        lambda: kernels.outer(random(3, 4), x),
+        lambda: kernels.gate(x, x[:1]),
+    ):
+        with pytest.raises(ValueError, match="its shape is"):
+            wrong()
+
+
+def test_available_here() -> None:
+    assert kernels.available(random(1, 1))

@@ -246,7 +246,7 @@ def importing(quick: bool) -> list[Figure]:
     # Without its cache Python compiles the package anew each time, which nobody who installed it sees.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     values: dict[str, list[float]] = {name: [] for name in LIBRARIES}
-    for i in range(4 if quick else 12):
+    for i in range(4 if quick else 9):
         for name in LIBRARIES:
             command = [sys.executable, "-c", code.format(uses.replace("veneer", name))]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

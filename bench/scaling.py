@@ -71,8 +71,8 @@ def measured(panel: str, unit: str, works: Works, rounds: int, note: str, bar: f
 @timed
 def scaling(quick: bool) -> list[Figure]:
     """Step / frozen floor against tokens, layers, adapters and rank, with how it grows."""
-    rounds, found = 3 if quick else 15, []
-    note = f"h={WIDTH}, {R=}".replace("R=", "r=")
+    rounds, found = 3 if quick else 9, []
+    note = f"h={WIDTH}, r={R}"
     works: dict[int, dict[str, Callable[[], Any]]] = {
         n * 64: trained(4, drawn(n, 64), f"{n} x 64 tokens") for n in (1, 4, 16)
     }

@@ -27,7 +27,7 @@ from .trio import (
 )
 
 # hidden, layers, r, rows, tokens, bar, measured rounds
-SHAPES = ((512, 8, 8, 4, 128, 1.10, 15), (1024, 6, 16, 2, 256, 1.07, 9), (256, 6, 8, 1, 32, 1.25, 60))
+SHAPES = ((512, 8, 8, 4, 128, 1.10, 12), (1024, 6, 16, 2, 256, 1.07, 8), (256, 6, 8, 1, 32, 1.25, 50))
 FIRST = SHAPES[0][:5]
 ADAPTERS = tuple(f"a{i}" for i in range(32))
 
@@ -95,7 +95,7 @@ def other_steps(quick: bool) -> list[Figure]:
                 freeze_A(model)
         same_step(models, ids, kind)
     runs = {f"{n} {k}": partial(step, m, ids) for k, models in kinds.items() for n, m in models.items()}
-    taken = interleaved(runs, 3 if quick else 15, warmup=2)
+    taken = interleaved(runs, 3 if quick else 12, warmup=2)
     note = said(hidden, layers, r, rows, tokens)
     lora = ("veneer lora", "peft lora")
     return [
@@ -205,7 +205,7 @@ def mixed_batch(quick: bool) -> list[Figure]:
     with torch.no_grad():
         runs = {n: partial(m, input_ids=ids, use_cache=False) for n, m in models.items()}
         runs |= {f"{n} mixed": partial(mixed, models[n]) for n in ("veneer", "peft")}
-        taken = interleaved(runs, 5 if quick else 15, warmup=2)
+        taken = interleaved(runs, 5 if quick else 12, warmup=2)
     note = f"32 rows x 16 tokens, h=512, 8 layers, r=8, forward; {SAID}"
     both = {"ours": "veneer mixed", "theirs": "peft mixed", "note": note}
     return [

@@ -13,9 +13,13 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from . import experts, gpu, soft_prompts  # noqa: F401  # they register what they measure
+from . import experts, gpu, memory, scaling, soft_prompts, speed  # noqa: F401  # they register what they measure
 from .figures import BENCHES, CHECKS
-from .harness import Figure, Red, gain, load, number, save
+from .harness import Figure, Red, gain, headline, load, number, save
+
+GROUPS: dict[str, list[str]] = {}  # module -> the names in it
+for _name, _bench in BENCHES.items():
+    GROUPS.setdefault(_bench.__module__.rpartition(".")[2], []).append(_name)
 
 
 def summary(name: str) -> str:
@@ -25,23 +29,30 @@ def summary(name: str) -> str:
 def main() -> int:
     """Checks first, then speeds; 1 on a red check, and then no speed is reported."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all without any")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of --list, or a group of them; all without any")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--quick", action="store_true", help="fewer rounds; results are shown and not saved")
     parser.add_argument("--save", metavar="FILE", help="keep the figures of the named ones, as bench/results/FILE.md")
+    parser.add_argument(
+        "--headline", action="store_true", help="keep the rows for the README, as bench/results/headline.md"
+    )
     given = parser.parse_args()
     console = Console()
     if given.list:
-        for name in BENCHES:
-            console.print(f"{name}: {summary(name)}", markup=False)
+        for group, names in GROUPS.items():
+            console.print(f"[bold]{group}[/]")
+            for name in names:
+                console.print(f"  {name}: {summary(name)}", markup=False)
         return 0
-    unknown = [n for n in given.names if n not in BENCHES]
+    unknown = [n for n in given.names if n not in BENCHES and n not in GROUPS]
     if unknown:
-        parser.error(f"no benchmark is named {unknown[0]!r}; there are {', '.join(BENCHES)}")
+        there = f"the groups {', '.join(GROUPS)}, and in them {', '.join(BENCHES)}"
+        parser.error(f"no benchmark is named {unknown[0]!r}; there are {there}")
+    named = [m for n in given.names for m in ([n] if n in BENCHES else GROUPS[n])]
     figures: list[Figure] = []
     before = load()
     # Checks come first; each speed also checks what it is about to time, so a name alone is safe.
-    chosen = sorted(given.names or BENCHES, key=lambda n: n not in CHECKS)
+    chosen = sorted(dict.fromkeys(named) or BENCHES, key=lambda n: n not in CHECKS)
     for i, name in enumerate(chosen, 1):
         console.print(f"[{i}/{len(chosen)}] {name}: {summary(name)}", markup=False)
         start = time.perf_counter()
@@ -63,7 +74,12 @@ def main() -> int:
         console.print(f"above the bar: {', '.join(above)}", style="red", markup=False)
     if not given.quick and (given.save or not given.names):
         save(figures, (before, load()), given.save or "figures")
+        if any(f.panel for f in figures):
+            scaling.write(figures, (before, load()))
         console.print("written to bench/results")
+    if not given.quick and given.headline:
+        headline(figures, (before, load()))
+        console.print("written to bench/results/headline.md")
     return 0
 
 

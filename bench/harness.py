@@ -28,10 +28,13 @@ class Figure:
         name: what was measured.
         value: the median, in `unit`.
         low, high: the quartiles.
-        unit: "ratio", "s", "us", "difference" or "bool" (0 is yes).
+        unit: "ratio", "s", "us", "bytes", "difference" or "bool" (0 is yes).
         bar: what it is held against, or None for a figure that informs.
         reference: peft's value on the same work, in the same unit.
         note: anything that belongs to it.
+        row: what the headline table calls it, or "" where it is not in it.
+        panel: the curve of cost against work that it is a point of, or "".
+        at: where on that curve.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Figure:
     bar: float | None = None
     reference: float | None = None
     note: str = ""
+    row: str = ""
+    panel: str = ""
+    at: int = 0
 
     @property
     def within(self) -> bool | None:
@@ -161,6 +167,33 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def taken_on(loads: tuple[float, float]) -> str:
+    """The machine and the versions, in words."""
+    about = machine()
+    return (
+        f"{about['gpu'] + ', ' if 'gpu' in about else ''}{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
+        f"transformers {about['transformers']}, peft {about['peft']}, commit {about['commit']}, {about['date']}, "
+        f"load {loads[0]} before and {loads[1]} after"
+    )
+
+
+def headline(figures: list[Figure], loads: tuple[float, float]) -> None:
+    """Write headline.md: the rows for the README, with the machine."""
+    lines = [
+        f"Taken on {taken_on(loads)}; parity with peft was checked first. Medians, with quartiles in brackets.",
+        "",
+        "| | Veneer | peft | bar |",
+        "|---|---|---|---|",
+    ]
+    for f in (f for f in figures if f.row):
+        spread = "" if f.low == f.high else f" [{f.low:.3g}, {f.high:.3g}]"
+        cells = (f.row, number(f.value, f.unit) + spread, number(f.reference, f.unit), number(f.bar, f.unit))
+        above = " (above)" if f.within is False else ""
+        lines.append(f"| {' | '.join(cells)}{above} |")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "headline.md").write_text("\n".join([*lines, ""]))
+
+
 def save(figures: list[Figure], loads: tuple[float, float], name: str = "figures") -> None:
     """Write NAME.json, NAME.png and a table: README.md of all figures, NAME.md of some.
 
@@ -171,23 +204,17 @@ def save(figures: list[Figure], loads: tuple[float, float], name: str = "figures
     about = {**machine(), "load_before": loads[0], "load_after": loads[1]}
     data = {"machine": about, "figures": [{**asdict(f), "within": f.within} for f in figures]}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
-    device = f"{about['gpu']}, " if "gpu" in about else ""
-    where = (
-        f"{device}{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}, peft {about['peft']}, commit {about['commit']}, {about['date']}, "
-        f"load {loads[0]} before and {loads[1]} after"
-    )
     above = [f.name for f in figures if f.within is False]
     lines = [
         "# Figures",
         "",
-        f"Taken on {where}. Medians, with quartiles in brackets; the last column is peft's value over ours.",
+        f"Taken on {taken_on(loads)}. Medians, with quartiles in brackets; the last column is peft's value over ours.",
         "",
         f"Above the bar: {', '.join(above)}." if above else "No figure is above its bar.",
         "",
         "| figure | measured | bar | | peft | peft / ours |",
         "|---|---|---|---|---|---|",
-        *map(row, figures),
+        *(row(f) for f in figures if not f.panel),
         "",
         f"![figures]({name}.png)",
         "",
@@ -201,6 +228,8 @@ def number(value: float | None, unit: str) -> str:
         return ""
     if unit == "bool":
         return "no" if value else "yes"
+    if unit == "bytes":
+        return f"{value:,.0f}"
     return f"{value:.3g}" if unit in ("ratio", "difference") else f"{value:.3g} {unit}"
 
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 import veneer
 
-from .figures import bench, median, same_step, scramble
+from .figures import bench, median, scramble
 from .harness import Figure, figure, interleaved, ratio
+from .trio import same_step
 
 COUNTS = {8: 1024, 64: 256}  # experts -> channels of each
 WAYS = ("grouped_mm", "batched_mm", "eager")
@@ -86,7 +87,7 @@ def experts_step(quick: bool) -> list[Figure]:
                 base_of(model).set_experts_implementation(way)
             # The base copies a weight for each token in batched_mm, which is meant for few of them.
             ids, rounds = (drawn[:1, :32], 5) if way == "batched_mm" else (drawn, 9)
-            same_step(models, ids)
+            same_step(models, ids, f"{experts} experts, {way}")
 
             def step(model: Any, ids: Tensor = ids) -> None:
                 model(input_ids=ids, labels=ids).loss.backward()

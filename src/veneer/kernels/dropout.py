@@ -104,7 +104,7 @@ def rows_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """x (M, in), dropped, times A^T for A (r, in): (M, r)."""
+    """X (M, in), dropped, times A^T for A (r, in): (M, r)."""
     h = x.new_empty(x.shape[0], A.shape[0])
     for part in chunks(x):
         some, room, words = rows_of(x, part)

@@ -69,7 +69,7 @@ class Member:
 
     def plan(self) -> bool:
         """Whether a kernel can say what the adapters do here."""
-        if self.site.lookup or self.site.kernel or self.site.bare:
+        if "_hf_hook" in self.layer.__dict__:  # accelerate may keep the weight elsewhere
             return False
         with torch.no_grad():
             links = self.site.links(self.live)
@@ -306,7 +306,7 @@ class Kept(NamedTuple):
 
 
 def parted(h: Tensor, Bs: Tensors) -> Tensors:
-    """h (M, R) in the parts of the siblings, (M, r_i)."""
+    """H (M, R) in the parts of the siblings, (M, r_i)."""
     return (h,) if len(Bs) == 1 else h.split([B.shape[1] for B in Bs], 1)
 
 
@@ -322,7 +322,15 @@ def rescale(h: Tensor, parts: Tensors, scales: Sequence[float]) -> None:
 
 
 def forward(
-    x: Tensor, Ws: Tensors, bs: Maybe, As: Tensors, Bs: Tensors, ds: Maybe, scales: Sequence[float], p: float, keep: bool
+    x: Tensor,
+    Ws: Tensors,
+    bs: Maybe,
+    As: Tensors,
+    Bs: Tensors,
+    ds: Maybe,
+    scales: Sequence[float],
+    p: float,
+    keep: bool,
 ) -> tuple[list[Tensor], Kept]:
     """The outputs (M, out_i) for x (M, in), and what backward needs. Everything is in the dtype of x."""
     A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)

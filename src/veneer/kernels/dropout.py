@@ -44,9 +44,9 @@ def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
 def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Walker's table of the patterns: thresholds of 48 signed bits, and alias minus column."""
     size = 2**BITS
-    ones = torch.zeros(size, dtype=torch.int64)
+    ones = torch.zeros(size, dtype=torch.int64, device="cpu")  # not where `torch.device(...)` says
     for bit in range(BITS):
-        ones += (torch.arange(size) >> bit) & 1
+        ones += (torch.arange(size, device="cpu") >> bit) & 1
     share = ((1 - p) ** ones.double() * p ** (BITS - ones).double() * size).tolist()  # mean 1
     small = [i for i, s in enumerate(share) if s < 1]
     large = [i for i, s in enumerate(share) if s >= 1]
@@ -57,8 +57,8 @@ def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
         share[high] -= 1 - share[low]
         if share[high] < 1:
             small.append(large.pop())
-    limit = (torch.tensor(keep, dtype=torch.float64) * 2**48).round().long() - 2**47
-    difference = torch.tensor(alias) - torch.arange(size)
+    limit = (torch.tensor(keep, dtype=torch.float64, device="cpu") * 2**48).round().long() - 2**47
+    difference = torch.tensor(alias, device="cpu") - torch.arange(size, device="cpu")
     return limit.to(device), difference.to(device)
 
 
@@ -117,8 +117,10 @@ def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | Non
     """Backward of `shrink` for gh (M, r): the gradient of A, if x (M, in) is given, and that of x, added to dx."""
     dA = None if x is None else gh.new_zeros(A.shape)
     like = dx if x is None else x
-    for part in chunks(like):  # type: ignore[arg-type]
-        some, room, words = rows_of(like, part)  # type: ignore[arg-type]
+    if like is None:
+        return None
+    for part in chunks(like):
+        some, room, words = rows_of(like, part)
         kept = spread(mask[part], A.shape[1], A.dtype)
         if dA is not None:
             torch.bitwise_and(kept, some.view(words.dtype), out=words)

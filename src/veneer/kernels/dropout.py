@@ -86,7 +86,7 @@ def _shifts(least: int, word: torch.dtype, device: torch.device) -> Tensor:
 def rows_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows of x, room for as many, and the same room as words."""
     some = x[part].contiguous()
-    room = scratch.take("rows", tuple(some.shape), x.dtype, x.device)
+    room = scratch.like("rows", some)
     return some, room, room.view(_WORDS[x.element_size() * 8])
 
 

@@ -116,7 +116,7 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
 def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
     """act(e), in scratch memory of this name where the activation can be told to write there."""
     if type(act).__name__ in SILU:
-        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.take(name, tuple(e.shape), e.dtype, e.device))
+        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.like(name, e))
         return made
     return act(e)  # type: ignore[no-any-return]
 
@@ -169,10 +169,10 @@ class GatedLinear(torch.autograd.Function):
         a = act_forward(ctx.act, e, "gate")  # (M, width)
         m = None
         if ctx.down_needs[2][0]:
-            m = torch.mul(a, g, out=scratch.take("inner", tuple(e.shape), e.dtype, e.device))
+            m = torch.mul(a, g, out=scratch.like("inner", e))
         room = m
         if m is None or down_mask is not None:
-            room = scratch.take("gradient", tuple(e.shape), e.dtype, e.device)
+            room = scratch.like("gradient", e)
         kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :])
         W, B, d = below
         dm, *last = linear.backward(

@@ -453,7 +453,7 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     total = a.new_zeros(a.shape[1])
     for part in scratch.chunks(a):
         some = b[part]
-        total += torch.mul(a[part], some, out=scratch.take("rows", tuple(some.shape), a.dtype, a.device)).sum(0)
+        total += torch.mul(a[part], some, out=scratch.like("rows", some)).sum(0)
     return total
 
 
@@ -498,8 +498,10 @@ def backward(
                 if undo:
                     dd = (dd if b is None else dd - b * g.sum(0)) / d
                 dds[i] = dd
-        scale = Tensor.mul_ if own else torch.mul
-        gs = [g if d is None or g is None else scale(g, d) for g, d in zip(gs, ds, strict=True)]
+        gs = [
+            g if d is None or g is None else torch.mul(g, d, out=g if own else scratch.like(f"gradient {i}", g))
+            for i, (g, d) in enumerate(zip(gs, ds, strict=True))
+        ]
     if n == 1:
         gh = torch.mm(gs[0], Bs[0])  # type: ignore[arg-type]  # (M, R)
         parts: Tensors = (gh,)

@@ -42,6 +42,11 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return view
 
 
+def like(name: str, x: Tensor) -> Tensor:
+    """As `take`, for the shape, dtype and device of x."""
+    return take(name, tuple(x.shape), x.dtype, x.device)
+
+
 def chunks(x: Tensor) -> Iterator[slice]:
     """Runs of the rows of x (rows, columns) that fit a cache; all of them where x is not on a CPU."""
     rows = x.shape[0]

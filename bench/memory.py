@@ -65,7 +65,9 @@ class Made(TorchDispatchMode):
 def held(run: Run, model: nn.Module, *given: Tensor) -> int:
     """Bytes made in `run` that are still there after it, wherever they are kept, but for the model's and `given`."""
     own = {StorageWeakRef(t.untyped_storage()).cdata for t in (*model.parameters(), *model.buffers(), *given)}
-    run()  # what is made once and kept from then on
+    with Made() as first:  # what is made once and kept from then on, such as room that all layers use in turn
+        run()
+    own |= {key for key, (reference, _) in first.storages.items() if not reference.expired()}
     with Made() as made:
         kept = run()
     for key in own & made.storages.keys():  # views of them

@@ -551,7 +551,7 @@ def test_dropout_is_that_of_its_mask_forward_and_backward(
         return masks[-1]
 
     monkeypatch.setattr(dropout, "draw", noted)
-    monkeypatch.setattr(dropout, "CHUNK", 16 * width * dtype.itemsize)  # several pieces
+    monkeypatch.setattr(scratch, "CHUNK", 16 * width * dtype.itemsize)  # several pieces
     model = adapted(One(width=width), dtype, lora_dropout=p).train()
     layer, x = model.get_base_model().q, inputs(41, width, dtype=dtype)
     found = step(model, x)

@@ -48,6 +48,10 @@ class Operator:
         """Weight (out, in) -> inner product of each of its rows with that of M, (out,)."""
         return (weight.to(dtype) * self.dense().to(device=weight.device, dtype=dtype)).sum(-1)
 
+    def row_growth(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """By how much M added to weight (out, in) changes the squared length of each row, (out,)."""
+        return 2 * self.row_products(weight, dtype) + self.row_squares(dtype).to(weight.device)
+
     def sample(self) -> Operator:
         """Return the operator of one training step, its random parts drawn."""
         return self
@@ -133,6 +137,13 @@ class Factored(Operator):
         B, A = self.grouped(dtype, weight.device, own_columns=True)
         parts = weight.view(self.groups, -1, weight.shape[1])  # (groups, out / groups, in / groups)
         return (rows_times(parts, A) * B).sum(-1).flatten()  # <W A^T, B>
+
+    def row_growth(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.groups > 1 or weight.dtype != dtype or weight.stride(-1) != 1:
+            return super().row_growth(weight, dtype)
+        (B,), (A,) = self.grouped(dtype, weight.device)
+        both = torch.addmm(B @ (A @ A.t()), weight, A.t(), alpha=2)  # 2 W A^T + B (A A^T), (out, r)
+        return torch.linalg.vecdot(both, B)
 
     def grouped(
         self, dtype: torch.dtype, device: torch.device | None = None, *, own_columns: bool = False
@@ -450,6 +461,10 @@ class Sum(Operator):
 
     def row_products(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.stack([t.row_products(weight, dtype) for t in self.terms]).sum(0)
+
+    def row_growth(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        joined = self.joined()
+        return super().row_growth(weight, dtype) if joined is self else joined.row_growth(weight, dtype)
 
     @property
     def size(self) -> int:

@@ -9,7 +9,6 @@ a CPU, and the mask is kept in backward as it is: M K / 8 bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,27 +26,24 @@ def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     """
     words = -(-columns // BITS)
     n = rows * words
-    limit, other = table(p, device)  # (65536,) int64 each
     drawn, column, found = (scratch.take(f"drawn {i}", (n,), torch.int64, device) for i in range(3))
     drawn.random_(-(2**63), None)
     torch.bitwise_and(drawn, 2**BITS - 1, out=column)
-    drawn >>= BITS  # 48 bits, signed
-    torch.index_select(limit, 0, column, out=found)
-    alias = torch.ge(drawn, found, out=scratch.take("alias", (n,), torch.bool, device))
-    torch.index_select(other, 0, column, out=found)
+    torch.index_select(table(p, device), 0, column, out=found)
+    alias = torch.ge(drawn, found, out=scratch.take("alias", (n,), torch.bool, device))  # the low bits decide nothing
+    found -= column
     found *= alias
-    column += found
+    column += found  # the alias, or the column itself, in the low 16 bits
     return column.to(torch.int16).view(rows, words)
 
 
 @functools.lru_cache(maxsize=32)
-def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Walker's table of the patterns: thresholds of 48 signed bits, and alias minus column."""
+def table(p: float, device: torch.device) -> Tensor:
+    """Walker's table of the patterns (65536,) int64: thresholds in the upper 48 bits, signed, and aliases below."""
     size = 2**BITS
-    ones = torch.zeros(size, dtype=torch.int64, device="cpu")  # not where `torch.device(...)` says
-    for bit in range(BITS):
-        ones += (torch.arange(size, device="cpu") >> bit) & 1
-    share = ((1 - p) ** ones.double() * p ** (BITS - ones).double() * size).tolist()  # mean 1
+    patterns = torch.arange(size, device="cpu")  # not where `torch.device(...)` says
+    ones = sum((patterns >> bit) & 1 for bit in range(BITS)).double()
+    share = ((1 - p) ** ones * p ** (BITS - ones) * size).tolist()  # mean 1
     small = [i for i, s in enumerate(share) if s < 1]
     large = [i for i, s in enumerate(share) if s >= 1]
     keep, alias = [1.0] * size, list(range(size))
@@ -58,8 +54,8 @@ def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
         if share[high] < 1:
             small.append(large.pop())
     limit = (torch.tensor(keep, dtype=torch.float64, device="cpu") * 2**48).round().long() - 2**47
-    difference = torch.tensor(alias, device="cpu") - torch.arange(size, device="cpu")
-    return limit.to(device), difference.to(device)
+    limit = limit.clamp(max=2**47 - 1)  # a column that is always kept has itself as alias
+    return ((limit << BITS) + torch.tensor(alias, device="cpu")).to(device)
 
 
 def spread(mask: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -86,27 +82,18 @@ def _shifts(least: int, word: torch.dtype, device: torch.device) -> Tensor:
 # Products with what dropout leaves of x, some rows at a time: the dropped copy stays in the cache, and fresh pages of
 # memory, which cost more than the arithmetic, are not asked for.
 
-CHUNK = 2**20  # bytes
-
-
-def chunks(x: Tensor) -> Iterator[slice]:
-    rows = x.shape[0]
-    step = max(16, CHUNK // (x.shape[1] * x.element_size())) if x.device.type == "cpu" else max(rows, 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
-
 
 def rows_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows of x, room for as many, and the same room as words."""
     some = x[part].contiguous()
-    room = scratch.take("rows", tuple(some.shape), x.dtype, x.device)
+    room = scratch.like("rows", some)
     return some, room, room.view(_WORDS[x.element_size() * 8])
 
 
 def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
     """X (M, in), dropped, times A^T for A (r, in): (M, r)."""
     h = x.new_empty(x.shape[0], A.shape[0])
-    for part in chunks(x):
+    for part in scratch.chunks(x):
         some, room, words = rows_of(x, part)
         torch.bitwise_and(spread(mask[part], x.shape[1], x.dtype), some.view(words.dtype), out=words)
         torch.mm(room, A.t(), out=h[part])
@@ -119,7 +106,7 @@ def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | Non
     like = dx if x is None else x
     if like is None:
         return None
-    for part in chunks(like):
+    for part in scratch.chunks(like):
         some, room, words = rows_of(like, part)
         kept = spread(mask[part], A.shape[1], A.dtype)
         if dA is not None:

@@ -123,7 +123,7 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
 def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
     """act(e), in scratch memory of this name where the activation can be told to write there."""
     if type(act).__name__ in SILU:
-        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.take(name, tuple(e.shape), e.dtype, e.device))
+        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.like(name, e))
         return made
     return act(e)  # type: ignore[no-any-return]
 
@@ -149,7 +149,7 @@ class GatedLinear(torch.autograd.Function):
         above = linear.lowered(dtype, *[tensors[i : i + 2] for i in range(0, 10, 2)])
         below = linear.lowered(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
         low = x if x.dtype == dtype else x.to(dtype)
-        (e, g), kept = linear.forward(low, *above, scales, p, True)  # (M, width) each
+        (e, g), kept = linear.forward(low, *above, scales, p, True, own=True)  # (M, width) each
         m = act_forward(act, e, "inner").mul_(g)  # (M, width)
         (y,), down = linear.forward(m, *below, down_scales, down_p, True)
         need = ctx.needs_input_grad
@@ -159,31 +159,36 @@ class GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(
             low if A_needed else None, e, g, kept.A, kept.h if B_needed else None, kept.mask,
             down.A, down.h if need[16] else None, down.mask,
-            *above[0], *above[3], *above[4], below[0][0], below[3][0], below[4][0], *kept.raw, *down.raw,
+            *above[0], *above[1], *above[3], *above[4], below[0][0], below[3][0], below[4][0],
+            *(() if kept.undo else kept.raw), *down.raw,
         )  # fmt: skip
-        ctx.act, ctx.scales, ctx.down_scales, ctx.raws = act, scales, down_scales, len(kept.raw)
+        ctx.act, ctx.scales, ctx.down_scales = act, scales, down_scales
+        ctx.raws, ctx.undo = len(kept.raw), kept.undo
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         x, e, g, A, h, mask, down_A, down_h, down_mask, *rest = ctx.saved_tensors
-        raw = rest[9:]
+        *above, below, raw = rest[:2], rest[2:4], rest[4:6], rest[6:8], rest[8:11], rest[11:]
+        if ctx.undo:
+            raw = [t for t, d in zip((e, g), above[3], strict=True) if d is not None] + raw
         a = act_forward(ctx.act, e, "gate")  # (M, width)
         m = None
         if ctx.down_needs[2][0]:
-            m = torch.mul(a, g, out=scratch.take("inner", tuple(e.shape), e.dtype, e.device))
+            m = torch.mul(a, g, out=scratch.like("inner", e))
         room = m
         if m is None or down_mask is not None:
-            room = scratch.take("gradient", tuple(e.shape), e.dtype, e.device)
+            room = scratch.like("gradient", e)
         kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :])
-        dm, *below = linear.backward(
-            (gy,), m, rest[6:7], rest[7:8], rest[8:9], kept, ctx.down_scales, ctx.down_needs, room=room
+        W, B, d = below
+        dm, *last = linear.backward(
+            (gy,), m, (W,), (None,), (B,), (d,), kept, ctx.down_scales, ctx.down_needs, room=room
         )
         dg = a.mul_(dm)
         de = act_backward(ctx.act, dm.mul_(g), e)  # type: ignore[union-attr]
-        kept = Kept(A, h, mask, raw[: ctx.raws])
-        dx, *above = linear.backward((de, dg), x, rest[:2], rest[2:4], rest[4:6], kept, ctx.scales, ctx.needs)
+        kept = Kept(A, h, mask, raw[: ctx.raws], ctx.undo)
+        dx, *first = linear.backward((de, dg), x, *above, kept, ctx.scales, ctx.needs, own=True)
         return (
-            dx, None, None, None, None, *(t for group in above for t in group), None, *(t for group in below for t in group)
+            dx, None, None, None, None, *(t for group in first for t in group), None, *(t for group in last for t in group)
         )  # fmt: skip

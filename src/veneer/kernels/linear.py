@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..operators import Diagonal, Factored, Operator, Sum
 from ..site import Link
-from . import dropout
+from . import dropout, scratch
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -416,7 +416,8 @@ class Kept(NamedTuple):
     A: Tensor  # (R, in), all A of the siblings
     h: Tensor | None  # (M, R), times the scales
     mask: Tensor | None  # packed
-    raw: list[Tensor | None]  # outputs before diag(d), (M, out)
+    raw: list[Tensor]  # outputs before diag(d), (M, out), or the outputs themselves
+    undo: bool = False  # they are the outputs, and diag(d) and b can be undone
 
 
 def parted(h: Tensor, Bs: Tensors) -> Tensors:
@@ -445,8 +446,15 @@ def forward(
     scales: Sequence[float],
     p: float,
     keep: bool,
+    own: bool = False,
 ) -> tuple[list[Tensor], Kept]:
-    """The outputs (M, out_i) for x (M, in), and what backward needs. Everything is in the dtype of x."""
+    """The outputs (M, out_i) for x (M, in), and what backward needs. Everything is in the dtype of x.
+
+    Args:
+        keep: whether there will be a backward.
+        own: whether nobody else sees the outputs. On a CPU d is then undone in backward, where no entry of it is zero: a
+            second tensor of the output's size costs more.
+    """
     A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
     M, K = x.shape
     mask = dropout.draw(M, K, p, x.device) if p else None
@@ -462,6 +470,7 @@ def forward(
     h = linear(x, A) if mask is None else dropout.shrink(mask, x, A)  # (M, R)
     parts = parted(h, Bs)
     rescale(h, parts, scales)
+    undo = own and x.device.type == "cpu" and all(d is None or bool(d.all()) for d in ds)
     ys = []
     for W, b, B, d, part in zip(Ws, bs, Bs, ds, parts, strict=True):
         if d is None:
@@ -469,20 +478,32 @@ def forward(
             continue
         y = linear(x, W).addmm_(part, B.t())
         raw.append(y)
-        ys.append(y * d if b is None else torch.addcmul(b, y, d))
-    return ys, Kept(A, h, mask, raw if keep else [])
+        y = y * d if keep and not undo else y.mul_(d)
+        ys.append(y if b is None else y.add_(b))
+    return ys, Kept(A, h, mask, raw if keep else [], undo)
+
+
+def column_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The inner products of the columns of a and b (M, n), (n,), some rows at a time."""
+    total = a.new_zeros(a.shape[1])
+    for part in scratch.chunks(a):
+        some = b[part]
+        total += torch.mul(a[part], some, out=scratch.like("rows", some)).sum(0)
+    return total
 
 
 def backward(
     gs: Maybe,
     x: Tensor | None,
     Ws: Tensors,
+    bs: Maybe,
     Bs: Tensors,
     ds: Maybe,
     kept: Kept,
     scales: Sequence[float],
     needs: Sequence[Any],
     *,
+    own: bool = False,
     room: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Any], Sequence[Any], list[Any], list[Any]]:
     """Gradients of x and of each b, A, B, d.
@@ -491,21 +512,31 @@ def backward(
         gs: gradients of the outputs (M, out_i); not all None.
         x: (M, in), or None where no A is trained.
         needs: whether x needs a gradient, and for each share whether its b, A, B, d do.
+        own: whether gs may be overwritten.
         room: (M, in), where the gradient of x may be put; with dropout it is not x itself.
     """
-    A, h, mask, raw = kept
+    A, h, mask, raw, undo = kept
     need_x, need_b, need_A, need_B, need_d = needs
     n = len(Bs)
-    dbs, dBs, dds = [None] * n, [None] * n, [None] * n
+    dbs, dBs, dds = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
     first = gs[0] if gs[0] is not None else next(g for g in gs if g is not None)
     if any(need_b):
         dbs = [g.sum(0) if g is not None and wanted else None for g, wanted in zip(gs, need_b, strict=True)]
     if raw:
         left = iter(raw)
-        ys = [None if d is None else next(left) for d in ds]
-        pairs = list(zip(gs, ys, need_d, strict=True))
-        dds = [torch.linalg.vecdot(g, y, dim=0) if wanted and g is not None else None for g, y, wanted in pairs]  # type: ignore[misc,arg-type]
-        gs = [g if d is None or g is None else g * d for g, d in zip(gs, ds, strict=True)]
+        for i, (g, b, d) in enumerate(zip(gs, bs, ds, strict=True)):
+            if d is None:
+                continue
+            y = next(left)
+            if g is not None and need_d[i]:
+                dd = column_dots(g, y)  # (out,)
+                if undo:
+                    dd = (dd if b is None else dd - b * g.sum(0)) / d
+                dds[i] = dd
+        gs = [
+            g if d is None or g is None else torch.mul(g, d, out=g if own else scratch.like(f"gradient {i}", g))
+            for i, (g, d) in enumerate(zip(gs, ds, strict=True))
+        ]
     if n == 1:
         gh = torch.mm(gs[0], Bs[0])  # type: ignore[arg-type]  # (M, R)
         parts: Tensors = (gh,)
@@ -573,6 +604,6 @@ class FactoredLinear(torch.autograd.Function):
         x, A, h, mask, *rest = ctx.saved_tensors
         kept = Kept(A, h, mask, rest[3 * n :])
         dx, *found = backward(
-            gs, x, rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], kept, ctx.scales, ctx.needs
+            gs, x, rest[:n], (None,) * n, rest[n : 2 * n], rest[2 * n : 3 * n], kept, ctx.scales, ctx.needs
         )  # fmt: skip
         return dx, None, *(None,) * n, *(t for group in found for t in group)

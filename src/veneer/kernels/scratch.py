@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+CHUNK = 2**20  # bytes that stay in a core's cache
 LIMIT = 2**26  # bytes; what is larger is made anew, so that little is held between steps
 
 
@@ -38,3 +40,16 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
         block = _HELD.blocks[name] = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
     view = _HELD.views[key] = block[:size].view(dtype).view(shape)
     return view
+
+
+def like(name: str, x: Tensor) -> Tensor:
+    """As `take`, for the shape, dtype and device of x."""
+    return take(name, tuple(x.shape), x.dtype, x.device)
+
+
+def chunks(x: Tensor) -> Iterator[slice]:
+    """Runs of the rows of x (rows, columns) that fit a cache; all of them where x is not on a CPU."""
+    rows = x.shape[0]
+    step = max(16, CHUNK // (x.shape[1] * x.element_size())) if x.device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)

@@ -221,10 +221,9 @@ class LoraConfig(Method):
         weight, delta = site.rows(), self.delta(p, site)
         wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), p["B"].dtype)
         with plain_precision(weight.device):
-            cross = delta.row_products(weight, wide)  # (out,)
-            own = delta.row_squares(wide).to(weight.device)  # (out,)
+            growth = delta.row_growth(weight, wide)  # (out,)
             # Rounding can leave a row that the adapter all but cancels below zero.
-            return (site.row_squares() + 2 * cross + own).clamp_min(0).sqrt().to(wide)
+            return (site.row_squares() + growth).clamp_min(0).sqrt().to(wide)
 
     def left(self, p: Tensors, site: Site) -> Operator | None:
         if not self.use_dora:

@@ -102,7 +102,8 @@ def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
 
 def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None) -> Tensor | None:
     """Backward of `shrink` for gh (M, r): the gradient of A, if x (M, in) is given, and that of x, added to dx."""
-    dA = None if x is None else gh.new_zeros(A.shape)
+    wide = torch.promote_types(A.dtype, torch.float32)  # many parts are added
+    dA = None if x is None else gh.new_zeros(A.shape, dtype=wide)
     like = dx if x is None else x
     if like is None:
         return None
@@ -111,9 +112,12 @@ def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | Non
         kept = spread(mask[part], A.shape[1], A.dtype)
         if dA is not None:
             torch.bitwise_and(kept, some.view(words.dtype), out=words)
-            dA.addmm_(gh[part].t(), room)
+            if wide is A.dtype:
+                dA.addmm_(gh[part].t(), room)
+            else:
+                dA += gh[part].t() @ room
         if dx is not None:
             torch.mm(gh[part], A, out=room)
             words &= kept
             dx[part] += room
-    return dA
+    return None if dA is None else dA.to(A.dtype)

@@ -485,11 +485,12 @@ def forward(
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of the columns of a and b (M, n), (n,), some rows at a time."""
-    total = a.new_zeros(a.shape[1])
+    wide = torch.promote_types(a.dtype, torch.float32)  # many parts are added
+    total = a.new_zeros(a.shape[1], dtype=wide)
     for part in scratch.chunks(a):
         some = b[part]
-        total += torch.mul(a[part], some, out=scratch.like("rows", some)).sum(0)
-    return total
+        total += torch.mul(a[part], some, out=scratch.like("rows", some)).sum(0, dtype=wide)
+    return total.to(a.dtype)
 
 
 def backward(

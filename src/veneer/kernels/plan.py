@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Kernel = Callable[[nn.Module, Tensor], Tensor | None]
 
 LINEAR = ("Linear", "Conv1D")  # the layer kinds that are x W^T + b
+LIMIT = 64  # stacks of adapters whose kernels a group keeps
 
 
 class Group:
@@ -38,7 +39,8 @@ class Group:
                 together = Together([member for _, member in members], structure.code(self.base))
                 ends = {one: Sibling(together, i) for i, (one, _) in enumerate(members)}
             # Another thread may do the same for other adapters, so what was found is returned and not looked up.
-            self.made = {k: v for k, v in self.made.items() if k[1] is version} | {(live, version): ends}
+            made = {k: v for k, v in self.made.items() if k[1] is version}
+            self.made = (made if len(made) < LIMIT else {}) | {(live, version): ends}
         return ends.get(layer)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,9 @@
 give it, by Walker's alias method (Walker 1977, doi.org/10.1145/355744.355749). One random int64 has the column of the
 alias table in its low 16 bits and the threshold in the other 48. Drawing takes a tenth of the time of `bernoulli_` on
 a CPU, and the mask is kept in backward as it is: M K / 8 bytes.
+
+Where Triton's kernels run, a seed stands for the mask and takes its place everywhere: they draw the mask again inside
+the products that need it.
 """
 
 from __future__ import annotations
@@ -14,10 +17,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import scratch
+from . import scratch, triton
 
 BITS = 16
 _WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # bits of an element
+
+
+def mask_for(x: Tensor, p: float) -> Tensor:
+    """What stands for a mask of x (M, in): a seed (1,) int64 where Triton runs, and else the packed mask."""
+    return triton.draw_seed(x.device) if triton.available(x) else draw(x.shape[0], x.shape[1], p, x.device)
 
 
 def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
@@ -44,9 +52,10 @@ def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
 def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Walker's table of the patterns: thresholds of 48 signed bits, and alias minus column."""
     size = 2**BITS
-    ones = torch.zeros(size, dtype=torch.int64)
+    patterns = torch.arange(size, device="cpu")
+    ones = torch.zeros_like(patterns)
     for bit in range(BITS):
-        ones += (torch.arange(size) >> bit) & 1
+        ones += (patterns >> bit) & 1
     share = ((1 - p) ** ones.double() * p ** (BITS - ones).double() * size).tolist()  # mean 1
     small = [i for i, s in enumerate(share) if s < 1]
     large = [i for i, s in enumerate(share) if s >= 1]
@@ -57,8 +66,8 @@ def table(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
         share[high] -= 1 - share[low]
         if share[high] < 1:
             small.append(large.pop())
-    limit = (torch.tensor(keep, dtype=torch.float64) * 2**48).round().long() - 2**47
-    difference = torch.tensor(alias) - torch.arange(size)
+    limit = (torch.tensor(keep, dtype=torch.float64, device="cpu") * 2**48).round().long() - 2**47
+    difference = torch.tensor(alias, device="cpu") - patterns
     return limit.to(device), difference.to(device)
 
 
@@ -103,8 +112,10 @@ def rows_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     return some, room, room.view(_WORDS[x.element_size() * 8])
 
 
-def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """X (M, in), dropped, times A^T for A (r, in): (M, r)."""
+def shrink(mask: Tensor, x: Tensor, A: Tensor, p: float) -> Tensor:
+    """X (M, in), dropped with probability p, times A^T for A (r, in): (M, r). `mask` is what `mask_for` gave."""
+    if mask.dtype is torch.int64:
+        return triton.shrink(x, A, 1 - p, p=p, seed=mask)
     h = x.new_empty(x.shape[0], A.shape[0])
     for part in chunks(x):
         some, room, words = rows_of(x, part)
@@ -113,8 +124,12 @@ def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
     return h
 
 
-def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None) -> Tensor | None:
+def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, p: float) -> Tensor | None:
     """Backward of `shrink` for gh (M, r): the gradient of A, if x (M, in) is given, and that of x, added to dx."""
+    if mask.dtype is torch.int64:
+        if dx is not None:
+            triton.expand_add_(dx, gh, A.t(), 1 - p, p=p, seed=mask)
+        return None if x is None else triton.outer(gh, x, 1 - p, p=p, seed=mask)
     dA = None if x is None else gh.new_zeros(A.shape)
     like = dx if x is None else x
     for part in chunks(like):  # type: ignore[arg-type]

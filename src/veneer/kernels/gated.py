@@ -3,7 +3,8 @@
     y = down(act(gate(x)) * up(x))
 
 Kept for backward are x, gate(x), up(x) and the low-rank products. act(gate(x)) and the input of `down` are computed
-again, element by element; without this an adapter on `down` makes autograd keep them both.
+again, element by element; without this an adapter on `down` makes autograd keep them both. Where Triton runs, it
+reads and writes them in one pass forward and one backward.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from . import linear, scratch
+from . import linear, scratch, triton
 from .linear import Kept, Member, Share
 from .structure import Gated
 
@@ -24,6 +25,7 @@ from .structure import Gated
 ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
 ACTIVATIONS |= {"FastGELUActivation", "QuickGELUActivation", "ReLU", "ReLUSquaredActivation", "Tanh", "Sigmoid", "Mish"}
 SILU = ("SiLU", "SiLUActivation")
+TANH = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")  # one formula, written differently
 HOME = ("torch.nn.modules.activation", "transformers.activations")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -93,9 +95,25 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
         y = linear.apply(GatedLinear, flat, act, rules, *(t for group in (*above, *below) for t in group))
     else:
         e, g = linear.forward(flat.to(dtype), *linear.lowered(dtype, *above), scales, p, keep=False)[0]
-        m = act_forward(act, e, "inner").mul_(g)
+        m = inner(act, e, g)
         y = linear.forward(m, *linear.lowered(dtype, *below), down_scales, down_p, keep=False)[0][0]
     return linear.unflat(x, y)
+
+
+def fused(act: nn.Module, e: Tensor) -> str | None:
+    """The name that Triton's kernels have for the activation, or None where they do not run for e (M, width)."""
+    if not triton.available(e) or e.numel() < linear.SMALL:
+        return None
+    name = type(act).__name__
+    if name in SILU:
+        return "silu"
+    return "gelu_tanh" if name in TANH or getattr(act, "approximate", None) == "tanh" else None
+
+
+def inner(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
+    """act(e) * g, (M, width)."""
+    name = fused(act, e)
+    return act_forward(act, e, "inner").mul_(g) if name is None else triton.gate(e, g, name)
 
 
 def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
@@ -116,6 +134,34 @@ def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:
         return torch.autograd.grad(act(e), e, grad)[0]
 
 
+def gradients(act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any) -> tuple[Tensor, Tensor, list[Any]]:
+    """The gradients of e and g (M, width), and those of `down`'s tensors, from that of its output.
+
+    Args:
+        down: the arguments of `linear.backward` after x.
+    """
+    remake = down[-1][2][0]  # the gradient of down's A takes act(e) * g
+    name = fused(act, e)
+    if name is not None:
+        made: list[Tensor] = []
+
+        def again(dm: Tensor) -> Tensor:
+            made[:] = triton.gate_backward_(dm, e, g, name)
+            return made.pop()
+
+        dm, *below = linear.backward((gy,), again if remake else None, *down)
+        de, dg = made or triton.gate_backward_(dm, e, g, name, remake=False)  # type: ignore[arg-type]
+        return de, dg, below
+    a = act_forward(act, e, "gate")  # (M, width)
+    shape, dtype, device = tuple(e.shape), e.dtype, e.device
+    m = torch.mul(a, g, out=scratch.take("inner", shape, dtype, device)) if remake else None
+    masked = down[3].mask is not None  # then m is read after its gradient was begun
+    room = scratch.take("gradient", shape, dtype, device) if m is None or masked else m
+    dm, *below = linear.backward((gy,), m, *down, room=room)
+    dg = a.mul_(dm)  # type: ignore[arg-type]
+    return act_backward(act, dm.mul_(g), e), dg, below  # type: ignore[union-attr]
+
+
 class GatedLinear(torch.autograd.Function):
     """Takes x (M, in), the activation, (scales and dropout of gate and up, those of down, dtype), then W, b, A, B, d of
     gate and up in pairs, and of down.
@@ -128,7 +174,7 @@ class GatedLinear(torch.autograd.Function):
         below = linear.lowered(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
         low = x if x.dtype == dtype else x.to(dtype)
         (e, g), kept = linear.forward(low, *above, scales, p, True)  # (M, width) each
-        m = act_forward(act, e, "inner").mul_(g)  # (M, width)
+        m = inner(act, e, g)  # (M, width)
         (y,), down = linear.forward(m, *below, down_scales, down_p, True)
         need = ctx.needs_input_grad
         ctx.needs = need[0], *(need[i : i + 2] for i in range(5, 13, 2))
@@ -140,6 +186,7 @@ class GatedLinear(torch.autograd.Function):
             *above[0], *above[3], *above[4], below[0][0], below[3][0], below[4][0], *kept.raw, *down.raw,
         )  # fmt: skip
         ctx.act, ctx.scales, ctx.down_scales, ctx.raws = act, scales, down_scales, len(kept.raw)
+        ctx.p, ctx.down_p = p, down_p
         return y
 
     @staticmethod
@@ -147,20 +194,10 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> Any:
         x, e, g, A, h, mask, down_A, down_h, down_mask, *rest = ctx.saved_tensors
         raw = rest[9:]
-        a = act_forward(ctx.act, e, "gate")  # (M, width)
-        m = None
-        if ctx.down_needs[2][0]:
-            m = torch.mul(a, g, out=scratch.take("inner", tuple(e.shape), e.dtype, e.device))
-        room = m
-        if m is None or down_mask is not None:
-            room = scratch.take("gradient", tuple(e.shape), e.dtype, e.device)
-        kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :])
-        dm, *below = linear.backward(
-            (gy,), m, rest[6:7], rest[7:8], rest[8:9], kept, ctx.down_scales, ctx.down_needs, room=room
-        )
-        dg = a.mul_(dm)
-        de = act_backward(ctx.act, dm.mul_(g), e)  # type: ignore[union-attr]
-        kept = Kept(A, h, mask, raw[: ctx.raws])
+        kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :], ctx.down_p)
+        down = rest[6:7], rest[7:8], rest[8:9], kept, ctx.down_scales, ctx.down_needs
+        de, dg, below = gradients(ctx.act, e, g, gy, down)
+        kept = Kept(A, h, mask, raw[: ctx.raws], ctx.p)
         dx, *above = linear.backward((de, dg), x, rest[:2], rest[2:4], rest[4:6], kept, ctx.scales, ctx.needs)
         return (
             dx, None, None, None, None, *(t for group in above for t in group), None, *(t for group in below for t in group)

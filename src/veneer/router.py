@@ -137,6 +137,7 @@ class Local(threading.local):
     rows: tuple[str, ...] | None = None
     tasks: Tensor | None = None
     whole = False
+    steady: dict[Any, Any] | None = None  # what kernels keep while no parameter changes
 
 
 class Router:
@@ -212,7 +213,7 @@ class Router:
 
     @contextmanager
     def hold(self, **choices: Any) -> Iterator[None]:
-        """Within the block and in this thread only, hold `chosen`, `rows`, `tasks` or `whole`."""
+        """Within the block and in this thread only, hold `chosen`, `rows`, `tasks`, `whole` or `steady`."""
         before = {name: getattr(self.local, name) for name in choices}
         for name, value in choices.items():
             setattr(self.local, name, value)

@@ -27,7 +27,6 @@ ACTIVATIONS |= {"FastGELUActivation", "QuickGELUActivation", "ReLU", "ReLUSquare
 SILU = ("SiLU", "SiLUActivation")
 TANH = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")  # one formula, written differently
 HOME = ("torch.nn.modules.activation", "transformers.activations")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class GatedNetwork:
@@ -36,16 +35,29 @@ class GatedNetwork:
     def __init__(self, names: Gated, members: Sequence[Member]) -> None:
         self.names = names
         self.members = tuple(members)  # gate, up, down
+        self.act: nn.Module | None = None  # the activation, once it is known to be one that we can compute twice
+        self.local = members[0].site.router.local
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        modules = layer._modules
-        act = modules[self.names.act]
-        if act is None or not plain(act) or watched(act) or any_global():
-            return None
+        modules, names = layer._modules, self.names
         gate, up, down = self.members
-        for name, member in zip((self.names.gate, self.names.up, self.names.down), self.members, strict=True):
-            if modules[name] is not member.layer or watched(member.layer):
+        parts = modules[names.gate], modules[names.up], modules[names.down]
+        if parts[0] is not gate.layer or parts[1] is not up.layer or parts[2] is not down.layer:
+            return None
+        act: nn.Module = modules[names.act]  # type: ignore[assignment]
+        if act is not self.act:
+            if not plain(act):
                 return None
+            self.act = act
+        if watched(act) or watched(gate.layer) or watched(up.layer) or watched(down.layer) or any_global():
+            return None
+        held = self.local.steady
+        if held is not None and linear.is_token(x):
+            above = linear.steady(held, self, (gate, up), x)
+            below = linear.steady(held, down, (down,), x)
+            if above is not None and below is not None:
+                e, g = linear.one_token(x, above)
+                return linear.one_token(act(e).mul_(g), below)[0]
         shares = (gate.share(), up.share(), down.share())
         if any(s is None for s in shares) or shares[0].dropout != shares[1].dropout:  # type: ignore[union-attr]
             return None
@@ -61,7 +73,10 @@ def plain(act: nn.Module) -> bool:
 def watched(module: nn.Module) -> bool:
     """Whether somebody wants to see the module's own calls."""
     own = module.__dict__
-    return any(own[name] for name in HOOKS) or "forward" in own
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own
+    )  # fmt: skip
 
 
 def any_global() -> bool:

@@ -145,6 +145,68 @@ def factored(op: Any) -> bool:
     return isinstance(op, Factored) and op.inner is None and op.outer is None and op.A.ndim == 2
 
 
+class Steady(NamedTuple):
+    """Layers that share an input, made ready for single tokens while no parameter changes. For one thread.
+
+    Attributes:
+        A: (R, in), all A.
+        B: (out_1 + ..., R), stored transposed, all B on its diagonal, times the scales.
+        b: (out_1 + ...,) or None.
+        h: room for A x, (R,).
+        low: room for B A x + b, (out_1 + ...,).
+        parts: W (out_i, in) of each layer, and its part of `low`.
+    """
+
+    A: Tensor
+    B: Tensor
+    b: Tensor | None
+    h: Tensor
+    low: Tensor
+    parts: tuple[tuple[Tensor, Tensor], ...]
+
+
+def steady(held: dict[Any, Any], key: Any, members: Sequence[Member], x: Tensor) -> Steady | None:
+    """What `held` has for these layers, made on the first call; None where single tokens take the usual way."""
+    if key in held:
+        ready: Steady | None = held[key]
+        return ready
+    shares = [m.share() for m in members]
+    held[key] = ready = None if any(s is None for s in shares) else prepared(shares, x)  # type: ignore[arg-type]
+    return ready
+
+
+def prepared(shares: Sequence[Share], x: Tensor) -> Steady | None:
+    dtype = compute_dtype(x, shares[0].W)
+    fits = all(s.W.dtype == dtype and s.W.device == x.device for s in shares)
+    if dtype is None or not fits or any(s.d is not None or s.dropout for s in shares):
+        return None
+    with torch.no_grad():
+        A = torch.cat([s.A for s in shares]).to(dtype)
+        B = torch.block_diag(*[s.B.t() * s.scale for s in shares]).to(dtype).t()
+        b = None
+        if any(s.b is not None for s in shares):
+            b = torch.cat([s.W.new_zeros(s.W.shape[0]) if s.b is None else s.b.to(dtype) for s in shares])
+        h, low = A.new_empty(A.shape[0]), A.new_empty(B.shape[0])
+        parts = low.split([s.W.shape[0] for s in shares])
+    return Steady(A, B, b, h, low, tuple((s.W, part) for s, part in zip(shares, parts, strict=True)))
+
+
+def one_token(x: Tensor, ready: Steady) -> list[Tensor]:
+    """The outputs (..., out_i) for x (..., in) of a single token."""
+    A, B, b, h, low, parts = ready
+    torch.mv(A, x.view(-1), out=h)
+    if b is None:
+        torch.mv(B, h, out=low)
+    else:
+        torch.addmv(b, B, h, out=low)
+    return [linear(x, W).add_(part) for W, part in parts]
+
+
+def is_token(x: Tensor) -> bool:
+    """Whether x (..., in) is one token that nothing is trained on."""
+    return x.numel() == x.shape[-1] and not torch.is_grad_enabled() and type(x) is Tensor
+
+
 class Alone:
     """The kernel of one layer."""
 
@@ -154,6 +216,11 @@ class Alone:
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         if layer is not self.member.layer:
             return None
+        held = self.member.site.router.local.steady
+        if held is not None and is_token(x):
+            ready = steady(held, self, (self.member,), x)
+            if ready is not None:
+                return one_token(x, ready)[0]
         share = self.member.share()
         if share is None:
             return None
@@ -167,6 +234,7 @@ class Pending(threading.local):
     x: Tensor | None = None
     version = 0
     grad = False
+    left = 0
     ys: list[Tensor | None]
 
 
@@ -176,6 +244,7 @@ class Together:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
         self.pending = Pending()
+        self.local = members[0].site.router.local
 
     def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
         pending = self.pending
@@ -183,26 +252,36 @@ class Together:
             y = pending.ys[at]
             if y is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
                 pending.ys[at] = None
-                if all(kept is None for kept in pending.ys):
+                pending.left -= 1
+                if not pending.left:
                     pending.x = None
                 return y
         pending.x = None
-        if layer is not self.members[at].layer:
+        members = self.members
+        if layer is not members[at].layer:
             return None
-        shares = [member.share() for member in self.members]
+        held = self.local.steady
+        if held is not None and is_token(x):
+            ready = steady(held, self, members, x)
+            if ready is not None:
+                return self.hold(x, one_token(x, ready), at)
+        shares = [member.share() for member in members]
         own = shares[at]
         if own is None:
             return None
         alike = all(s is not None and s.dropout == own.dropout and s.W.shape[1] == own.W.shape[1] for s in shares)
         made = run(x, tuple(shares) if alike else (own,))  # type: ignore[arg-type]
-        if made is None:
-            return None
-        if len(made) == 1:
-            return made[0]
-        y = made[at]
-        made[at] = None  # type: ignore[call-overload]
-        pending.x, pending.ys, pending.version, pending.grad = x, made, version(x), torch.is_grad_enabled()  # type: ignore[assignment]
-        return y
+        if made is None or len(made) == 1:
+            return None if made is None else made[0]
+        return self.hold(x, made, at)
+
+    def hold(self, x: Tensor, ys: list[Any], at: int) -> Tensor:
+        """Keep the outputs of the siblings until they are asked for, and return one."""
+        pending, y = self.pending, ys[at]
+        ys[at] = None
+        pending.x, pending.ys, pending.left = x, ys, len(ys) - 1
+        pending.version, pending.grad = version(x), torch.is_grad_enabled()
+        return y  # type: ignore[no-any-return]
 
 
 class Sibling:

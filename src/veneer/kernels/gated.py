@@ -149,13 +149,16 @@ def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:
         return torch.autograd.grad(act(e), e, grad)[0]
 
 
-def gradients(act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any) -> tuple[Tensor, Tensor, list[Any]]:
+def gradients(
+    act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any, remake: bool, masked: bool
+) -> tuple[Tensor, Tensor, list[Any]]:
     """The gradients of e and g (M, width), and those of `down`'s tensors, from that of its output.
 
     Args:
         down: the arguments of `linear.backward` after x.
+        remake: whether act(e) * g is made again, as the gradient of down's A wants it.
+        masked: whether `down` has dropout.
     """
-    remake = down[-1][2][0]  # the gradient of down's A takes act(e) * g
     name = fused(act, e)
     if name is not None:
         made: list[Tensor] = []
@@ -170,8 +173,7 @@ def gradients(act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any) -> tu
     a = act_forward(act, e, "gate")  # (M, width)
     shape, dtype, device = tuple(e.shape), e.dtype, e.device
     m = torch.mul(a, g, out=scratch.take("inner", shape, dtype, device)) if remake else None
-    masked = down[3].mask is not None  # then m is read after its gradient was begun
-    room = scratch.take("gradient", shape, dtype, device) if m is None or masked else m
+    room = scratch.take("gradient", shape, dtype, device) if m is None or masked else m  # the mask's part is read last
     dm, *below = linear.backward((gy,), m, *down, room=room)
     dg = a.mul_(dm)  # type: ignore[arg-type]
     return act_backward(act, dm.mul_(g), e), dg, below  # type: ignore[union-attr]
@@ -211,7 +213,7 @@ class GatedLinear(torch.autograd.Function):
         raw = rest[9:]
         kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :], ctx.down_p)
         down = rest[6:7], rest[7:8], rest[8:9], kept, ctx.down_scales, ctx.down_needs
-        de, dg, below = gradients(ctx.act, e, g, gy, down)
+        de, dg, below = gradients(ctx.act, e, g, gy, down, ctx.down_needs[2][0], down_mask is not None)
         kept = Kept(A, h, mask, raw[: ctx.raws], ctx.p)
         dx, *above = linear.backward((de, dg), x, rest[:2], rest[2:4], rest[4:6], kept, ctx.scales, ctx.needs)
         return (

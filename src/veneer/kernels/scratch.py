@@ -37,7 +37,7 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     block = _HELD.blocks.get(name)
     if block is None or block.numel() < size or len(_HELD.views) > 64:
         _HELD.views.clear()  # a view would keep an old block alive
-        block = _HELD.blocks[name] = torch.empty(max(size, 1), dtype=torch.uint8)
+        block = _HELD.blocks[name] = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
     view = _HELD.views[key] = block[:size].view(dtype).view(shape)
     return view
 

@@ -49,7 +49,7 @@ def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
 def table(p: float, device: torch.device) -> Tensor:
     """Walker's table of the patterns (65536,) int64: thresholds in the upper 48 bits, signed, and aliases below."""
     size = 2**BITS
-    patterns = torch.arange(size, device="cpu")
+    patterns = torch.arange(size, device="cpu")  # not where `torch.device(...)` says
     ones = sum((patterns >> bit) & 1 for bit in range(BITS)).double()
     share = ((1 - p) ** ones * p ** (BITS - ones) * size).tolist()  # mean 1
     small = [i for i, s in enumerate(share) if s < 1]
@@ -118,8 +118,10 @@ def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | Non
         return None if x is None else triton.outer(gh, x, 1 - p, p=p, seed=mask)
     dA = None if x is None else gh.new_zeros(A.shape)
     like = dx if x is None else x
-    for part in scratch.chunks(like):  # type: ignore[arg-type]
-        some, room, words = rows_of(like, part)  # type: ignore[arg-type]
+    if like is None:
+        return None
+    for part in scratch.chunks(like):
+        some, room, words = rows_of(like, part)
         kept = spread(mask[part], A.shape[1], A.dtype)
         if dA is not None:
             torch.bitwise_and(kept, some.view(words.dtype), out=words)

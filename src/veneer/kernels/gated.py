@@ -10,7 +10,7 @@ reads and writes them in one pass forward and one backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.nn.modules import module as torch_module
 from . import linear, scratch, triton
 from .linear import Kept, Member, Share
 from .structure import Gated
+
+if TYPE_CHECKING:
+    from ..site import Takeover
 
 # Activations of one element at a time that always give the same, so that they can be computed twice.
 ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
@@ -32,14 +35,16 @@ HOME = ("torch.nn.modules.activation", "transformers.activations")
 class GatedNetwork:
     """The kernel of one gated feed-forward network."""
 
-    def __init__(self, names: Gated, members: Sequence[Member]) -> None:
-        self.names = names
+    def __init__(self, names: Gated, members: Sequence[Member], state: Takeover) -> None:
+        self.names, self.state, self.forward = names, state, state.base.forward
         self.members = tuple(members)  # gate, up, down
         self.act: nn.Module | None = None  # the activation, once it is known to be one that we can compute twice
         self.local = members[0].site.router.local
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         modules, names = layer._modules, self.names
+        if self.state.base.forward is not self.forward:  # replaced on the class
+            return None
         gate, up, down = self.members
         parts = modules[names.gate], modules[names.up], modules[names.down]
         if parts[0] is not gate.layer or parts[1] is not up.layer or parts[2] is not down.layer:
@@ -67,6 +72,8 @@ class GatedNetwork:
 def plain(act: nn.Module) -> bool:
     """Whether the activation is one of those that can be computed twice."""
     kind = type(act)
+    if "_veneer" in act.__dict__:  # an adapter is on it
+        return False
     return kind.__name__ in ACTIVATIONS and kind.__module__ in HOME and not getattr(act, "inplace", False)
 
 
@@ -100,12 +107,12 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
     flat = x if x.ndim == 2 else x.reshape(-1, K)  # (M, in)
     *above, scales, p = linear.columns(shares[:2])
     *below, down_scales, down_p = linear.columns(shares[2:])
-    if torch.is_grad_enabled() and (x.requires_grad or linear.needs_grad(*above[1:], *below[1:])):
-        if flat.numel() < linear.SMALL:
-            low = linear.lowered(dtype, *above), linear.lowered(dtype, *below)
-            e, g = linear.composed(flat.to(dtype), *low[0], scales, p)
-            made = linear.composed(act(e) * g, *low[1], down_scales, down_p)[0]
-            return linear.unflat(x, made)
+    trains = torch.is_grad_enabled() and (x.requires_grad or linear.needs_grad(*above[1:], *below[1:]))
+    if flat.numel() < linear.SMALL and (trains or p or down_p):
+        low = linear.lowered(dtype, *above), linear.lowered(dtype, *below)
+        e, g = linear.composed(flat.to(dtype), *low[0], scales, p)
+        y = linear.composed(act(e) * g, *low[1], down_scales, down_p)[0]
+    elif trains:
         rules = (scales, p, down_scales, down_p, dtype)
         y = linear.apply(GatedLinear, flat, act, rules, *(t for group in (*above, *below) for t in group))
     else:

@@ -12,6 +12,7 @@ dropout leaves of x are in `dropout`.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..operators import Diagonal, Factored, Operator, Sum
 from ..site import Link
 from . import dropout, scratch
 
 if TYPE_CHECKING:
+    from types import CodeType
+
     from ..router import Item
     from ..site import Site
 
@@ -102,6 +106,8 @@ class Member:
         """The tensors of one call, or None where the layer cannot be read as it is stored now."""
         layer = self.layer
         parameters = layer._parameters
+        if self.param not in parameters or self.bias not in parameters:  # parametrized, pruned, flattened
+            return None
         W, b = parameters[self.param], parameters[self.bias]
         if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or "_hf_hook" in layer.__dict__:
             return None
@@ -229,7 +235,7 @@ class Alone:
 
 
 class Pending(threading.local):
-    """What a sibling computed for the others in this thread: the input, and the outputs not yet asked for."""
+    """What a sibling computed for those after it, in this thread: the input, and the outputs not yet asked for."""
 
     x: Tensor | None = None
     version = 0
@@ -239,16 +245,25 @@ class Pending(threading.local):
 
 
 class Together:
-    """Layers of one parent that see the same input: whichever is called first computes all."""
+    """Layers of one parent that its forward calls on the same input: the first one computes them all.
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = tuple(members)
+    Only that forward is known to call the others next. A layer that is called from elsewhere, or through hooks, which
+    may give it another input, computes itself.
+
+    Args:
+        members: in the order of the calls.
+        parent: the code of the parent's forward.
+    """
+
+    def __init__(self, members: Sequence[Member], parent: CodeType) -> None:
+        self.members, self.parent = tuple(members), parent
         self.pending = Pending()
         self.local = members[0].site.router.local
 
     def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
         pending = self.pending
-        if pending.x is x:
+        called = caller() is self.parent
+        if pending.x is x and called:
             y = pending.ys[at]
             if y is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
                 pending.ys[at] = None
@@ -257,31 +272,30 @@ class Together:
                     pending.x = None
                 return y
         pending.x = None
-        members = self.members
-        if layer is not members[at].layer:
+        if layer is not self.members[at].layer or type(x) is not Tensor:
             return None
+        # Writes to a tensor of inference mode are not counted, so nothing would tell that x is still the same.
+        members = self.members[at:] if called and not x.is_inference() else self.members[at : at + 1]
         held = self.local.steady
         if held is not None and is_token(x):
-            ready = steady(held, self, members, x)
+            ready = steady(held, members, members, x)
             if ready is not None:
                 return self.hold(x, one_token(x, ready), at)
         shares = [member.share() for member in members]
-        own = shares[at]
+        own = shares[0]
         if own is None:
             return None
         alike = all(s is not None and s.dropout == own.dropout and s.W.shape[1] == own.W.shape[1] for s in shares)
         made = run(x, tuple(shares) if alike else (own,))  # type: ignore[arg-type]
-        if made is None or len(made) == 1:
-            return None if made is None else made[0]
-        return self.hold(x, made, at)
+        return None if made is None else self.hold(x, made, at)
 
-    def hold(self, x: Tensor, ys: list[Any], at: int) -> Tensor:
-        """Keep the outputs of the siblings until they are asked for, and return one."""
-        pending, y = self.pending, ys[at]
-        ys[at] = None
-        pending.x, pending.ys, pending.left = x, ys, len(ys) - 1
-        pending.version, pending.grad = version(x), torch.is_grad_enabled()
-        return y  # type: ignore[no-any-return]
+    def hold(self, x: Tensor, made: Sequence[Tensor], at: int) -> Tensor:
+        """Keep the outputs of the siblings after `at` until they are asked for, and return its own."""
+        if len(made) > 1:
+            pending = self.pending
+            pending.x, pending.ys, pending.left = x, [None] * (at + 1) + [*made[1:]], len(made) - 1
+            pending.version, pending.grad = version(x), torch.is_grad_enabled()
+        return made[0]
 
 
 class Sibling:
@@ -298,6 +312,17 @@ def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def caller() -> CodeType | None:
+    """The code that called a layer whose kernel is `Together`, where no hook stands between."""
+    try:
+        return sys._getframe(CALLER).f_code
+    except ValueError:  # the layer's forward was called with nothing around it
+        return None
+
+
+CALLER = 7  # frames: Together, Sibling, Takeover.run, forward, two of nn.Module's call, the caller
+
+
 def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:
     """The outputs of layers on x (..., in), or None where they have to run on their own."""
     W = shares[0].W
@@ -308,11 +333,11 @@ def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:
         return None
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
     Ws, bs, As, Bs, ds, scales, p = columns(shares)
-    if torch.is_grad_enabled() and (x.requires_grad or needs_grad(bs, As, Bs, ds)):
-        if flat.numel() < SMALL:
-            ys = composed(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p)
-        else:
-            ys = apply(FactoredLinear, flat, (len(Ws), scales, p, dtype), *Ws, *bs, *As, *Bs, *ds)
+    trains = torch.is_grad_enabled() and (x.requires_grad or needs_grad(bs, As, Bs, ds))
+    if flat.numel() < SMALL and (trains or p):  # without gradients too where a mask is drawn, which is then the same
+        ys = composed(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p)
+    elif trains:
+        ys = apply(FactoredLinear, flat, (len(Ws), scales, p, dtype), *Ws, *bs, *As, *Bs, *ds)
     else:
         ys = forward(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p, keep=False)[0]
     return [unflat(x, y) for y in ys]
@@ -361,12 +386,22 @@ def needs_grad(*groups: Maybe) -> bool:
 
 def ready() -> bool:
     """Whether the mode we run in is one that an autograd function of ours can serve."""
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() and keeps_results())
+
+
+def keeps_results() -> bool:
+    """Whether selective checkpointing keeps results of operations, into which we would write."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(m).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for m in modes)
 
 
 def compute_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
     """The dtype a linear layer computes in, or None where it would refuse or convert on its own terms."""
     kind = x.device.type
+    if kind == "meta":
+        return None
     if torch.is_autocast_enabled(kind):
         floats = (torch.float32, torch.bfloat16, torch.float16)
         return torch.get_autocast_dtype(kind) if x.dtype in floats and W.dtype in floats else None
@@ -542,6 +577,7 @@ def backward(
     dAs: Sequence[Any] = (None,) * n
     if dA is not None:
         dAs = (dA,) if n == 1 else dA.split([B.shape[1] for B in Bs])
+        dAs = [one if g is not None and wanted else None for one, g, wanted in zip(dAs, gs, need_A, strict=True)]
     return dx, dbs, dAs, dBs, dds
 
 

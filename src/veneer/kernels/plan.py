@@ -23,22 +23,26 @@ LINEAR = ("Linear", "Conv1D")  # the layer kinds that are x W^T + b
 class Group:
     """Layers of one parent that its forward calls on the same input."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[nn.Module], base: type[nn.Module]) -> None:
+        self.layers, self.base = tuple(layers), base  # of the parent
         self.made: dict[Any, dict[nn.Module, Sibling]] = {}
 
     def kernel(self, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
         """The kernel of one of them, for the adapters of `live`; None where no other has any of them."""
-        if (live, version) not in self.made:
+        ends = self.made.get((live, version))
+        if ends is None:
             found = [(one, member_of(one, live)) for one in self.layers]
             members = [(one, member) for one, member in found if member is not None]
-            together = Together([member for _, member in members])
-            ends = {one: Sibling(together, i) for i, (one, _) in enumerate(members)} if len(members) > 1 else {}
+            ends = {}
+            if len(members) > 1:
+                together = Together([member for _, member in members], structure.code(self.base))
+                ends = {one: Sibling(together, i) for i, (one, _) in enumerate(members)}
+            # Another thread may do the same for other adapters, so what was found is returned and not looked up.
             self.made = {k: v for k, v in self.made.items() if k[1] is version} | {(live, version): ends}
-        return self.made[live, version].get(layer)
+        return ends.get(layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "made": {}}
+        return {**vars(self), "made": {}}
 
 
 def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
@@ -75,7 +79,7 @@ def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version
         children = [layer._modules.get(name) for name in (names.gate, names.up, names.down)]
         members = [None if c is None else member_of(c, live) for c in children]
         if all(m is not None for m in members):
-            return GatedNetwork(names, members)  # type: ignore[arg-type]
+            return GatedNetwork(names, members, state)  # type: ignore[arg-type]
     return None
 
 
@@ -92,10 +96,18 @@ def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]
         for names in structure.siblings(base) if len(linear) > 1 else ():
             together = [n for n in names if n in linear]
             if len(together) > 1:
-                group = Group([children[n] for n in together])  # type: ignore[misc]
+                group = Group([children[n] for n in together], base)  # type: ignore[misc]
                 for name in together:
                     states[name].group = group
-        names = structure.gated(base) if len(linear) > 2 else None
-        if names is not None and {names.gate, names.up, names.down} <= linear:
-            found[parent] = names
+        network = structure.gated(base) if len(linear) > 2 and not replaced(parent) else None
+        if network is None or children.get(network.act) is None:
+            continue
+        if {network.gate, network.up, network.down} <= linear:
+            found[parent] = network
     return found
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own, beside that of its class."""
+    state: Takeover | None = module.__dict__.get("_veneer")
+    return "forward" in module.__dict__ or (state is not None and state.instance_forward is not None)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,18 +26,37 @@ class Gated(NamedTuple):
     down: str
 
 
-@lru_cache(maxsize=512)
+def code(base: type[nn.Module]) -> CodeType:
+    """The code of a class's forward, below its decorators; only for one whose source can be read."""
+    found: CodeType = inspect.unwrap(base.forward).__code__
+    return found
+
+
 def siblings(base: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Groups of submodules that a class's forward calls on the same input, each group in one run of statements."""
-    body = _forward(base)
+    return _siblings(base.forward)
+
+
+def gated(base: type[nn.Module]) -> Gated | None:
+    """The parts of a gated feed-forward network, if a class's forward is exactly one."""
+    return _gated(base.forward)
+
+
+# By the function, since the forward of a class may be replaced.
+
+
+@lru_cache(maxsize=512)
+def _siblings(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
+    body = _source(forward)
     return () if body is None else tuple(_groups(body.body))
 
 
 @lru_cache(maxsize=512)
-def gated(base: type[nn.Module]) -> Gated | None:
-    """The parts of a gated feed-forward network, if a class's forward is exactly one."""
-    function = _forward(base)
+def _gated(forward: Callable[..., Any]) -> Gated | None:
+    function = _source(forward)
     if function is None or len(function.args.args) != 2:
+        return None
+    if function.decorator_list or "__wrapped__" in forward.__dict__:  # a decorator may do more
         return None
     value = _result(function)
     down = _call(value)
@@ -53,9 +73,9 @@ def gated(base: type[nn.Module]) -> Gated | None:
     return None
 
 
-def _forward(base: type[nn.Module]) -> ast.FunctionDef | None:
+def _source(forward: Callable[..., Any]) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(base.forward))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return None
     found = tree.body[0] if tree.body else None
@@ -63,11 +83,16 @@ def _forward(base: type[nn.Module]) -> ast.FunctionDef | None:
 
 
 def _result(function: ast.FunctionDef) -> ast.expr | None:
-    """The returned expression of a forward that only assigns names, with the names filled in."""
+    """The returned expression of a forward that only assigns names, each used once, with the names filled in."""
     known: dict[str, ast.expr] = {}
+    unused: set[str] = set()
 
     class Fill(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.expr:
+            if node.id in unused:
+                unused.remove(node.id)
+            elif node.id in known:  # once more
+                unused.add("")
             return known.get(node.id, node)
 
     for statement in function.body:
@@ -77,10 +102,14 @@ def _result(function: ast.FunctionDef) -> ast.expr | None:
             target = statement.targets[0]
             if not isinstance(target, ast.Name):
                 return None
-            known[target.id] = Fill().visit(statement.value)
+            value = Fill().visit(statement.value)
+            if target.id in unused:
+                return None
+            known[target.id] = value
+            unused.add(target.id)
         elif isinstance(statement, ast.Return) and statement.value is not None:
             filled: ast.expr = Fill().visit(statement.value)
-            return filled
+            return None if unused else filled
         else:
             return None
     return None

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import veneer
+from veneer.kernels import linear
 from veneer.kernels import triton as kernels
 
-from .figures import bench, median, relative, tensors
+from .figures import bench, median, relative
 from .harness import Figure, Worst, figure, interleaved, ratio, require
+from .trio import beside, floor, pair, same_step, step
 
 LLAMA3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA3_8B |= {"num_hidden_layers": 4, "vocab_size": 4096}  # the layers' shapes; a small head, for it is the same in all
@@ -52,71 +51,28 @@ def gpu_step(quick: bool) -> list[Figure]:
 
 
 def step_figures(sizes: dict[str, Any], tokens: int, device: torch.device, rounds: int) -> list[Figure]:
-    ids = torch.randint(0, sizes["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    weights = base_model(sizes, device).state_dict()
-    models: dict[str, Any] = {"floor": base_model(sizes, device, weights).requires_grad_(False)}
-    models["floor"].enable_input_require_grads()
-    config = veneer.LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM")
-    with tempfile.TemporaryDirectory() as folder:
-        models["veneer"] = veneer.get_peft_model(base_model(sizes, device, weights), config)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in models["veneer"].parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(device) * 0.01)
-        models["veneer"].save_pretrained(folder)
-        models["peft"] = peft.PeftModel.from_pretrained(
-            base_model(sizes, device, weights), folder, is_trainable=True
-        )  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        ids = torch.randint(0, sizes["vocab_size"], (1, tokens))
+        base = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16).requires_grad_(False)
+    models = {"floor": floor(base), **pair(base, r=R)}  # one set of weights, so a peak is what one model would need
     for model in models.values():
         model.train()
-    require(step_parity(models, ids))
-
-    def step(model: Any) -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    taken = interleaved({n: partial(waited, partial(step, m)) for n, m in models.items()}, rounds, warmup=3)
+    same_step(models, ids, "GPU", 2 * NEAR)
+    taken = interleaved({n: partial(waited, partial(step, m, ids)) for n, m in models.items()}, rounds, warmup=3)
     note = f"r={R}, {tokens} tokens, {sizes['num_hidden_layers']} layers, bf16, no optimizer; "
     note += f"frozen floor {median(taken['floor']):.3g} s"
-    floor = median([a / b for a, b in zip(taken["peft"], taken["floor"], strict=True)])
     found = [
         ratio("GPU: LoRA step / peft's", taken["veneer"], taken["peft"], bar=0.6, note=note),
-        ratio("GPU: LoRA step / frozen floor", taken["veneer"], taken["floor"], reference=floor, note=note),
+        beside("GPU: LoRA step / frozen floor", taken, "floor", note=note),
     ]
     if device.type == "cuda":
-        peaks = {name: peak(partial(step, model), device) for name, model in models.items()}
+        peaks = {name: peak(partial(step, model, ids), device) for name, model in models.items()}
         note = f"bytes allocated at the most, weights too; frozen floor {peaks['floor'] / 2**30:.2f} GiB"
         found.append(
             figure("GPU: LoRA peak / peft's", [peaks["veneer"] / peaks["peft"]], "ratio", bar=0.7, note=note)
         )  # fmt: skip
     return found
-
-
-def base_model(sizes: dict[str, Any], device: torch.device, weights: dict[str, Tensor] | None = None) -> Any:
-    """A model in bfloat16; all share one set of weights, so that a peak is what one model alone would need."""
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16)
-    if weights is not None:
-        model.load_state_dict(weights, assign=True)
-    return model
-
-
-def step_parity(models: dict[str, Any], ids: Tensor) -> list[Figure]:
-    """Loss and gradients of a step against peft's, relative to the largest; both round to bfloat16."""
-    worst, losses = Worst(), {}
-    for name in ("veneer", "peft"):
-        loss = models[name](input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses[name] = loss.detach()
-    worst.add(relative(losses["veneer"], losses["peft"]), "loss")
-    mine = dict(tensors("veneer", models["veneer"], "default"))
-    for key, tensor in tensors("peft", models["peft"], "default"):
-        worst.add(relative(mine[key].grad, tensor.grad), key)  # type: ignore[arg-type]
-    for model in models.values():
-        model.zero_grad(set_to_none=True)
-    return [worst.figure("GPU step against peft, relative", 2 * NEAR)]
 
 
 def peak(run: Run, device: torch.device) -> int:
@@ -156,6 +112,7 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
     with device:
         x, y, e, g, dm = (torch.randn(M, n).bfloat16() for n in (K, N, N, N, N))
         A, B, S = torch.randn(R, K) / K**0.5, torch.randn(N, R), 32
+        W = torch.randn(N, K).bfloat16() / K**0.5
         As, Bs, scales = torch.randn(S, R, K) / K**0.5, torch.randn(S, N, R), torch.rand(S)
         h, p = torch.randn(M, R).bfloat16(), 0.1
     A16, B16, As16, Bs16 = (
@@ -204,23 +161,25 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
 
     same("gate", (kernels.gate(e, g),), (gate(e, g),))
     yield "gated MLP, forward", partial(kernels.gate, e, g), partial(gate, e, g)
-    same("gate, backward", kernels.gate_backward(dm, e, g), backward())
-    yield "gated MLP, backward", partial(kernels.gate_backward, dm, e, g), backward
+    same("gate, backward", kernels.gate_backward_(dm.clone(), e, g), backward())
+    yield "gated MLP, backward", partial(kernels.gate_backward_, dm.clone(), e, g), backward
 
     leaves = [x.requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+    share = linear.Share(W, None, A, B, None, 0.5, p)
 
-    def fused(seed: Tensor | None = None) -> tuple[Tensor, ...]:
-        out = kernels.low_rank_add_(
-            y.detach(), x, A, B, 0.5, p=p, seed=kernels.draw_seed(device) if seed is None else seed
-        )
+    def fused() -> tuple[Tensor, ...]:
+        (out,) = linear.run(x, (share,))  # type: ignore[misc]
         return torch.autograd.grad(out, leaves, dm)
 
     def composed(mask: Tensor | None = None) -> tuple[Tensor, ...]:
         dropped = F.dropout(x, p) if mask is None else x * mask
-        out = y.detach() + F.linear(F.linear(dropped, A.bfloat16()), B.bfloat16()) * 0.5
+        out = F.linear(x, W) + F.linear(F.linear(dropped, A.bfloat16()), B.bfloat16()) * 0.5
         return torch.autograd.grad(out, leaves, dm)
 
+    torch.manual_seed(1)
+    found = fused()
+    torch.manual_seed(1)
     seed, ones = kernels.draw_seed(device), (h.new_ones(M, 1), h.new_ones(K, 1))
     mask = kernels.expand_add_(x.new_zeros(M, K), *ones, p=p, seed=seed).detach()
-    same("LoRA with dropout", fused(seed), composed(mask))
-    yield "LoRA with dropout, forward and backward", fused, composed
+    same("LoRA with dropout", found, composed(mask))
+    yield "linear with LoRA and dropout, forward and backward", fused, composed

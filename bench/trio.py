@@ -67,7 +67,7 @@ def pair(base: nn.Module, adapters: tuple[str, ...] = ("default",), **options: A
         with torch.no_grad():
             generator = torch.Generator().manual_seed(seed)
             for key, tensor in mine.items():
-                tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * 0.02)
+                tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * 0.02)
                 theirs[key].copy_(tensor)
     return models
 

@@ -643,7 +643,7 @@ def test_what_is_dropped_may_be_anything(function: None) -> None:
     mask = dropout.draw(16, 32, 0.5, x.device)
     for bad in (math.nan, math.inf):
         spoilt = torch.where(kept == 1, x, torch.full_like(x, bad))
-        assert torch.allclose(dropout.shrink(mask, spoilt, A.detach()), (x * kept) @ A.T)
+        assert torch.allclose(dropout.shrink(mask, spoilt, A.detach(), 0.5), (x * kept) @ A.T)
 
 
 @pytest.mark.parametrize("base", ["one", "attention"])

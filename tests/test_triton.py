@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from veneer.kernels import gated, linear
+from veneer.kernels import triton as kernels
 
 HERE = Path(__file__).parent
 installed = pytest.mark.skipif(
@@ -55,12 +59,54 @@ def test_on_a_gpu() -> None:
 
 
 def test_not_used_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from veneer.kernels import triton as kernels
-
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    here = importlib.util.find_spec("triton") is not None
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert not kernels.available(torch.zeros(1))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.available(torch.zeros(1)) == (importlib.util.find_spec("triton") is not None)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    assert kernels.available(torch.zeros(1)) == here
+    assert not kernels.available(torch.zeros(1).double())
+
+
+def test_not_used_where_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gate(*given: Tensor) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    starts, device = kernels.starts.__wrapped__, torch.device("meta")
+    for capability, fits in (((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(kernels, "gate", lambda *given: None)
+        assert starts(device) == fits
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "gate", gate)
+    with pytest.warns(UserWarning, match="meta: Triton is installed.*Failed to find C compiler.*needs a C compiler"):
+        assert not starts(device)
+
+
+@pytest.mark.parametrize("K", [64, 50])  # a multiple of a word's bits, and none
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_without_triton_a_mask_is_packed_on_its_device(dtype: torch.dtype, K: int) -> None:
+    """Off the CPU, on a device that every machine has: which operations run, on tensors of which device and shape."""
+    with torch.device("meta"):
+
+        def layer(K: int, N: int) -> tuple[Tensor, ...]:  # W, b, A, B, d
+            trained = torch.empty(4, K), torch.empty(N, 4), torch.empty(N)
+            return torch.empty(N, K, dtype=dtype), torch.empty(N, dtype=dtype), *(t.requires_grad_() for t in trained)
+
+        x = torch.empty(30, K, dtype=dtype, requires_grad=True)
+        pairs = [pair for layers in zip(layer(K, 70), layer(K, 70), strict=True) for pair in layers]
+        rules = (0.5, 0.5), 0.1, (0.5,), 0.1, dtype
+        for masks, function, args in (
+            (1, linear.FactoredLinear, (x, (1, (0.5,), 0.1, dtype), *layer(K, 24))),
+            (2, gated.GatedLinear, (x, nn.SiLU(), rules, *pairs, *layer(70, K))),
+        ):
+            made = linear.apply(function, *args)
+            y = made[0] if isinstance(made, tuple) else made
+            kept = [t for t in y.grad_fn.saved_tensors if t is not None]
+            assert [t.dtype for t in kept if not t.is_floating_point()] == [torch.int16] * masks
+            leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+            found = torch.autograd.grad(y.sum(), leaves)
+            assert [(g.shape, g.dtype) for g in found] == [(t.shape, t.dtype) for t in leaves]
+            assert all(t.is_meta for t in (y, *kept, *found))
 
 
 def test_triton_is_imported_by_the_first_call_only() -> None:

@@ -4,6 +4,8 @@ TRITON_INTERPRET when it is imported: on a GPU where there is one, else in Trito
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
+import veneer
+from veneer.kernels import dropout, gated, linear, reference
 from veneer.kernels import triton as kernels
+from veneer.kernels.linear import Share
 from veneer.operators import Factored
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -144,38 +151,6 @@ def test_no_rows() -> None:
     routing = kernels.route(torch.zeros(0, dtype=torch.int32, device=DEVICE), 2)
     assert kernels.shrink(x, A.expand(2, -1, -1), routing=routing).shape == (0, 8)
     assert kernels.gate(x, x).shape == (0, 64)
-    A.requires_grad_()
-    kernels.low_rank_add_(random(0, 32), x, A, B).sum().backward()
-    assert torch.equal(A.grad, torch.zeros_like(A))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trained", ["x A B", "A B", "B", "x B"])
-def test_low_rank_gradients(trained: str, dtype: torch.dtype) -> None:
-    inputs = {"x": random(70, 90, dtype=dtype), "A": random(5, 90), "B": random(40, 5)}
-    base = random(70, 40, dtype=dtype)
-    up = random(70, 40, dtype=dtype)
-    ours = {k: v.clone().requires_grad_(k in trained) for k, v in inputs.items()}
-    theirs = {k: v.double().requires_grad_(k in trained) for k, v in inputs.items()}
-    y = kernels.low_rank_add_(base.clone(), **ours, scale=0.3)
-    wanted = base.double() + 0.3 * (theirs["x"] @ theirs["A"].T) @ theirs["B"].T
-    close(y, wanted, dtype, loss=2)
-    y.backward(up)
-    wanted.backward(up.double())
-    for name, value in ours.items():
-        assert (value.grad is not None) == (name in trained)
-        if value.grad is not None:
-            assert value.grad.dtype == value.dtype
-            close(value.grad, theirs[name].grad, dtype, loss=3)
-
-
-def test_the_gradient_of_the_base_goes_on() -> None:
-    z, W = random(6, 20), random(30, 20).requires_grad_()
-    A, B = random(4, 20), random(30, 4)
-    kernels.low_rank_add_(F.linear(z, W), z, A, B).square().sum().backward()
-    reference = W.detach().clone().requires_grad_()
-    (F.linear(z, reference) + z @ A.T @ B.T).square().sum().backward()
-    close(W.grad, reference.grad, torch.float32, loss=4)
 
 
 # Rows of several adapters.
@@ -274,26 +249,6 @@ def test_dropout_follows_torchs_generator() -> None:
     assert first == [int(kernels.draw_seed(DEVICE)) for _ in range(2)] and first[0] != first[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("trained", ["x A B", "x B"])
-def test_gradients_with_dropout(trained: str, dtype: torch.dtype) -> None:
-    p, seed = 0.2, kernels.draw_seed(DEVICE)
-    mask = mask_of(seed, 40, 90, p).double() / (1 - p)
-    inputs = {"x": random(40, 90, dtype=dtype), "A": random(8, 90), "B": random(64, 8)}
-    up = random(40, 64, dtype=dtype)
-    ours = {k: v.clone().requires_grad_(k in trained) for k, v in inputs.items()}
-    theirs = {k: v.double().requires_grad_(k in trained) for k, v in inputs.items()}
-    y = kernels.low_rank_add_(torch.zeros_like(up), **ours, scale=2.0, p=p, seed=seed)
-    kept = [t for t in y.grad_fn.saved_tensors if t is not None and t.numel() >= 40 * 90]
-    assert len(kept) == ("A" in trained)  # x where A is trained, and no mask
-    wanted = 2 * ((theirs["x"] * mask) @ theirs["A"].T) @ theirs["B"].T
-    close(y, wanted, dtype, loss=2)
-    y.backward(up)
-    wanted.backward(up.double())
-    for name in trained.split():
-        close(ours[name].grad, theirs[name].grad, dtype, loss=3)
-
-
 def test_dropout_with_rows_of_several_adapters() -> None:
     M, K, N, S, p = 50, 60, 40, 3, 0.3
     slots = torch.randint(-1, S, (M,), dtype=torch.int32, device=DEVICE)
@@ -306,24 +261,6 @@ def test_dropout_with_rows_of_several_adapters() -> None:
     assert not h[slots < 0].any()
 
 
-def test_checkpointing_draws_the_same_mask() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    x, A, B = random(20, 32).requires_grad_(), random(4, 32).requires_grad_(), random(16, 4)
-
-    def block(x: Tensor) -> Tensor:
-        y = torch.zeros(20, 16, device=DEVICE)
-        return kernels.low_rank_add_(y, x.sin(), A, B, p=0.5, seed=kernels.draw_seed(DEVICE))
-
-    gradients = []
-    for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
-        torch.manual_seed(3)
-        x.grad = A.grad = None
-        run(x).square().sum().backward()
-        gradients.append((x.grad, A.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 # Gated MLPs.
 
 PLAIN = {"silu": F.silu, "gelu_tanh": lambda e: F.gelu(e, approximate="tanh")}
@@ -332,7 +269,7 @@ PLAIN = {"silu": F.silu, "gelu_tanh": lambda e: F.gelu(e, approximate="tanh")}
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1025), (17, 300), (4, 2048)])
 @pytest.mark.parametrize("act", PLAIN)
-@pytest.mark.parametrize("layout", ["whole", "halves", "strided", "spread"])
+@pytest.mark.parametrize("layout", ["whole", "halves", "strided"])
 def test_gate(layout: str, act: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     M, Fw = shape
     if layout == "halves":  # of one product
@@ -340,19 +277,18 @@ def test_gate(layout: str, act: str, shape: tuple[int, int], dtype: torch.dtype)
     else:
         e, g = ((3 * (strided if layout == "strided" else random)(M, Fw, dtype=dtype)) for _ in range(2))
         e = 3 * e
-    dm = random(1, 1, dtype=dtype).expand(M, Fw) if layout == "spread" else random(M, Fw, dtype=dtype)
+    dm = random(M, Fw, dtype=dtype)
     wide = [t.double().requires_grad_() for t in (e, g)]
     wanted = PLAIN[act](wide[0]) * wide[1]
     wanted.backward(dm.double())
     close(kernels.gate(e, g, act), wanted, dtype)
-    de, dg, m = kernels.gate_backward(dm, e, g, act)
+    own = dm.clone()
+    de, dg, m = kernels.gate_backward_(own, e, g, act)
+    assert de is own
     for found, expected in ((de, wide[0].grad), (dg, wide[1].grad), (m, wanted)):
         close(found, expected, dtype)
         assert found.dtype == dtype
-    ours = [t.detach().requires_grad_() for t in (e, g)]
-    out = kernels.gated(*ours, act)
-    out.backward(dm)
-    assert torch.equal(out, m) and torch.equal(ours[0].grad, de) and torch.equal(ours[1].grad, dg)
+    assert all(torch.equal(a, b) for a, b in zip(kernels.gate_backward_(dm, e, g, act, remake=False), (de, dg)))
 
 
 def test_large_inputs_of_the_gate_stay_finite() -> None:
@@ -360,7 +296,7 @@ def test_large_inputs_of_the_gate_stay_finite() -> None:
     for act, plain in PLAIN.items():
         wide = e.double().requires_grad_()
         plain(wide).sum().backward()
-        de, _, m = kernels.gate_backward(torch.ones_like(e), e, torch.ones_like(e), act)
+        de, _, m = kernels.gate_backward_(torch.ones_like(e), e, torch.ones_like(e), act)
         close(de, wide.grad, torch.float32)
         close(m, plain(e.double()), torch.float32)
 
@@ -378,6 +314,9 @@ def test_errors_name_the_remedy() -> None:
         kernels.shrink(x, A, scales=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match="act='relu'.*silu, gelu_tanh"):
         kernels.gate(x, x, "relu")
+    for dm in (x[:, :1].expand(2, 16), x.bfloat16()):
+        with pytest.raises(ValueError, match=r"written over it; make it contiguous and torch\.float32"):
+            kernels.gate_backward_(dm, x, x)
     routing = kernels.route(torch.zeros(2, dtype=torch.int32, device=DEVICE), 3)
     for wrong in (
         lambda: kernels.shrink(x, random(4, 15)),
@@ -395,3 +334,241 @@ def test_errors_name_the_remedy() -> None:
 
 def test_available_here() -> None:
     assert kernels.available(random(1, 1))
+    assert not kernels.available(random(1, 1).double())  # sums are in float32
+
+
+# Layers: the same functions as on a CPU, with these kernels in them.
+
+
+def share(K: int, N: int, r: int = 4, p: float = 0.0, *, b: bool = True, d: bool = False) -> Share:
+    """A layer whose trained parameters are in float32."""
+    made = Share(random(N, K) / K**0.5, random(N), random(r, K) / K**0.5, random(N, r), random(N), 0.5, p)
+    return made._replace(b=made.b if b else None, d=made.d if d else None)
+
+
+def leaves(shares: Sequence[Share], dtype: torch.dtype, trained: str) -> list[Share]:
+    """Copies of which some take gradients; the base in `dtype`, the rest in at least float32."""
+
+    def leaf(name: str, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        wide = torch.promote_types(dtype, torch.float32)
+        return value.detach().to(dtype if name == "W" else wide, copy=True).requires_grad_(name in trained)
+
+    return [Share(*(leaf(n, v) for n, v in one._asdict().items())) for one in shares]
+
+
+def by_definition(x: Tensor, one: Share, keep: Tensor | float) -> Tensor:
+    """A layer's output; `keep` is the mask, scaled."""
+    y = x @ one.W.T + one.scale * ((x * keep) @ one.A.T) @ one.B.T
+    return (y if one.d is None else y * one.d) + (0 if one.b is None else one.b)
+
+
+def same_gradients(ours: Sequence[Share], theirs: Sequence[Share], dtype: torch.dtype) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, value in mine._asdict().items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                close(value.grad, getattr(other, name).grad, dtype, loss=6)
+
+
+class Watch:
+    """What the layers call in `kernels`, in turn."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.seeds: list[int] = []
+        for name in ("shrink", "expand_add_", "outer", "gate", "gate_backward_", "draw_seed"):
+            patch.setattr(kernels, name, partial(self.note, name, getattr(kernels, name)))
+        patch.setattr(linear, "SMALL", 1)  # else small inputs take the way of few calls
+
+    def note(self, name: str, function: Callable[..., object], *args: object, **kwargs: object) -> object:
+        made = function(*args, **kwargs)
+        self.calls.append(name)
+        if name == "draw_seed":
+            self.seeds.append(int(made))
+        return made
+
+    def keep(self, at: int, rows: int, columns: int, p: float) -> Tensor | float:
+        """The mask of the dropout that was drawn `at`, scaled."""
+        return mask_of(torch.tensor([self.seeds[at]]), rows, columns, p).double() / (1 - p) if p else 1.0
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    monkeypatch.setattr(dropout, "draw", None)  # no mask is kept
+    return Watch(monkeypatch)
+
+
+def saved(y: Tensor) -> list[Tensor]:
+    return [t for t in y.grad_fn.saved_tensors if t is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained", ["x A B", "x A B b d", "B", "A"])
+def test_siblings_with_dropout(watch: Watch, trained: str, dtype: torch.dtype) -> None:
+    M, K, p = 37, 90, 0.3
+    shares = [share(K, 40, p=p), share(K, 24, 8, p=p, d=True), share(K, 40, p=p, b=False)]
+    x, ups = random(2, M, K, dtype=dtype), [random(2, M, N, dtype=dtype) for N in (40, 24, 40)]
+    ours, theirs = leaves(shares, dtype, trained), leaves(shares, torch.float64, trained)
+    x.requires_grad_("x" in trained)
+    wide = x.detach().double().requires_grad_("x" in trained)
+    ys = linear.run(x, tuple(ours))
+    assert watch.calls == ["draw_seed", "shrink"]  # one mask, one product
+    keep = watch.keep(0, 2 * M, K, p).view(2, M, K)
+    wanted = [by_definition(wide, one, keep) for one in theirs]
+    for y, expected in zip(ys, wanted, strict=True):
+        close(y, expected, dtype, loss=3)
+    torch.autograd.backward(ys, ups)
+    torch.autograd.backward(wanted, [up.double() for up in ups])
+    assert watch.calls[2:] == ["expand_add_"] * ("x" in trained) + ["outer"] * ("A" in trained)
+    same_gradients(ours, theirs, dtype)
+    if "x" in trained:
+        close(x.grad, wide.grad, dtype, loss=6)
+
+
+def test_plain_products_are_not_ours(watch: Watch) -> None:
+    x, shares = random(30, 64).requires_grad_(), leaves([share(64, 20), share(64, 24)], torch.float32, "A B")
+    sum(y.sum() for y in linear.run(x, tuple(shares))).backward()
+    assert watch.calls == []
+
+
+def test_a_seed_is_kept_and_no_mask(watch: Watch) -> None:
+    x, (one,) = random(64, 64).requires_grad_(), leaves([share(64, 32, p=0.1)], torch.float32, "A B")
+    (y,) = linear.run(x, (one,))
+    kept = saved(y)
+    assert [t.numel() for t in kept if t.dtype == torch.int64] == [1]
+    assert all(t.is_floating_point() for t in kept if t.numel() > 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("act", "plain", "trained", "p", "down_p"), [
+    (nn.SiLU(), F.silu, "x A B", 0.0, 0.0),
+    (nn.SiLU(), F.silu, "x A B d", 0.2, 0.4),
+    (nn.SiLU(), F.silu, "x B", 0.2, 0.2),
+    (NewGELUActivation(), PLAIN["gelu_tanh"], "A B", 0.0, 0.3),
+    (nn.GELU(approximate="tanh"), PLAIN["gelu_tanh"], "x A B", 0.3, 0.0),
+])  # fmt: skip
+def test_gated_network(
+    watch: Watch,
+    act: nn.Module,
+    plain: Callable[[Tensor], Tensor],
+    trained: str,
+    p: float,
+    down_p: float,
+    dtype: torch.dtype,
+) -> None:
+    M, K, width = 21, 40, 70
+    shares = [share(K, width, p=p), share(K, width, 8, p=p, d="d" in trained), share(width, K, p=down_p)]
+    x, up = random(M, K, dtype=dtype), random(M, K, dtype=dtype)
+    ours, theirs = leaves(shares, dtype, trained), leaves(shares, torch.float64, trained)
+    x.requires_grad_("x" in trained)
+    wide = x.detach().double().requires_grad_("x" in trained)
+    y = gated.run(x, act, tuple(ours))
+    kept = saved(y)
+    assert sum(t.shape == (M, width) for t in kept) <= 2 + ("d" in trained)  # e, g, and what d scales
+    keep, down_keep = watch.keep(0, M, K, p), watch.keep(-1, M, width, down_p)
+    e, g = (by_definition(wide, one, keep) for one in theirs[:2])
+    wanted = by_definition(plain(e) * g, theirs[2], down_keep)
+    close(y, wanted, dtype, loss=4)
+    y.backward(up)
+    wanted.backward(up.double())
+    assert watch.calls.count("gate") == watch.calls.count("gate_backward_") == 1
+    assert watch.calls.count("outer") == ("A" in trained) * ((p > 0) + (down_p > 0))
+    same_gradients(ours, theirs, dtype)
+    if "x" in trained:
+        close(x.grad, wide.grad, dtype, loss=6)
+    with torch.no_grad():
+        eval_ = gated.run(x, act, tuple(one._replace(dropout=0.0) for one in ours))
+    e, g = (by_definition(wide, one, 1.0) for one in theirs[:2])
+    close(eval_, by_definition(plain(e) * g, theirs[2], 1.0), dtype, loss=4)
+    assert watch.calls.count("gate") == 2
+
+
+def test_other_activations_keep_pytorchs_operations(watch: Watch) -> None:
+    x, shares = random(9, 16), (share(16, 24), share(16, 24), share(24, 16))
+    for act in (nn.GELU(), nn.ReLU(), nn.Mish()):
+        e, g = (by_definition(x, one, 1.0) for one in shares[:2])
+        close(gated.run(x, act, shares), by_definition(act(e) * g, shares[2], 1.0), torch.float32, loss=4)
+    assert watch.calls == []
+
+
+def test_no_rows_in_a_layer(watch: Watch) -> None:
+    x, (one,) = random(0, 64).requires_grad_(), leaves([share(64, 32, p=0.1)], torch.float32, "A B")
+    rules = (1, (0.5,), 0.1, torch.float32)
+    (y,) = linear.apply(linear.FactoredLinear, x, rules, one.W, one.b, one.A, one.B, None)
+    assert watch.calls == ["draw_seed", "shrink"]
+    y.sum().backward()
+    assert torch.equal(one.A.grad, torch.zeros_like(one.A)) and torch.equal(one.B.grad, torch.zeros_like(one.B))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mlp = nn.Linear(32, 32), Network()
+        self.checkpointed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.run, x, use_reentrant=False) if self.checkpointed else self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.first(x))
+
+
+def adapted(p: float) -> nn.Module:
+    config = veneer.LoraConfig(r=4, target_modules=["first", "gate", "up", "down"], lora_dropout=p)
+    model = veneer.get_peft_model(Block().to(DEVICE), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def test_a_model_is_served_by_them(watch: Watch) -> None:
+    model, x = adapted(0.0).train(), random(4, 8, 32)
+    found = step(model, x)
+    assert watch.calls == ["gate", "gate_backward_"]
+    with reference():
+        wanted = step(model, x)
+    assert watch.calls == ["gate", "gate_backward_"]
+    for mine, other in zip(found, wanted, strict=True):
+        close(mine, other, torch.float32, loss=4)
+
+
+def test_checkpointing_and_manual_seed_give_the_same_masks(watch: Watch) -> None:
+    model, x = adapted(0.5).train(), random(4, 8, 32).requires_grad_()
+    found = []
+    for checkpointed in (False, True, False):
+        model.get_base_model().checkpointed = checkpointed
+        torch.manual_seed(3)
+        found.append(step(model, x))
+    assert watch.seeds[:3] == watch.seeds[3:6] == watch.seeds[6:9] == watch.seeds[9:] and len(set(watch.seeds)) == 3
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert not torch.equal(found[0][0], step(model, x)[0])
+
+
+def test_without_triton_a_layer_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch)
+    monkeypatch.setattr(kernels, "installed", lambda: False)
+    model, x = adapted(0.25).train(), random(4, 8, 32).requires_grad_()
+    step(model, x)
+    assert watch.calls == []
+    (y,) = linear.run(x.flatten(0, 1), tuple(leaves([share(32, 16, p=0.25)], torch.float32, "A B")))
+    assert [t.shape for t in saved(y) if t.dtype == torch.int16] == [(32, 2)]

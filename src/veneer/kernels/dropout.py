@@ -4,6 +4,9 @@
 give it, by Walker's alias method (Walker 1977, doi.org/10.1145/355744.355749). One random int64 has the column of the
 alias table in its low 16 bits and the threshold in the other 48. Drawing takes a tenth of the time of `bernoulli_` on
 a CPU, and the mask is kept in backward as it is: M K / 8 bytes.
+
+Where Triton's kernels run, a seed stands for the mask and takes its place everywhere: they draw the mask again inside
+the products that need it.
 """
 
 from __future__ import annotations
@@ -13,10 +16,15 @@ import functools
 import torch
 from torch import Tensor
 
-from . import scratch
+from . import scratch, triton
 
 BITS = 16
 _WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}  # bits of an element
+
+
+def mask_for(x: Tensor, p: float) -> Tensor:
+    """What stands for a mask of x (M, in): a seed (1,) int64 where Triton runs, and else the packed mask."""
+    return triton.draw_seed(x.device) if triton.available(x) else draw(x.shape[0], x.shape[1], p, x.device)
 
 
 def draw(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
@@ -90,8 +98,10 @@ def rows_of(x: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     return some, room, room.view(_WORDS[x.element_size() * 8])
 
 
-def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """X (M, in), dropped, times A^T for A (r, in): (M, r)."""
+def shrink(mask: Tensor, x: Tensor, A: Tensor, p: float) -> Tensor:
+    """X (M, in), dropped with probability p, times A^T for A (r, in): (M, r). `mask` is what `mask_for` gave."""
+    if mask.dtype is torch.int64:
+        return triton.shrink(x, A, 1 - p, p=p, seed=mask)
     h = x.new_empty(x.shape[0], A.shape[0])
     for part in scratch.chunks(x):
         some, room, words = rows_of(x, part)
@@ -100,8 +110,12 @@ def shrink(mask: Tensor, x: Tensor, A: Tensor) -> Tensor:
     return h
 
 
-def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None) -> Tensor | None:
+def pull(mask: Tensor, gh: Tensor, x: Tensor | None, A: Tensor, dx: Tensor | None, p: float) -> Tensor | None:
     """Backward of `shrink` for gh (M, r): the gradient of A, if x (M, in) is given, and that of x, added to dx."""
+    if mask.dtype is torch.int64:
+        if dx is not None:
+            triton.expand_add_(dx, gh, A.t(), 1 - p, p=p, seed=mask)
+        return None if x is None else triton.outer(gh, x, 1 - p, p=p, seed=mask)
     wide = torch.promote_types(A.dtype, torch.float32)  # many parts are added
     dA = None if x is None else gh.new_zeros(A.shape, dtype=wide)
     like = dx if x is None else x

@@ -3,7 +3,8 @@
     y = down(act(gate(x)) * up(x))
 
 Kept for backward are x, gate(x), up(x) and the low-rank products. act(gate(x)) and the input of `down` are computed
-again, element by element; without this an adapter on `down` makes autograd keep them both.
+again, element by element; without this an adapter on `down` makes autograd keep them both. Where Triton runs, it
+reads and writes them in one pass forward and one backward.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from . import linear, scratch
+from . import linear, scratch, triton
 from .linear import Kept, Member, Share
 from .structure import Gated
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
 ACTIVATIONS |= {"FastGELUActivation", "QuickGELUActivation", "ReLU", "ReLUSquaredActivation", "Tanh", "Sigmoid", "Mish"}
 SILU = ("SiLU", "SiLUActivation")
+TANH = ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation")  # one formula, written differently
 HOME = ("torch.nn.modules.activation", "transformers.activations")
 
 
@@ -115,9 +117,25 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
         y = linear.apply(GatedLinear, flat, act, rules, *(t for group in (*above, *below) for t in group))
     else:
         e, g = linear.forward(flat.to(dtype), *linear.lowered(dtype, *above), scales, p, keep=False)[0]
-        m = act_forward(act, e, "inner").mul_(g)
+        m = inner(act, e, g)
         y = linear.forward(m, *linear.lowered(dtype, *below), down_scales, down_p, keep=False)[0][0]
     return linear.unflat(x, y)
+
+
+def fused(act: nn.Module, e: Tensor) -> str | None:
+    """The name that Triton's kernels have for the activation, or None where they do not run for e (M, width)."""
+    if not triton.available(e) or e.numel() < linear.SMALL:
+        return None
+    name = type(act).__name__
+    if name in SILU:
+        return "silu"
+    return "gelu_tanh" if name in TANH or getattr(act, "approximate", None) == "tanh" else None
+
+
+def inner(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
+    """act(e) * g, (M, width)."""
+    name = fused(act, e)
+    return act_forward(act, e, "inner").mul_(g) if name is None else triton.gate(e, g, name)
 
 
 def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
@@ -129,13 +147,51 @@ def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
 
 
 def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:
-    """The gradient of e from that of act(e), which may be overwritten."""
-    if type(act).__name__ in SILU:
-        made: Tensor = torch.ops.aten.silu_backward.grad_input(grad, e, grad_input=grad)
-        return made
+    """The gradient of e from that of act(e)."""
     with torch.enable_grad():
         e = e.detach().requires_grad_()
         return torch.autograd.grad(act(e), e, grad)[0]
+
+
+def gradients(
+    act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any, remake: bool, masked: bool
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """The gradients of e and g (M, width), and those of `down`'s tensors, from that of its output.
+
+    Args:
+        down: the arguments of `linear.backward` after x.
+        remake: whether act(e) * g is made again, as the gradient of down's A wants it.
+        masked: whether `down` has dropout.
+    """
+    name = fused(act, e)
+    if name is not None:
+        made: list[Tensor] = []
+
+        def again(dm: Tensor) -> Tensor:
+            made[:] = triton.gate_backward_(dm, e, g, name)
+            return made.pop()
+
+        dm, *below = linear.backward((gy,), again if remake else None, *down)
+        de, dg = made or triton.gate_backward_(dm, e, g, name, remake=False)  # type: ignore[arg-type]
+        return de, dg, below
+    # Element by element a few rows at a time, which stay in a core's cache from one step to the next.
+    silu = type(act).__name__ in SILU
+    a = scratch.like("gate", e) if silu else act(e)  # (M, width)
+    m = scratch.like("inner", e)
+    for part in scratch.chunks(e):
+        if silu:
+            torch.ops.aten.silu.out(e[part], out=a[part])
+        if remake:
+            torch.mul(a[part], g[part], out=m[part])
+    room = scratch.like("gradient", e) if remake and masked else m  # with dropout, m is read after dm is written
+    dm, *below = linear.backward((gy,), m if remake else None, *down, room=room)
+    for part in scratch.chunks(e):
+        gradient = dm[part]  # type: ignore[index]
+        a[part].mul_(gradient)
+        gradient.mul_(g[part])
+        if silu:
+            torch.ops.aten.silu_backward.grad_input(gradient, e[part], grad_input=gradient)
+    return dm if silu else act_backward(act, dm, e), a, below  # type: ignore[return-value,arg-type]
 
 
 class GatedLinear(torch.autograd.Function):
@@ -150,7 +206,7 @@ class GatedLinear(torch.autograd.Function):
         below = linear.lowered(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
         low = x if x.dtype == dtype else x.to(dtype)
         (e, g), kept = linear.forward(low, *above, scales, p, True, own=True)  # (M, width) each
-        m = act_forward(act, e, "inner").mul_(g)  # (M, width)
+        m = inner(act, e, g)  # (M, width)
         (y,), down = linear.forward(m, *below, down_scales, down_p, True)
         need = ctx.needs_input_grad
         ctx.needs = need[0], *(need[i : i + 2] for i in range(5, 13, 2))
@@ -162,7 +218,7 @@ class GatedLinear(torch.autograd.Function):
             *above[0], *above[1], *above[3], *above[4], below[0][0], below[3][0], below[4][0],
             *(() if kept.undo else kept.raw), *down.raw,
         )  # fmt: skip
-        ctx.act, ctx.scales, ctx.down_scales = act, scales, down_scales
+        ctx.act, ctx.scales, ctx.down_scales, ctx.p, ctx.down_p = act, scales, down_scales, p, down_p
         ctx.raws, ctx.undo = len(kept.raw), kept.undo
         return y
 
@@ -173,21 +229,11 @@ class GatedLinear(torch.autograd.Function):
         *above, below, raw = rest[:2], rest[2:4], rest[4:6], rest[6:8], rest[8:11], rest[11:]
         if ctx.undo:
             raw = [t for t, d in zip((e, g), above[3], strict=True) if d is not None] + raw
-        a = act_forward(ctx.act, e, "gate")  # (M, width)
-        m = None
-        if ctx.down_needs[2][0]:
-            m = torch.mul(a, g, out=scratch.like("inner", e))
-        room = m
-        if m is None or down_mask is not None:
-            room = scratch.like("gradient", e)
-        kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :])
         W, B, d = below
-        dm, *last = linear.backward(
-            (gy,), m, (W,), (None,), (B,), (d,), kept, ctx.down_scales, ctx.down_needs, room=room
-        )
-        dg = a.mul_(dm)
-        de = act_backward(ctx.act, dm.mul_(g), e)  # type: ignore[union-attr]
-        kept = Kept(A, h, mask, raw[: ctx.raws], ctx.undo)
+        kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :], ctx.down_p)
+        down = (W,), (None,), (B,), (d,), kept, ctx.down_scales, ctx.down_needs
+        de, dg, last = gradients(ctx.act, e, g, gy, down, ctx.down_needs[2][0], down_mask is not None)
+        kept = Kept(A, h, mask, raw[: ctx.raws], ctx.p, ctx.undo)
         dx, *first = linear.backward((de, dg), x, *above, kept, ctx.scales, ctx.needs, own=True)
         return (
             dx, None, None, None, None, *(t for group in first for t in group), None, *(t for group in last for t in group)

@@ -5,13 +5,16 @@
 Forward adds the low-rank part into the base product; backward adds into the gradient of x. What is kept for backward is
 x, which siblings and the rest of the model share, and x A^T. One product with all A of the siblings serves them all, and
 so does one with all of their gradients. Small matrices are cast to the dtype of x, x never to theirs.
+
+Plain products are PyTorch's on every device, a GPU's too: they are what its library is made for. Those that see what
+dropout leaves of x are in `dropout`.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -415,9 +418,10 @@ class Kept(NamedTuple):
 
     A: Tensor  # (R, in), all A of the siblings
     h: Tensor | None  # (M, R), times the scales
-    mask: Tensor | None  # packed
+    mask: Tensor | None  # packed, or its seed
     raw: list[Tensor]  # outputs before diag(d), (M, out), or the outputs themselves
-    undo: bool = False  # they are the outputs, and diag(d) and b can be undone
+    p: float  # of dropping
+    undo: bool = False  # `raw` are the outputs, and diag(d) and b can be undone
 
 
 def parted(h: Tensor, Bs: Tensors) -> Tensors:
@@ -457,7 +461,7 @@ def forward(
     """
     A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
     M, K = x.shape
-    mask = dropout.draw(M, K, p, x.device) if p else None
+    mask = dropout.mask_for(x, p) if p else None
     raw: list[Tensor | None] = []
     if M > MERGE * K and not p and x.dtype in MERGED and all(d is None for d in ds):
         ys = [linear(x, torch.addmm(W, B, own, alpha=s), b)
@@ -466,8 +470,8 @@ def forward(
         if keep:
             h = linear(x, A)
             rescale(h, parted(h, Bs), scales)
-        return ys, Kept(A, h, mask, raw)
-    h = linear(x, A) if mask is None else dropout.shrink(mask, x, A)  # (M, R)
+        return ys, Kept(A, h, mask, raw, p)
+    h = linear(x, A) if mask is None else dropout.shrink(mask, x, A, p)  # (M, R)
     parts = parted(h, Bs)
     rescale(h, parts, scales)
     undo = own and x.device.type == "cpu" and all(d is None or bool(d.all()) for d in ds)
@@ -480,7 +484,7 @@ def forward(
         raw.append(y)
         y = y * d if keep and not undo else y.mul_(d)
         ys.append(y if b is None else y.add_(b))
-    return ys, Kept(A, h, mask, raw if keep else [], undo)
+    return ys, Kept(A, h, mask, raw if keep else [], p, undo)
 
 
 def column_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -495,7 +499,7 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
 
 def backward(
     gs: Maybe,
-    x: Tensor | None,
+    x: Tensor | Callable[[Tensor], Tensor] | None,
     Ws: Tensors,
     bs: Maybe,
     Bs: Tensors,
@@ -511,12 +515,12 @@ def backward(
 
     Args:
         gs: gradients of the outputs (M, out_i); not all None.
-        x: (M, in), or None where no A is trained.
+        x: (M, in), or what makes it out of its gradient, which it may overwrite; None where no A is trained.
         needs: whether x needs a gradient, and for each share whether its b, A, B, d do.
         own: whether gs may be overwritten.
         room: (M, in), where the gradient of x may be put; with dropout it is not x itself.
     """
-    A, h, mask, raw, undo = kept
+    A, h, mask, raw, p, undo = kept
     need_x, need_b, need_A, need_B, need_d = needs
     n = len(Bs)
     dbs, dBs, dds = [None] * n, [None] * n, [None] * n  # type: list[Any], list[Any], list[Any]
@@ -554,8 +558,8 @@ def backward(
             g = gs[i]
             if g is not None and need_B[i]:
                 dBs[i] = torch.mm(part.t(), g).t() if wide else torch.mm(g.t(), part)  # type: ignore[call-overload]
-    wanted_A = any(need_A)
-    dA = torch.mm(gh.t(), x) if wanted_A and mask is None else None  # type: ignore[arg-type]  # (R, in)
+    seen = x if any(need_A) and isinstance(x, Tensor) else None
+    dA = torch.mm(gh.t(), seen) if seen is not None and mask is None else None  # (R, in)
     dx = None
     if need_x:
         for g, W in zip(gs, Ws, strict=True):
@@ -565,9 +569,12 @@ def backward(
                 else:
                     dx = torch.mm(g, W) if room is None else torch.mm(g, W, out=room)
     if mask is not None:
-        dA = dropout.pull(mask, gh, x if wanted_A else None, A, dx)
+        dA = dropout.pull(mask, gh, seen, A, dx, p)
     elif dx is not None:
         dx.addmm_(gh, A)
+    if seen is None and any(need_A):
+        seen = x(dx)  # type: ignore[operator,misc,arg-type]
+        dA = torch.mm(gh.t(), seen) if mask is None else dropout.pull(mask, gh, seen, A, None, p)
     dAs: Sequence[Any] = (None,) * n
     if dA is not None:
         dAs = (dA,) if n == 1 else dA.split([B.shape[1] for B in Bs])
@@ -592,7 +599,7 @@ class FactoredLinear(torch.autograd.Function):
         ctx.save_for_backward(
             low if A_needed else None, kept.A, kept.h if B_needed else None, kept.mask, *Ws, *Bs, *ds, *kept.raw
         )
-        ctx.n, ctx.scales = n, scales
+        ctx.n, ctx.scales, ctx.p = n, scales, p
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -603,7 +610,7 @@ class FactoredLinear(torch.autograd.Function):
         if all(g is None for g in gs):
             return (None,) * (2 + 5 * n)
         x, A, h, mask, *rest = ctx.saved_tensors
-        kept = Kept(A, h, mask, rest[3 * n :])
+        kept = Kept(A, h, mask, rest[3 * n :], ctx.p)
         dx, *found = backward(
             gs, x, rest[:n], (None,) * n, rest[n : 2 * n], rest[2 * n : 3 * n], kept, ctx.scales, ctx.needs
         )  # fmt: skip

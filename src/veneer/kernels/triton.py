@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 PROGRAMS = 264  # worth splitting a sum for: two for each of an H100's 132 processors
 ACTIVATIONS = ("silu", "gelu_tanh")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too
 
 
 @functools.cache
@@ -29,7 +32,27 @@ def installed() -> bool:
 
 def available(x: Tensor) -> bool:
     """Whether to run these for x: on a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1), if installed."""
-    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and installed()
+    if not (x.is_cuda or INTERPRETED) or x.dtype not in DTYPES or not installed():
+        return False
+    return INTERPRETED or starts(x.device)
+
+
+@functools.cache
+def starts(device: torch.device) -> bool:
+    """Whether a GPU is one that the block sizes fit, and a kernel can be built for it and started."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    e = torch.zeros(1, 1, device=device)
+    try:
+        gate(e, e)
+    except Exception as error:  # no C compiler, a driver of another version
+        warnings.warn(
+            f"{device}: Triton is installed and its kernels do not start ({type(error).__name__}: {error}), so PyTorch's "
+            "operations run in their place, with more memory and time; Triton needs a C compiler and the CUDA driver",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @functools.cache
@@ -157,21 +180,6 @@ def expand_add_(
     Returns:
         y.
     """
-    return expanded(y, h, B, scale, p, seed, scales, routing, add=True)
-
-
-def expanded(
-    y: Tensor,
-    h: Tensor,
-    B: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    scales: Tensor | None,
-    routing: Routing | None,
-    add: bool,
-) -> Tensor:
-    """`expand_add_`, or the same written over y."""
     M, N = y.shape
     R = h.shape[-1]
     fits("h", h, M, R)
@@ -185,7 +193,7 @@ def expanded(
             h, B, y, *factors(scale, p, seed, scales, routing), *segments(routing), *tables(routing),
             M, N, R,
             *h.stride(), *(B.stride() if routing else (0, *B.stride())), *y.stride(),
-            ADD=add, PRECISION=precision(y), BM=BM, BN=BN, BR=BR, num_warps=4, num_stages=2,
+            PRECISION=precision(y), BM=BM, BN=BN, BR=BR, num_warps=4, num_stages=2,
         )  # fmt: skip
     return y
 
@@ -253,11 +261,12 @@ def gate(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
     return m
 
 
-def gate_backward(dm: Tensor, e: Tensor, g: Tensor, act: str = "silu", *, remake: bool = True) -> tuple[Tensor, ...]:
-    """The gradients of `gate` and, with `remake`, its output again, in one pass.
+def gate_backward_(dm: Tensor, e: Tensor, g: Tensor, act: str = "silu", *, remake: bool = True) -> tuple[Tensor, ...]:
+    """The gradients of `gate` and, with `remake`, its output again, in one pass. That of e is written over dm.
 
     Args:
-        dm, e, g: (M, F), of any row stride.
+        dm: (M, F), contiguous, in the dtype of e.
+        e, g: (M, F), of any row stride.
         act: as for `gate`.
         remake: whether m is wanted.
 
@@ -265,11 +274,16 @@ def gate_backward(dm: Tensor, e: Tensor, g: Tensor, act: str = "silu", *, remake
         de and dg, and m with `remake`: (M, F), contiguous, in the dtype of e.
 
     Raises:
-        ValueError: another activation.
+        ValueError: another activation, or a dm that cannot be written over.
     """
-    made = tuple(torch.empty(e.shape, dtype=e.dtype, device=e.device) for _ in range(3 if remake else 2))
+    if not dm.is_contiguous() or dm.dtype != e.dtype:
+        raise ValueError(
+            f"dm: its strides are {dm.stride()} and its dtype {dm.dtype}, and the gradient of e is written over it; make it "
+            f"contiguous and {e.dtype}"
+        )
+    made = tuple(torch.empty(e.shape, dtype=e.dtype, device=e.device) for _ in range(2 if remake else 1))
     gate_grid(code().gate_backward_kernel, act, dm, e, g, *(made if remake else (*made, None)))
-    return made
+    return dm, *made
 
 
 def gate_grid(kernel: Any, act: str, *tensors: Tensor | None) -> None:
@@ -356,37 +370,6 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-class LowRank(torch.autograd.Function):
-    """y + s (x ⊙ mask / (1 - p)) A^T B^T, added in place. Keeps x A^T, and x where A is trained."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: Tensor | None
-    ) -> Tensor:
-        h = shrink(x, A, p=p, seed=seed)  # (M, r)
-        expand_add_(y, h, B, scale)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B, seed)
-        ctx.scale, ctx.p = scale, p
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, h, A, B, seed = ctx.saved_tensors
-        (dy,) = grads  # (M, N)
-        _, wants_x, wants_A, wants_B, *_ = ctx.needs_input_grad
-        dx = dA = dB = None
-        if wants_x or wants_A:
-            g = shrink(dy, B.T, ctx.scale)  # (M, r)
-        if wants_x:
-            dx = expanded(dy.new_empty(dy.shape[0], A.shape[1]), g, A.T, 1.0, ctx.p, seed, None, None, add=False)
-        if wants_A:
-            dA = outer(g, x, p=ctx.p, seed=seed, dtype=A.dtype)  # (r, K)
-        if wants_B:
-            dB = outer(h, dy, ctx.scale, dtype=B.dtype).T  # (N, r)
-        return dy, dx, dA, dB, None, None, None
-
-
 class Routed(torch.autograd.Function):
     """y[i] + scales[s] (x[i] A[s]^T) B[s]^T for the slot s of each row, added in place."""
 
@@ -417,43 +400,6 @@ class Routed(torch.autograd.Function):
         return dy, dx, dA, dB, None, None
 
 
-class Gate(torch.autograd.Function):
-    """act(e) * g, keeping e and g only."""
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, g: Tensor, act: str) -> Tensor:
-        ctx.save_for_backward(e, g)
-        ctx.act = act
-        return gate(e, g, act)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        e, g = ctx.saved_tensors
-        de, dg = gate_backward(grads[0], e, g, ctx.act, remake=False)
-        return de, dg, None
-
-
-def low_rank_add_(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, p: float = 0.0, seed: Tensor | None = None
-) -> Tensor:
-    """Add in place, differentiably: y += scale * dropout(x) A^T B^T.
-
-    Args:
-        y: (M, N), the base layer's output.
-        x: (M, K).
-        A: (r, K).
-        B: (N, r).
-        scale: a number.
-        p: probability of dropping an entry of x, below 1; no mask is kept.
-        seed: (1,) int64 from `draw_seed`, needed where p > 0.
-
-    Returns:
-        y, to be used in place of what was given.
-    """
-    result: Tensor = LowRank.apply(y, x, A, B, scale, p, seed)  # type: ignore[no-untyped-call]
-    return result
-
-
 def routed_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, routing: Routing) -> Tensor:
     """Add in place, differentiably: y[i] += scales[s] * (x[i] A[s]^T) B[s]^T for the slot s of each row.
 
@@ -469,10 +415,4 @@ def routed_add_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, rout
         y, to be used in place of what was given.
     """
     result: Tensor = Routed.apply(y, x, A, B, scales, routing)  # type: ignore[no-untyped-call]
-    return result
-
-
-def gated(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
-    """act(e) * g, (M, F), differentiable; keeps e and g. Raises as `gate`."""
-    result: Tensor = Gate.apply(e, g, act)  # type: ignore[no-untyped-call]
     return result

@@ -68,9 +68,9 @@ def expand_kernel(
     h, B, y, scales, gain, seed, p, order, offsets, block_slot, block_first,
     M, N, R,
     h_m, h_r, B_s, B_n, B_r, y_m, y_n,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y[m] (+)= gain * scales[slot] * (h[m] B[slot]^T) ⊙ mask[m]."""
+    """y[m] += gain * scales[slot] * (h[m] B[slot]^T) ⊙ mask[m]."""
     block = tl.program_id(0)
     n0 = tl.program_id(1) * BN
     n = n0 + tl.arange(0, BN)
@@ -98,8 +98,7 @@ def expand_kernel(
         acc = tl.where(keep_mask(seed, p, rows, n0, BM, BN), acc, 0.0)
     out = y + rows[:, None] * y_m + n.to(tl.int64)[None, :] * y_n
     inside = live[:, None] & (n < N)[None, :]
-    if ADD:
-        acc += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    acc += tl.load(out, mask=inside, other=0.0).to(tl.float32)
     tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
 
 
@@ -165,16 +164,16 @@ def gate_kernel(e, g, m, F, blocks, e_m, g_m, m_m, GELU: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def gate_backward_kernel(
-    dm, e, g, de, dg, m, F, blocks, dm_m, e_m, g_m, de_m, dg_m, m_m, GELU: tl.constexpr, BLOCK: tl.constexpr
+    dm, e, g, dg, m, F, blocks, dm_m, e_m, g_m, dg_m, m_m, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Compute de = dm * g * act'(e), dg = dm * act(e), and m again where it is asked for."""
+    """Compute de = dm * g * act'(e) over dm, dg = dm * act(e), and m again where it is asked for."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     f = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dms = tl.load(dm + row * dm_m + f, mask=f < F, other=0.0).to(tl.float32)
     es = tl.load(e + row * e_m + f, mask=f < F, other=0.0).to(tl.float32)
     gs = tl.load(g + row * g_m + f, mask=f < F, other=0.0).to(tl.float32)
     act, slope = bent(es, GELU)
-    tl.store(de + row * de_m + f, (dms * gs * slope).to(de.dtype.element_ty), mask=f < F)
+    tl.store(dm + row * dm_m + f, (dms * gs * slope).to(dm.dtype.element_ty), mask=f < F)
     tl.store(dg + row * dg_m + f, (dms * act).to(dg.dtype.element_ty), mask=f < F)
     if m is not None:
         tl.store(m + row * m_m + f, (act * gs).to(m.dtype.element_ty), mask=f < F)

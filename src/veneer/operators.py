@@ -143,7 +143,8 @@ class Factored(Operator):
             return super().row_growth(weight, dtype)
         (B,), (A,) = self.grouped(dtype, weight.device)
         both = torch.addmm(B @ (A @ A.t()), weight, A.t(), alpha=2)  # 2 W A^T + B (A A^T), (out, r)
-        return torch.linalg.vecdot(both, B)
+        growth: Tensor = torch.linalg.vecdot(both, B)
+        return growth
 
     def grouped(
         self, dtype: torch.dtype, device: torch.device | None = None, *, own_columns: bool = False

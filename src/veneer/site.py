@@ -410,6 +410,7 @@ class Plan(NamedTuple):
 
 
 NO_PLAN = Plan(None, None, None, None)
+PLANS = 16  # kept at a layer
 
 
 class Takeover:
@@ -430,6 +431,7 @@ class Takeover:
         self.group: Group | None = None  # the layers that see the same input
         self.gated: Gated | None = None  # a gated feed-forward network, whose layers can run as one
         self.planned = NO_PLAN
+        self.plans: dict[tuple[Item, ...], Plan] = {}
 
     @property
     def in_use(self) -> bool:
@@ -449,12 +451,18 @@ class Takeover:
             from .kernels.plan import kernel_of
 
             version = self.router.version
-            kernel = kernel_of(self, layer, live, version)
-            self.planned = plan = Plan(live, version, kernel, kernel if self.only_main else None)
+            known = self.plans.get(live)
+            if known is None or known.version is not version:
+                kernel = kernel_of(self, layer, live, version)
+                known = Plan(live, version, kernel, kernel if self.only_main else None)
+                # A few stacks, as where one is switched on and off; another thread may do the same at once.
+                kept = {k: p for k, p in self.plans.items() if p.version is version}
+                self.plans = {**(kept if len(kept) < PLANS else {}), live: known}
+            self.planned = plan = known._replace(live=live)  # an equal stack may be another object
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "planned": NO_PLAN}
+        return {**vars(self), "planned": NO_PLAN, "plans": {}}
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""

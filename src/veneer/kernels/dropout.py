@@ -50,7 +50,7 @@ def table(p: float, device: torch.device) -> Tensor:
     """Walker's table of the patterns (65536,) int64: thresholds in the upper 48 bits, signed, and aliases below."""
     size = 2**BITS
     patterns = torch.arange(size, device="cpu")  # not where `torch.device(...)` says
-    ones = sum((patterns >> bit) & 1 for bit in range(BITS)).double()
+    ones = torch.stack([(patterns >> bit) & 1 for bit in range(BITS)]).sum(0).double()
     share = ((1 - p) ** ones * p ** (BITS - ones) * size).tolist()  # mean 1
     small = [i for i, s in enumerate(share) if s < 1]
     large = [i for i, s in enumerate(share) if s >= 1]

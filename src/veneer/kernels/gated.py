@@ -226,15 +226,15 @@ class GatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> Any:
         x, e, g, A, h, mask, down_A, down_h, down_mask, *rest = ctx.saved_tensors
-        *above, below, raw = rest[:2], rest[2:4], rest[4:6], rest[6:8], rest[8:11], rest[11:]
+        Ws, bs, Bs, ds, below, raw = rest[:2], rest[2:4], rest[4:6], rest[6:8], rest[8:11], rest[11:]
         if ctx.undo:
-            raw = [t for t, d in zip((e, g), above[3], strict=True) if d is not None] + raw
+            raw = [t for t, d in zip((e, g), ds, strict=True) if d is not None] + raw
         W, B, d = below
         kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :], ctx.down_p)
         down = (W,), (None,), (B,), (d,), kept, ctx.down_scales, ctx.down_needs
         de, dg, last = gradients(ctx.act, e, g, gy, down, ctx.down_needs[2][0], down_mask is not None)
         kept = Kept(A, h, mask, raw[: ctx.raws], ctx.p, ctx.undo)
-        dx, *first = linear.backward((de, dg), x, *above, kept, ctx.scales, ctx.needs, own=True)
+        dx, *first = linear.backward((de, dg), x, Ws, bs, Bs, ds, kept, ctx.scales, ctx.needs, own=True)
         return (
             dx, None, None, None, None, *(t for group in first for t in group), None, *(t for group in last for t in group)
         )  # fmt: skip

@@ -108,7 +108,7 @@ class Member:
         parameters = layer._parameters
         if self.param not in parameters or self.bias not in parameters:  # parametrized, pruned, flattened
             return None
-        W, b = parameters[self.param], parameters[self.bias]
+        W, b, A, B = parameters[self.param], parameters[self.bias], None, None  # type: Any, Any, Any, Any
         if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or "_hf_hook" in layer.__dict__:
             return None
         if b is not None and b.requires_grad:
@@ -119,7 +119,7 @@ class Member:
             A, B = parameters[self.names[0]], parameters[self.names[1]]
             if type(A) not in PLAIN or type(B) not in PLAIN:
                 return None
-            return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)  # type: ignore[arg-type]
+            return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)
         links = self.site.links(self.live)
         ops = [op for link in links for op in terms(link.delta)]  # type: ignore[union-attr]
         drop = ops[0].dropout if layer.training else 0.0
@@ -188,12 +188,12 @@ def prepared(shares: Sequence[Share], x: Tensor) -> Steady | None:
         return None
     with torch.no_grad():
         A = torch.cat([s.A for s in shares]).to(dtype)
-        B = torch.block_diag(*[s.B.t() * s.scale for s in shares]).to(dtype).t()
+        B = torch.block_diag(*[s.B.t() * s.scale for s in shares]).to(dtype).t()  # type: ignore[no-untyped-call]
         b = None
         if any(s.b is not None for s in shares):
             b = torch.cat([s.W.new_zeros(s.W.shape[0]) if s.b is None else s.b.to(dtype) for s in shares])
         h, low = A.new_empty(A.shape[0]), A.new_empty(B.shape[0])
-        parts = low.split([s.W.shape[0] for s in shares])
+        parts = torch.split(low, [s.W.shape[0] for s in shares])
     return Steady(A, B, b, h, low, tuple((s.W, part) for s, part in zip(shares, parts, strict=True)))
 
 
@@ -366,6 +366,7 @@ def composed(
 
 Tensors = Sequence[Tensor]
 Maybe = Sequence[Tensor | None]
+Lists = tuple[Tensors, Maybe, Tensors, Tensors, Maybe]  # W, b, A, B and d of each share
 
 
 def columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tuple[float, ...], float]:
@@ -408,9 +409,9 @@ def compute_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
     return x.dtype if x.dtype == W.dtype else None
 
 
-def lowered(dtype: torch.dtype, *groups: Maybe) -> tuple[Any, ...]:
-    """Tensors in the dtype of the computation."""
-    return tuple([[t if t is None or t.dtype == dtype else t.to(dtype) for t in group] for group in groups])
+def lowered(dtype: torch.dtype, *groups: Maybe) -> Lists:
+    """Ws, bs, As, Bs and ds in the dtype of the computation."""
+    return tuple([[t if t is None or t.dtype == dtype else t.to(dtype) for t in group] for group in groups])  # type: ignore[return-value]
 
 
 class Kept(NamedTuple):
@@ -426,7 +427,7 @@ class Kept(NamedTuple):
 
 def parted(h: Tensor, Bs: Tensors) -> Tensors:
     """H (M, R) in the parts of the siblings, (M, r_i)."""
-    return (h,) if len(Bs) == 1 else h.split([B.shape[1] for B in Bs], 1)
+    return (h,) if len(Bs) == 1 else torch.split(h, [B.shape[1] for B in Bs], 1)
 
 
 def rescale(h: Tensor, parts: Tensors, scales: Sequence[float]) -> None:
@@ -462,7 +463,7 @@ def forward(
     A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
     M, K = x.shape
     mask = dropout.mask_for(x, p) if p else None
-    raw: list[Tensor | None] = []
+    raw: list[Tensor] = []
     if M > MERGE * K and not p and x.dtype in MERGED and all(d is None for d in ds):
         ys = [linear(x, torch.addmm(W, B, own, alpha=s), b)
               for W, b, own, B, s in zip(Ws, bs, As, Bs, scales, strict=True)]  # fmt: skip
@@ -557,7 +558,7 @@ def backward(
         for i, part in enumerate(parted(h, Bs)):  # type: ignore[arg-type]
             g = gs[i]
             if g is not None and need_B[i]:
-                dBs[i] = torch.mm(part.t(), g).t() if wide else torch.mm(g.t(), part)  # type: ignore[call-overload]
+                dBs[i] = torch.mm(part.t(), g).t() if wide else torch.mm(g.t(), part)
     seen = x if any(need_A) and isinstance(x, Tensor) else None
     dA = torch.mm(gh.t(), seen) if seen is not None and mask is None else None  # (R, in)
     dx = None
@@ -577,7 +578,7 @@ def backward(
         dA = torch.mm(gh.t(), seen) if mask is None else dropout.pull(mask, gh, seen, A, None, p)
     dAs: Sequence[Any] = (None,) * n
     if dA is not None:
-        dAs = (dA,) if n == 1 else dA.split([B.shape[1] for B in Bs])
+        dAs = (dA,) if n == 1 else torch.split(dA, [B.shape[1] for B in Bs])
         dAs = [one if g is not None and wanted else None for one, g, wanted in zip(dAs, gs, need_A, strict=True)]
     return dx, dbs, dAs, dBs, dds
 

@@ -140,9 +140,9 @@ def _groups(body: list[ast.stmt]) -> Iterator[tuple[str, ...]]:
                 yield from _groups(part)
         else:
             for call in _calls(statement):
-                name = _call(call)
-                if name is not None and isinstance(name[1], ast.Name):
-                    found.setdefault(name[1].id, []).append(name[0])
+                made = _call(call)
+                if made is not None and isinstance(made[1], ast.Name):
+                    found.setdefault(made[1].id, []).append(made[0])
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 yield from close(node.id)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import codec
-from .interop import adapterhub
+from .interop import adapterhub, checkpointing
 from .method import Method, registry
-from .router import Item, flat, stack
+from .router import Item, Rows, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
 from .targets import suggest
@@ -174,7 +174,13 @@ class PeftModel(nn.Module):
                 raise ValueError(
                     "adapter_names: adapters are merged into the base weights; call unmerge_adapter() first"
                 )
-        return router.hold(rows=None if names is None else tuple(names), tasks=tasks)
+            self._recall()
+        return router.hold(rows=None if names is None else Rows(names), tasks=tasks)
+
+    def _recall(self) -> None:
+        """See that what is chosen for one call holds where gradient checkpointing runs a block again."""
+        if self.training and torch.is_grad_enabled():
+            checkpointing.recall(self.get_base_model(), self.runtime.router)
 
     # Switching.
 
@@ -222,6 +228,7 @@ class PeftModel(nn.Module):
         self.runtime.check_together(names)
         if self.runtime.router.merged:
             raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first")
+        self._recall()
         with self.runtime.router.choose(names):
             yield
 

@@ -130,11 +130,28 @@ class Shared(nn.Module):
                 del table[key]
 
 
+class Rows(tuple[str, ...]):
+    """The adapter of each row of a batch, for one call.
+
+    Attributes:
+        distinct: the adapters among them, without the base.
+        found: what kernels found out for this call, in which adapters do not change.
+    """
+
+    distinct: tuple[str, ...]
+    found: dict[Any, Any]
+
+    def __new__(cls, names: Iterable[str]) -> Rows:
+        made = super().__new__(cls, names)
+        made.distinct, made.found = tuple(n for n in dict.fromkeys(made) if n != "__base__"), {}
+        return made
+
+
 class Local(threading.local):
     """What holds for one thread."""
 
     chosen: tuple[Item, ...] | None = None
-    rows: tuple[str, ...] | None = None
+    rows: Rows | None = None
     tasks: Tensor | None = None
     whole = False
     steady: dict[Any, Any] | None = None  # what kernels keep while no parameter changes
@@ -150,6 +167,7 @@ class Router:
         enabled: False inside `disable_adapter`.
         shared: state shared between sites.
         version: another object whenever adapters were added or removed, so that plans made before are void.
+        kept: what kernels keep for rows of different adapters, until adapters are added or removed.
     """
 
     def __init__(self) -> None:
@@ -160,6 +178,7 @@ class Router:
         self.local = Local()
         self.stack: tuple[Item, ...] = ()
         self.version = object()
+        self.kept: dict[Any, Any] = {}
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -172,9 +191,9 @@ class Router:
 
     def changed(self) -> None:
         """Say that adapters were added or removed."""
-        self.version = object()
+        self.version, self.kept = object(), {}
 
-    def rows(self) -> tuple[str, ...] | None:
+    def rows(self) -> Rows | None:
         """The adapter of each row of the batch, chosen for this thread, or None where all rows have the live ones."""
         return self.local.rows
 
@@ -224,8 +243,8 @@ class Router:
                 setattr(self.local, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("local", "version")}
+        return {k: v for k, v in vars(self).items() if k not in ("local", "version", "kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.local, self.version = Local(), object()
+        self.local, self.version, self.kept = Local(), object(), {}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .layers.kind import LayerKind
     from .method import Method
     from .places import Spot
-    from .router import Router
+    from .router import Router, Rows
 
 
 CARRIED = "veneer_prefix"  # argument that brings a block the cache that gradient checkpointing takes away
@@ -461,6 +461,13 @@ class Takeover:
             self.planned = plan = known._replace(live=live)  # an equal stack may be another object
         return plan
 
+    def mixed(self, layer: nn.Module) -> Any:
+        """What serves rows of different adapters, found once until adapters change."""
+        from .kernels.mixed import kernel_of
+
+        found = self.router.kept[layer] = kernel_of(self, layer)
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "planned": NO_PLAN, "plans": {}}
 
@@ -482,6 +489,14 @@ class Takeover:
                     y = plan.whole(layer, args[0])
                     if y is not None:
                         return y
+            elif self.main is not None and kernels.enabled():
+                mixed = router.kept.get(layer, self)
+                if mixed is self:
+                    mixed = self.mixed(layer)
+                if mixed is not None:
+                    y = mixed(layer, local.rows, args[0])
+                    if y is not None:
+                        return y
         if self.carries is not None and CARRIED in kwargs:
             args, kwargs = self.unpacked(args, dict(kwargs))
         rows = self.router.rows()
@@ -489,7 +504,7 @@ class Takeover:
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
         for site in self.tapped:
-            if any(name in site.entries for name in flat(live)):
+            if any(name in site.entries for name in (flat(live) if rows is None else rows)):
                 site.tap.value = args[0] if args else next(iter(kwargs.values()))
         if self.opaque is not None:
             if rows is not None and any(name in self.opaque.entries for name in rows):
@@ -520,31 +535,38 @@ class Takeover:
             return (*args[:place], cache, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: cache}
 
-    def by_rows(self, layer: nn.Module, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def by_rows(self, layer: nn.Module, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each row of a batch through its own adapter, one adapter after another."""
-        mine = [s for s in (self.main, self.opaque, self.module, *self.bare) if s is not None]
-        if not any(name in site.entries for site in mine for name in rows):
+        module = self.module
+        if module is None or not any(name in module.entries for name in rows.distinct):
+            return self.weights_by_rows(layer, rows, args, kwargs)
+        copied = () if self.opaque is None else self.opaque.entries  # where there is a copy, it is all there is
+        names = [n for n in rows.distinct if n in module.entries and n not in copied]
+        kind: Any = module.kind
+        outputs = self.weights_by_rows(layer, rows, args, kwargs)
+        parts = [(module.links((name,)), [i for i, n in enumerate(rows) if n == name]) for name in names]
+        return kind.by_rows(module, self, outputs, parts, len(rows), args, kwargs)
+
+    def weights_by_rows(self, layer: nn.Module, rows: Rows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer with the adapters of its weights, and full copies of it, row by row."""
+        mine = [s for s in (self.main, self.opaque, *self.bare) if s is not None]
+        if not any(name in site.entries for site in mine for name in rows.distinct):
             return self.call(layer, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.module is not None or self.bare or not isinstance(x, Tensor) or x.shape[0] % len(rows):
+        if self.bare or not isinstance(x, Tensor) or x.shape[0] % len(rows):
             raise ValueError(
                 f"{mine[0].name}: adapter_names cannot be told apart by row here, because {type(layer).__name__} does not "
                 "get the rows of the batch one by one; run the rows of one adapter at a time"
             )
-        repeat = x.shape[0] // len(rows)  # `generate` repeats each row for its beams
-        names = [name for name in rows for _ in range(repeat)]
         order, parts = [], []
-        for name in dict.fromkeys(names):
-            own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            taken = [
-                a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a for a in args
-            ]
-            named = {k: a.index_select(0, own) if isinstance(a, Tensor) and a.shape[:1] == x.shape[:1] else a
-                     for k, a in kwargs.items()}  # fmt: skip
+        for name in dict.fromkeys(rows):
+            own = own_rows([i for i, n in enumerate(rows) if n == name], len(rows), x)
+            taken = tuple(picked(a, own, x) for a in args)
+            named = {k: picked(a, own, x) for k, a in kwargs.items()}
             if self.opaque is not None and name in self.opaque.entries:
                 part = layer._modules[copy_name(name)](*taken, **named)  # type: ignore[misc]
             else:
-                part = self.inner(layer, (name,), tuple(taken), named)
+                part = self.inner(layer, (name,), taken, named)
             if not isinstance(part, Tensor):
                 raise ValueError(
                     f"{mine[0].name}: adapter_names needs layers that return one tensor, and {type(layer).__name__} returns "
@@ -604,6 +626,18 @@ def state_objective(
     made = {**out, "loss": loss, "logits": out["logits"][:, method.virtual_tokens :]}
     out = type(out)(**made)  # anew, so that the loss comes first
     return out.to_tuple() if as_tuple else out
+
+
+def own_rows(rows: Sequence[int], count: int, x: Tensor) -> Tensor:
+    """Where x (batch, ...) has some of `count` rows; `generate` repeats each row for its beams."""
+    repeat = x.shape[0] // count
+    return torch.tensor([i * repeat + k for i in rows for k in range(repeat)], device=x.device)
+
+
+def picked(value: Any, own: Tensor, x: Tensor) -> Any:
+    """Some rows of an argument that has as many as x; any other as it is."""
+    whole = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
+    return value.index_select(0, own) if whole else value
 
 
 def copy_name(adapter: str) -> str:

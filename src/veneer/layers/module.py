@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..site import Fork, Geometry
+from ..site import Fork, Geometry, own_rows, picked
 from .kind import LayerKind
 
 if TYPE_CHECKING:
@@ -35,6 +36,49 @@ class Module(LayerKind):
         self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         outputs = state.inner(target, state.router.live(), args, kwargs)
+        inputs = self.inputs(site, state, args, kwargs)
+        return with_first(outputs, along(links, inputs, first_of(outputs)))
+
+    def by_rows(
+        self,
+        site: Site,
+        state: Takeover,
+        outputs: Any,
+        parts: Sequence[tuple[Links, Sequence[int]]],
+        count: int,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module's outputs with the links of each adapter on its own rows.
+
+        Args:
+            site: the module's.
+            state: of the module.
+            outputs: what the module put out for the whole batch.
+            parts: links and the numbers of their rows, of which no two share any.
+            count: rows of the batch.
+            args: of the module.
+            kwargs: of the module.
+
+        Raises:
+            ValueError: the module does not put out the rows of the batch one by one.
+        """
+        inputs = self.inputs(site, state, args, kwargs)
+        first = first_of(outputs)
+        if not isinstance(first, Tensor) or first.shape[0] % count:
+            raise ValueError(
+                f"{site.name}: adapter_names cannot be told apart by row here, because {state.base.__name__} does not put "
+                "out the rows of the batch one by one; run the rows of one adapter at a time"
+            )
+        y = first
+        for links, rows in parts:
+            own = own_rows(rows, count, first)
+            mapped = along(links, {k: picked(v, own, first) for k, v in inputs.items()}, first.index_select(0, own))
+            y = y.index_copy(0, own, mapped.to(y.dtype))
+        return with_first(outputs, y)
+
+    def inputs(self, site: Site, state: Takeover, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The module's arguments by name, with the residual stream at the site."""
         inputs = {**dict(zip(arguments(state.base), args, strict=False)), **kwargs}
         if site.spot is not None and site.spot.residual:
             if site.tap.value is None:
@@ -43,9 +87,17 @@ class Module(LayerKind):
                     "the adapter needs is not known; name another place in target_modules"
                 )
             inputs[site.spot.residual], site.tap.value = site.tap.value, None  # kept no longer than needed
-        first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-        first = along(links, inputs, first)
-        return (first, *rest) if isinstance(outputs, tuple) else first
+        return inputs
+
+
+def first_of(outputs: Any) -> Any:
+    """The first of a module's outputs."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def with_first(outputs: Any, first: Tensor) -> Any:
+    """A module's outputs with another first one."""
+    return (first, *outputs[1:]) if isinstance(outputs, tuple) else first
 
 
 def along(links: Links, inputs: dict[str, Any], y: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def loops(monkeypatch: Any) -> Iterator[list[str]]:
         return before(self, layer, rows, args, kwargs)
 
     monkeypatch.setattr(Takeover, "weights_by_rows", counted)
-    yield seen
+    return seen
 
 
 def forced(way: str | None) -> Any:

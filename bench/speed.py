@@ -69,7 +69,9 @@ def training_steps(quick: bool) -> list[Figure]:
         if first:
             models |= {f"{n} dropout": m for n, m in with_dropout(base, ids, r).items()}
             models["full"] = full(base)
-        taken = interleaved({n: partial(step, m, ids) for n, m in models.items()}, 3 if quick else rounds, warmup=2)
+        taken = interleaved(
+            {n: partial(step, m, ids) for n, m in models.items()}, 3 if quick else rounds, warmup=2, settle=True
+        )
         where = said(hidden, layers, r, rows, tokens)
         note = f"forward, backward, no optimizer; {SAID}; fp32"
         found.append(
@@ -95,7 +97,7 @@ def other_steps(quick: bool) -> list[Figure]:
                 freeze_A(model)
         same_step(models, ids, kind)
     runs = {f"{n} {k}": partial(step, m, ids) for k, models in kinds.items() for n, m in models.items()}
-    taken = interleaved(runs, 3 if quick else 12, warmup=2)
+    taken = interleaved(runs, 3 if quick else 12, warmup=2, settle=True)
     note = said(hidden, layers, r, rows, tokens)
     lora = ("veneer lora", "peft lora")
     return [
@@ -147,7 +149,7 @@ def bf16_linear(quick: bool) -> list[Figure]:
         model.zero_grad(set_to_none=True)
         x.grad = None
 
-    taken = interleaved({n: partial(run, m) for n, m in models.items()}, 10 if quick else 60, warmup=5)
+    taken = interleaved({n: partial(run, m) for n, m in models.items()}, 10 if quick else 60, warmup=5, settle=True)
     note = "2048 tokens, 1024 x 1024, r=16, adapter in fp32; forward and backward, the input has a gradient"
     row = "bf16 linear, 2048 tokens × 1024², r=16 ÷ frozen"
     return [beside("bf16 linear / frozen", taken, "frozen", bar=1.50, note=note, row=row)]
@@ -168,7 +170,7 @@ def unmerged(quick: bool) -> list[Figure]:
         raise Red("unmerged generation", ["the tokens are not peft's"])
     with torch.no_grad():
         runs = {n: partial(m, input_ids=ids, use_cache=False) for n, m in models.items()}
-        taken = interleaved(runs, 5 if quick else 25, warmup=3)
+        taken = interleaved(runs, 5 if quick else 25, warmup=3, settle=True)
         spoken = interleaved(
             {n: partial(m.generate, input_ids=prompt, **options) for n, m in models.items()},
             3 if quick else 20,
@@ -205,7 +207,7 @@ def mixed_batch(quick: bool) -> list[Figure]:
     with torch.no_grad():
         runs = {n: partial(m, input_ids=ids, use_cache=False) for n, m in models.items()}
         runs |= {f"{n} mixed": partial(mixed, models[n]) for n in ("veneer", "peft")}
-        taken = interleaved(runs, 5 if quick else 12, warmup=2)
+        taken = interleaved(runs, 5 if quick else 12, warmup=2, settle=True)
     note = f"32 rows x 16 tokens, h=512, 8 layers, r=8, forward; {SAID}"
     both = {"ours": "veneer mixed", "theirs": "peft mixed", "note": note}
     return [
@@ -230,7 +232,7 @@ def mixed_linear(quick: bool) -> list[Figure]:
             raise Red("mixed linear", ["the outputs are not peft's, or the adapters make no difference"])
         for module in models.values():
             next(m for m in module.modules() if isinstance(m, Linears)).times = 16
-        taken = interleaved(runs, 10 if quick else 100, warmup=5)
+        taken = interleaved(runs, 10 if quick else 100, warmup=5, settle=True)
     note = "1024 x 1024, r=8, adapters in fp32; a model that runs its one linear 16 times"
     row = "32 rows × 1 token, 32 adapters, bf16 linear 1024² ÷ base"
     return [beside("bf16 linear with 32 adapters / base", taken, "base", bar=2.0, note=note, row=row)]

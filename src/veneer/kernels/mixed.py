@@ -383,6 +383,7 @@ class Mixed:
         self.straight = self.site.kind.name == "Linear"  # W is stored as (out, in)
         self.members: dict[str, Member | None] = {}
         self.ranks: dict[str, int] = {}
+        self.last: tuple[tuple[str, ...] | None, Found | None] = (None, None)  # rows of a call without gradients, and their tables
 
     def __call__(self, layer: nn.Module, rows: Rows, x: Tensor) -> Tensor | None:
         """The outputs for x (rows, ..., in), or None where another way has to be taken."""
@@ -402,9 +403,9 @@ class Mixed:
         if dtype is None or x.shape[-1] != K:
             return None
         graded = torch.is_grad_enabled()
-        found = rows.found.get((self, graded), self)
+        found: Any = rows.found.get((self, graded), self)
         if found is self:
-            found = rows.found[self, graded] = self.find(rows, graded)
+            found = rows.found[self, graded] = self.find(rows, graded) if graded else self.known(rows)
         if found is None:
             return None
         # Where `generate` repeats rows for its beams, they are counted among the row's tokens.
@@ -433,6 +434,18 @@ class Mixed:
         else:
             y = ADD[strategy](F.linear(z, W, b), u, table.A, table.Bt, batch)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def known(self, rows: Rows) -> Found | None:
+        """What serves a call without gradients: what was found for the last such rows, if its adapters are unchanged."""
+        last, found = self.last
+        if last != rows:
+            found = self.find(rows, False)
+            self.last = tuple(rows), found  # not `rows`, which holds what it found here
+        elif found is not None:
+            for dtype, table in list(found.tables.items()):
+                if table.state is None or not unchanged(table.state):
+                    del found.tables[dtype]
+        return found
 
     def find(self, rows: Rows, graded: bool) -> Found | None:
         """What serves a call, or None where an adapter of its rows is not low-rank and nothing more, or none is here."""
@@ -512,6 +525,12 @@ class Mixed:
 
 
 VERSION = attrgetter("_version")
+
+
+def unchanged(state: Any) -> bool:
+    """Whether the tensors of a state are as they were."""
+    tensors, versions, places = state
+    return bool(sum(map(VERSION, tensors)) == versions and sum(map(Tensor.data_ptr, tensors)) == places)
 
 
 def same(one: Any, two: Any) -> bool:

@@ -6,7 +6,6 @@ import copy
 import io
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +28,7 @@ ways = pytest.mark.parametrize("way", WAYS, ids=str)
 
 
 @pytest.fixture
-def loops(monkeypatch: Any) -> Iterator[list[str]]:
+def loops(monkeypatch: Any) -> list[str]:
     """The layers that ran one adapter after another."""
     seen: list[str] = []
     before = Takeover.weights_by_rows

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .router import Item, Rows, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
 from .site import copy_name
 from .targets import suggest
+
+if TYPE_CHECKING:
+    from .slots import Slots
 
 
 class BaseTuner(nn.Module):
@@ -233,6 +236,30 @@ class PeftModel(nn.Module):
             yield
 
     # Adapters come and go.
+
+    def reserve_slots(
+        self,
+        *,
+        max_adapters: int,
+        max_rank: int,
+        dtype: torch.dtype | None = None,
+        target_modules: str | Collection[str] = "all-linear",
+        max_rows: int = 256,
+    ) -> Slots:
+        """Make room for low-rank adapters that are loaded, swapped and switched without recompiling the model.
+
+        They act beside the active adapters, after these. Arguments and errors are those of `veneer.slots.Slots`.
+        """
+        from .slots import Slots
+
+        return Slots(
+            self.runtime,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            dtype=dtype,
+            target_modules=target_modules,
+            max_rows=max_rows,
+        )
 
     def add_adapter(
         self,

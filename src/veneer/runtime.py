@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .method import Method
 from .places import Spot
 from .router import Combined, Item, Router, flat, stack
 from .site import Entry, Original, Site, Takeover, copy_name, every, give_back, stand_in, take_over
+
+if TYPE_CHECKING:
+    from .slots import Slots
 
 ATTRIBUTE = "_veneer_runtime"
 PREFIX = "base_model.model."
@@ -115,6 +118,17 @@ class Place:
     door: Door | None = None
 
 
+@dataclass
+class Draft:
+    """An adapter that was planned and not yet put into the model."""
+
+    config: Method
+    places: list[Place]
+    shared: dict[str, Tensor]
+    overrides: dict[str, tuple[nn.Module, str, Tensor]]  # base tensors that the file brings
+    report: LoadReport
+
+
 def runtime_of(model: nn.Module) -> Runtime | None:
     """The runtime attached to a base model, or None."""
     found = model.__dict__.get(ATTRIBUTE)
@@ -130,6 +144,7 @@ class Runtime:
         configs: adapter name -> its config, a private copy.
         sites: site name -> site.
         places: adapter name -> the sites it has, in the model's order.
+        slots: room for further low-rank adapters, or None.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -139,6 +154,7 @@ class Runtime:
         self.sites: dict[str, Site] = {}
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
         self.places: dict[str, list[Site]] = {}
+        self.slots: Slots | None = None
         self.named: dict[str, nn.Module] = {}  # the model's modules, while an adapter is being attached
 
     @classmethod
@@ -180,6 +196,22 @@ class Runtime:
         """
         check_name(adapter, self.configs)
         refuse_sharded(self.root)
+        draft = self.draft(adapter, config, tensors=tensors, prefix=prefix, strict=strict, autocast=autocast, meta=meta)
+        self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
+        return draft.report
+
+    def draft(
+        self,
+        adapter: str,
+        config: Method,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        prefix: str = PREFIX,
+        strict: bool = True,
+        autocast: bool = True,
+        meta: bool = False,
+    ) -> Draft:
+        """An adapter with its tensors, without touching the model; arguments and errors as of `attach`."""
         self.named = dict(self.root.named_modules())
         try:
             config = copy.deepcopy(config).prepare(self.root)
@@ -194,10 +226,10 @@ class Runtime:
                 plan += places
                 shared |= drawn
             overrides = {} if loader is None else self.settle(loader, prefix, strict, adapter)
-            self.commit(adapter, self.described(config, plan), plan, shared, trainable, overrides)
+            report = LoadReport() if loader is None else loader.report
+            return Draft(self.described(config, plan), plan, shared, overrides, report)
         finally:
             self.named = {}
-        return LoadReport() if loader is None else loader.report
 
     def plan(
         self,
@@ -839,6 +871,8 @@ class Runtime:
 
     def unload(self, *, merge: Sequence[Item] | None = None, check: bool = False, progress: bool = False) -> nn.Module:
         """Take every adapter off and return the base model, with `merge` baked in for good."""
+        if self.slots is not None:
+            self.slots.release()
         if merge is None:
             self.unmerge()
         else:
@@ -854,7 +888,7 @@ class Runtime:
                 self.delete(adapter)
         self.root._modules.pop("veneer_shared", None)
         torch_fastpath.restore(self.root)
-        del self.root.__dict__[ATTRIBUTE]
+        self.root.__dict__.pop(ATTRIBUTE, None)
         return self.root
 
     def merge_for_good(self, names: Sequence[Item], check: bool) -> None:

@@ -1,0 +1,1 @@
+"""What peft keeps in `peft.utils`, under the same names."""

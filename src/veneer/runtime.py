@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -196,9 +197,21 @@ class Runtime:
         """
         check_name(adapter, self.configs)
         refuse_sharded(self.root)
-        draft = self.draft(adapter, config, tensors=tensors, prefix=prefix, strict=strict, autocast=autocast, meta=meta)
-        self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
+        rules: dict[str, Any] = {"prefix": prefix, "strict": strict, "autocast": autocast, "meta": meta}
+        with self.looking():
+            draft = self.draft(adapter, config, tensors=tensors, **rules)
+            self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
         return draft.report
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within the block, the model's modules are listed in `named`."""
+        before = self.named
+        self.named = before or dict(self.root.named_modules())
+        try:
+            yield
+        finally:
+            self.named = before
 
     def draft(
         self,
@@ -212,8 +225,7 @@ class Runtime:
         meta: bool = False,
     ) -> Draft:
         """An adapter with its tensors, without touching the model; arguments and errors as of `attach`."""
-        self.named = dict(self.root.named_modules())
-        try:
+        with self.looking():
             config = copy.deepcopy(config).prepare(self.root)
             prefix = prefix_of(config, prefix)
             loader = None if tensors is None else Loader(tensors)
@@ -228,8 +240,6 @@ class Runtime:
             overrides = {} if loader is None else self.settle(loader, prefix, strict, adapter)
             report = LoadReport() if loader is None else loader.report
             return Draft(self.described(config, plan), plan, shared, overrides, report)
-        finally:
-            self.named = {}
 
     def plan(
         self,

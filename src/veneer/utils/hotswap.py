@@ -140,8 +140,7 @@ def swap(
                     f"{site.name}: the new adapter has no {entry.names[key]}, which adapter {adapter!r} has"
                 )
             if value is not None:
-                room = site.owner._parameters[attr]
-                assert room is not None
+                room = held(site, attr)
                 if not fits(value, room, AXES.get(key), grows=can_grow(site)):
                     raise ValueError(
                         f"{site.name}: {entry.names[key]} of the new adapter is {tuple(value.shape)}, and there is room for "
@@ -157,22 +156,20 @@ def swap(
         if site.kind.whole:
             whole = runtime.layers[site.name]._modules[copy_name(adapter)]
             assert whole is not None
-            for name, room in whole.state_dict().items():
+            for name, own in whole.state_dict().items():
                 value = left.pop(f"{prefix}{site.entries[adapter].key}.{name}", None)
-                if value is None or value.shape != room.shape:
+                if value is None or value.shape != own.shape:
                     raise RuntimeError(
-                        f"{site.key}.{name}: the new adapter brings no copy of it of shape {tuple(room.shape)}"
+                        f"{site.key}.{name}: the new adapter brings no copy of it of shape {tuple(own.shape)}"
                     )
-                copies.append((room, value))
+                copies.append((own, value))
     if left:
         shown = ", ".join(sorted(left)[:4])
         raise RuntimeError(
             f"{len(left)} tensors of the new adapter have no place in adapter {adapter!r}: {shown}; a swap can only fill "
             "layers that the live adapter has"
         )
-    rank = max(
-        (site.owner._parameters[dict(e.trained)["A"]].shape[0] for site, e in places if can_grow(site)), default=0
-    )  # type: ignore[union-attr]
+    rank = max((held(s, dict(e.trained)["A"]).shape[0] for s, e in places if can_grow(s)), default=0)
     if largest > rank:
         if compiled:
             raise ValueError(
@@ -182,11 +179,9 @@ def swap(
         grow(runtime, adapter, largest)
     with torch.no_grad():
         for site, entry, key, value in values:
-            room = site.owner._parameters[dict(entry.trained)[key]]
-            assert room is not None
-            put(room, value, AXES.get(key, 0))
-        for room, value in copies:
-            room.copy_(value)
+            put(held(site, dict(entry.trained)[key]), value, AXES.get(key, 0))
+        for own, copied in copies:
+            own.copy_(copied)
 
 
 def put(room: Tensor, value: Tensor | None, axis: int) -> None:
@@ -228,8 +223,8 @@ def grow(runtime: Runtime, adapter: str, rank: int) -> None:
     )
     for site, entry in places:
         for key, attr in entry.trained:
-            parameter = site.owner._parameters[attr]
-            if key in AXES and parameter is not None and parameter.shape[AXES[key]] != rank:
+            parameter = held(site, attr)
+            if key in AXES and parameter.shape[AXES[key]] != rank:
                 axis = AXES[key]
                 spare = [0, 0] * (parameter.ndim - 1 - axis) + [0, rank - parameter.shape[axis]]
                 parameter.data = F.pad(parameter.data, spare)
@@ -243,6 +238,13 @@ def alpha_for(method: Any, rank: int) -> float:
     if method.r == rank:
         return method.lora_alpha  # type: ignore[no-any-return]
     return method.lora_alpha * (math.sqrt(rank / method.r) if method.use_rslora else rank / method.r)  # type: ignore[no-any-return]
+
+
+def held(site: Site, attribute: str) -> nn.Parameter:
+    """A trained tensor of an adapter on its layer."""
+    found = site.owner._parameters[attribute]
+    assert found is not None
+    return found
 
 
 def can_grow(site: Site) -> bool:

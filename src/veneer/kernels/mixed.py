@@ -383,7 +383,10 @@ class Mixed:
         self.straight = self.site.kind.name == "Linear"  # W is stored as (out, in)
         self.members: dict[str, Member | None] = {}
         self.ranks: dict[str, int] = {}
-        self.last: tuple[tuple[str, ...] | None, Found | None] = (None, None)  # rows of a call without gradients, and their tables
+        self.last: tuple[tuple[str, ...] | None, Found | None] = (
+            None,
+            None,
+        )  # rows of a call without gradients, and their tables
 
     def __call__(self, layer: nn.Module, rows: Rows, x: Tensor) -> Tensor | None:
         """The outputs for x (rows, ..., in), or None where another way has to be taken."""

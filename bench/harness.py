@@ -94,20 +94,20 @@ def interleaved(
     rounds: int,
     warmup: int = 1,
     after: Mapping[str, Callable[[], Any]] | None = None,
-    settle: bool = False,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn A B A B ..., after unmeasured rounds.
 
     Args:
         after: what puts the state back after a run, outside the time.
-        settle: run each once, untimed, right before it is timed, as in a loop of its own: else it finds caches and memory
-            as another left them.
+        settle: how often each runs, untimed, right before it is timed, as in a loop of its own: else it finds caches and
+            memory as another left them.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + warmup):
         gc.collect()
         for name, run in runs.items():
-            if settle:
+            for _ in range(settle):
                 run()
             gc.disable()
             start = time.perf_counter()

@@ -74,7 +74,7 @@ def training_steps(quick: bool) -> list[Figure]:
             models |= {f"{n} dropout": m for n, m in with_dropout(base, ids, r).items()}
             models["full"] = full(base)
         taken = interleaved(
-            {n: partial(step, m, ids) for n, m in models.items()}, 3 if quick else rounds, warmup=2, settle=True
+            {n: partial(step, m, ids) for n, m in models.items()}, 3 if quick else rounds, warmup=2, settle=2
         )
         where = said(hidden, layers, r, rows, tokens)
         note = f"forward, backward, no optimizer; {SAID}; fp32"
@@ -101,7 +101,7 @@ def other_steps(quick: bool) -> list[Figure]:
                 freeze_A(model)
         same_step(models, ids, kind)
     runs = {f"{n} {k}": partial(step, m, ids) for k, models in kinds.items() for n, m in models.items()}
-    taken = interleaved(runs, 3 if quick else 12, warmup=2, settle=True)
+    taken = interleaved(runs, 3 if quick else 12, warmup=2, settle=2)
     note = said(hidden, layers, r, rows, tokens)
     lora = ("veneer lora", "peft lora")
     return [
@@ -154,7 +154,7 @@ def bf16_linear(quick: bool) -> list[Figure]:
         model.zero_grad(set_to_none=True)
         x.grad = None
 
-    taken = interleaved({n: partial(run, m) for n, m in models.items()}, 10 if quick else 60, warmup=5, settle=True)
+    taken = interleaved({n: partial(run, m) for n, m in models.items()}, 10 if quick else 60, warmup=5, settle=2)
     note = "2048 tokens, 1024 x 1024, r=16, adapter in fp32; forward and backward, the input has a gradient"
     row = "bf16 linear, 2048 tokens × 1024², r=16 ÷ frozen"
     return [beside("bf16 linear / frozen", taken, "frozen", bar=1.50, note=note, row=row)]
@@ -175,7 +175,7 @@ def unmerged(quick: bool) -> list[Figure]:
         raise Red("unmerged generation", ["the tokens are not peft's"])
     with torch.no_grad():
         runs = {n: partial(m, input_ids=ids, use_cache=False) for n, m in models.items()}
-        taken = interleaved(runs, 5 if quick else 25, warmup=3, settle=True)
+        taken = interleaved(runs, 5 if quick else 25, warmup=3, settle=2)
         spoken = interleaved(
             {n: partial(m.generate, input_ids=prompt, **options) for n, m in models.items()},
             3 if quick else 20,
@@ -212,7 +212,7 @@ def mixed_batch(quick: bool) -> list[Figure]:
     with torch.no_grad():
         runs = {n: partial(m, input_ids=ids, use_cache=False) for n, m in models.items()}
         runs |= {f"{n} mixed": partial(mixed, models[n]) for n in ("veneer", "peft")}
-        taken = interleaved(runs, 5 if quick else 12, warmup=2, settle=True)
+        taken = interleaved(runs, 5 if quick else 12, warmup=2, settle=2)
     note = f"32 rows x 16 tokens, h=512, 8 layers, r=8, forward; {SAID}"
     both = {"ours": "veneer mixed", "theirs": "peft mixed", "note": note}
     return [
@@ -244,7 +244,7 @@ def mixed_linear(quick: bool) -> list[Figure]:
         for one in (mine, slotted):
             if relative(one, theirs) > 0.03 or relative(plain, theirs) < 0.03:
                 raise Red("mixed linear", ["the outputs are not peft's, or the adapters make no difference"])
-        taken = interleaved(runs, 10 if quick else 100, warmup=5, settle=True)
+        taken = interleaved(runs, 10 if quick else 100, warmup=5, settle=2)
     note = "1024 x 1024, r=8, adapters in fp32; 16 of them in a row, so that no weight lies in a core's cache"
     row = "32 rows × 1 token, 32 adapters, bf16 linear 1024² ÷ base"
     return [

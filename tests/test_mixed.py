@@ -370,6 +370,9 @@ def test_tables_follow_the_adapters(tmp_path: Any) -> None:
     model.delete_adapter("b")
     model.load_adapter(tmp_path / "b", "b")
     check()
+    scaled = {k: t * 1.5 if ":" in k else t for k, t in model.state_dict().items()}
+    model.load_state_dict(scaled, assign=True)  # other parameters under the same names
+    check()
     model.set_adapter("c")
     model.merge_adapter()
     with pytest.raises(ValueError, match="call unmerge_adapter"):
@@ -481,3 +484,14 @@ def test_shapes_choose_the_strategy() -> None:
     assert chosen(512, 1, 2, 512) == "dense"  # few adapters
     assert chosen(512, 1, 64, 512) == "grouped"  # many rows, many adapters
     assert chosen(32, 1, 32, 1024, torch.bfloat16) == "grouped"
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    """A compiled model takes rows, and is compiled again for others; slots are for where that matters."""
+    torch._dynamo.reset()
+    model = three(llama())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for rows in (ROWS, ROWS[::-1]):
+        got = compiled(input_ids=MIXED, adapter_names=rows, use_cache=False).logits
+        torch.testing.assert_close(got, alone(model, rows, MIXED), atol=2e-5, rtol=1e-4)

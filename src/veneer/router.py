@@ -148,13 +148,14 @@ class Rows(tuple[str, ...]):
 
 
 class Local(threading.local):
-    """What holds for one thread."""
+    """What holds for one thread. In each it is set on the object, as torch.compile asks whether it is."""
 
-    chosen: tuple[Item, ...] | None = None
-    rows: Rows | None = None
-    tasks: Tensor | None = None
-    whole = False
-    steady: dict[Any, Any] | None = None  # what kernels keep while no parameter changes
+    def __init__(self) -> None:
+        self.chosen: tuple[Item, ...] | None = None
+        self.rows: Rows | None = None
+        self.tasks: Tensor | None = None
+        self.whole = False
+        self.steady: dict[Any, Any] | None = None  # what kernels keep while no parameter changes
 
 
 class Router:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ..router import Router, Rows
     from ..site import Takeover
 
+    Pair = tuple[Tensor, Tensor]
+
 STRATEGIES = ("dense", "gather", "grouped")
 MOST = 64  # adapters that the tables kept from call to call hold; a batch with more has its own
 BATCHES = 16  # of rows, what was found out of them is kept
@@ -227,11 +229,12 @@ class Batch:
 
 
 # The strategies. Each adds to y (n, T, out), its own memory where no gradient is wanted, and returns it; x is (n, T, in).
+# `used` is what `in_use` returns, where it is known.
 
 
-def dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor:
+def dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     n, T, K = x.shape
-    A, Bt = in_use(A, Bt, batch)
+    A, Bt = used or in_use(A, Bt, batch)
     d, r, N = Bt.shape
     h = F.linear(x, A.reshape(d * r, K))  # (n, T, d r)
     mask = batch.mask(r, x.dtype, x.device)  # (n, 1, d r)
@@ -242,7 +245,7 @@ def dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor:
     return y
 
 
-def gather(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor:
+def gather(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     if batch.in_order:
         A, Bt = A[: batch.rows], Bt[: batch.rows]
     else:
@@ -252,7 +255,7 @@ def gather(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor:
     return torch.baddbmm(y, h, Bt) if torch.is_grad_enabled() else y.baddbmm_(h, Bt)
 
 
-def grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor:
+def grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     n, T, K = x.shape
     if x.is_cuda and groupable(x, A.mT) and groupable(x, Bt):
         order, place, ends = batch.order(x.device)
@@ -261,7 +264,7 @@ def grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor
         low = low.view(n, T, -1).index_select(0, place)
     elif batch.even:  # the same number of rows for each slot in use
         order, place, bare = batch.layout(x.device)
-        A, Bt = in_use(A, Bt, batch)
+        A, Bt = used or in_use(A, Bt, batch)
         rows = x if batch.in_order else x.index_select(0, order)
         h = torch.bmm(rows.to(A.dtype).view(len(batch.used), -1, K), A.mT)  # (d, most T, r)
         low = torch.bmm(h, Bt).to(y.dtype).view(-1, T, Bt.shape[2])  # (d most, T, out)
@@ -277,7 +280,7 @@ def grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch) -> Tensor
     return y + low if torch.is_grad_enabled() else y.add_(low)
 
 
-def in_use(A: Tensor, Bt: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def in_use(A: Tensor, Bt: Tensor, batch: Batch) -> Pair:
     """The slots that rows have, (d, r, in) and (d, r, out)."""
     if batch.all:
         return A[: batch.count], Bt[: batch.count]
@@ -290,7 +293,7 @@ def fused(x: Tensor) -> bool:
     return (x.is_cuda or INTERPRETED) and _forced is None and x.element_size() <= 4 and triton.installed()
 
 
-ADD = {"dense": dense, "gather": gather, "grouped": grouped}
+ADD: dict[str, Callable[..., Tensor]] = {"dense": dense, "gather": gather, "grouped": grouped}
 
 
 def routed_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
@@ -332,6 +335,24 @@ def routed_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, slots
     return ADD[strategy](y.clone().unsqueeze(1), x.unsqueeze(1), A, Bt, batch).squeeze(1)
 
 
+class State(NamedTuple):
+    """What the tensors of adapters were when a table was made of them.
+
+    Attributes:
+        tensors: of them, parameters and others.
+        versions: sum of how often they were written.
+        places: sum of their addresses.
+        attributes: names of the parameters on the layer.
+        parameters: that had these names.
+    """
+
+    tensors: list[Tensor]
+    versions: int
+    places: int
+    attributes: list[str]
+    parameters: list[Any]
+
+
 class Table(NamedTuple):
     """The adapters of one site, stacked.
 
@@ -347,7 +368,7 @@ class Table(NamedTuple):
     A: Tensor
     Bt: Tensor
     drops: tuple[float | None, ...]
-    state: Any
+    state: State | None
 
 
 class Found(NamedTuple):
@@ -359,6 +380,7 @@ class Found(NamedTuple):
         r: largest rank.
         trained: gradients go to an adapter: tables are stacked anew each time.
         tables: by their dtype, where they are not.
+        used: the slots in use of each.
         chosen: tokens of a row -> strategy.
     """
 
@@ -367,6 +389,7 @@ class Found(NamedTuple):
     r: int
     trained: bool
     tables: dict[torch.dtype, Table]
+    used: dict[torch.dtype, Pair]
     chosen: dict[int, str]
 
 
@@ -383,10 +406,8 @@ class Mixed:
         self.straight = self.site.kind.name == "Linear"  # W is stored as (out, in)
         self.members: dict[str, Member | None] = {}
         self.ranks: dict[str, int] = {}
-        self.last: tuple[tuple[str, ...] | None, Found | None] = (
-            None,
-            None,
-        )  # rows of a call without gradients, and their tables
+        # Rows of a call without gradients, and what served them.
+        self.last: tuple[tuple[str, ...] | None, Found | None] = (None, None)
 
     def __call__(self, layer: nn.Module, rows: Rows, x: Tensor) -> Tensor | None:
         """The outputs for x (rows, ..., in), or None where another way has to be taken."""
@@ -412,7 +433,9 @@ class Mixed:
         if found is None:
             return None
         # Where `generate` repeats rows for its beams, they are counted among the row's tokens.
-        z = (x if x.dtype == dtype else x.to(dtype)).reshape(n, -1, K)  # (n, T, in)
+        z = x if x.dtype == dtype else x.to(dtype)
+        if z.ndim != 3 or z.shape[0] != n:
+            z = z.reshape(n, -1, K)  # (n, T, in)
         T, batch = z.shape[1], found.batch
         strategy = _forced or found.chosen.get(T)
         if strategy is None:
@@ -431,12 +454,19 @@ class Mixed:
         if b is not None and b.dtype != dtype:
             b = b.to(dtype)
         if fused(z):
-            y = F.linear(z.view(-1, K), W, b)
+            y = F.linear(z.reshape(-1, K), W, b)
             routing, ones = batch.routing(T, z.device)
-            y = triton.routed_add_(y, u.reshape(-1, K), table.A[:-1], table.Bt[:-1].mT, ones, routing)
+            y = triton.routed_add_(y, u.reshape(-1, K), table.A[:-1], table.Bt[:-1].mT, ones, routing).view(n, T, -1)
         else:
-            y = ADD[strategy](F.linear(z, W, b), u, table.A, table.Bt, batch)
-        return y.view(*x.shape[:-1], y.shape[-1])
+            used = None
+            if not found.trained and strategy != "gather":
+                width = table.A.dtype
+                used = found.used.get(width)
+                if used is None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        used = found.used[width] = in_use(table.A, table.Bt, batch)
+            y = ADD[strategy](F.linear(z, W, b), u, table.A, table.Bt, batch, used)
+        return y if z is x else y.view(*x.shape[:-1], y.shape[-1])
 
     def known(self, rows: Rows) -> Found | None:
         """What serves a call without gradients: what was found for the last such rows, if its adapters are unchanged."""
@@ -446,8 +476,9 @@ class Mixed:
             self.last = tuple(rows), found  # not `rows`, which holds what it found here
         elif found is not None:
             for dtype, table in list(found.tables.items()):
-                if table.state is None or not unchanged(table.state):
-                    del found.tables[dtype]
+                if table.state is None or not self.unchanged(table.state):
+                    found.tables.pop(dtype, None)
+                    found.used.pop(dtype, None)
         return found
 
     def find(self, rows: Rows, graded: bool) -> Found | None:
@@ -459,7 +490,7 @@ class Mixed:
         trained = graded and any(t.requires_grad for name in here for t in self.site.tensors(name).values())
         names = rows.distinct if trained else crew(self.router, rows.distinct)
         r = max(self.ranks[name] for name in here)
-        return Found(names, batch_of(self.router, rows, names), r, trained, {}, {})
+        return Found(names, batch_of(self.router, rows, names), r, trained, {}, {}, {})
 
     def table(self, found: Found, dtype: torch.dtype) -> Table | None:
         """The adapters of a call in one table, or None where one cannot be read as it is stored now."""
@@ -487,9 +518,9 @@ class Mixed:
     def kept(self, names: tuple[str, ...], dtype: torch.dtype) -> Table | None:
         """The table of these adapters, for calls in which no gradient goes to them."""
         held: Table | None = self.router.kept.get((self, dtype))
-        state = self.state(names)
-        if held is not None and held.names is names and state is not None and same(held.state, state):
+        if held is not None and held.names is names and held.state is not None and self.unchanged(held.state):
             return held
+        state = self.state(names)  # before the table, so that a change while it is stacked is seen
         with torch.inference_mode(False), torch.no_grad():
             table = self.stack(names, dtype)
         if table is not None:
@@ -497,12 +528,23 @@ class Mixed:
             self.router.kept[self, dtype] = table
         return table
 
-    def state(self, names: tuple[str, ...]) -> Any:
+    def state(self, names: tuple[str, ...]) -> State | None:
         """What tells whether these adapters have changed; None where nothing would."""
-        tensors = [t for name in names if name in self.site.entries for t in self.site.tensors(name).values()]
+        site = self.site
+        here = [name for name in names if name in site.entries]
+        tensors = [t for name in here for t in site.tensors(name).values()]
         if any(map(Tensor.is_inference, tensors)) or sharded():
             return None
-        return tensors, sum(map(VERSION, tensors)), sum(map(Tensor.data_ptr, tensors))
+        attributes = [attr for name in here for _, attr in site.entries[name].trained]
+        held = [site.owner._parameters[attr] for attr in attributes]
+        return State(tensors, sum(map(VERSION, tensors)), sum(map(Tensor.data_ptr, tensors)), attributes, held)
+
+    def unchanged(self, state: State) -> bool:
+        """Whether the tensors of a state are those of the layer still, and as they were."""
+        tensors = state.tensors
+        if not all(map(is_, map(self.site.owner._parameters.get, state.attributes), state.parameters)):
+            return False
+        return sum(map(VERSION, tensors)) == state.versions and sum(map(Tensor.data_ptr, tensors)) == state.places
 
     def stack(self, names: tuple[str, ...], dtype: torch.dtype) -> Table | None:
         """The adapters in one table, or None where one cannot be read as it is stored now."""
@@ -528,17 +570,6 @@ class Mixed:
 
 
 VERSION = attrgetter("_version")
-
-
-def unchanged(state: Any) -> bool:
-    """Whether the tensors of a state are as they were."""
-    tensors, versions, places = state
-    return bool(sum(map(VERSION, tensors)) == versions and sum(map(Tensor.data_ptr, tensors)) == places)
-
-
-def same(one: Any, two: Any) -> bool:
-    """Whether two states are of the same tensors, unchanged."""
-    return one is not None and one[1:] == two[1:] and len(one[0]) == len(two[0]) and all(map(is_, one[0], two[0]))
 
 
 def padded(matrix: Tensor, rows: int) -> Tensor:

@@ -73,6 +73,9 @@ def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | mixed.Batch | N
         )
     z, flat = x.reshape(now.rows, -1, K), y.reshape(now.rows, -1, N)
     strategy = mixed.choose(now, z.shape[1], A.shape[1], K, N, x.dtype, x.device)
+    wide = mixed.table_dtype(strategy, x.dtype, x.device)
+    if A.dtype != wide:  # products of float32 make up for the cast
+        A, B = A.to(wide), B.to(wide)
     return mixed.ADD[strategy](flat, z, A, B, now).view(y.shape)
 
 

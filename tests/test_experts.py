@@ -166,6 +166,14 @@ def test_inference_and_few_tokens(name: str, way: str, tokens: int, dense: Any) 
             compare({"logits": own}, {"logits": model(inputs_embeds=x).logits})
 
 
+def no_more_upcasts_than_the_base(model: Any, x: Tensor) -> None:
+    with Watch(model) as seen:
+        model(inputs_embeds=x)
+    with model.disable_adapter(), Watch(model) as base:
+        model(inputs_embeds=x)
+    assert sorted(seen.ups) == sorted(base.ups), "an activation was cast up"
+
+
 @every
 @models
 def test_bf16_base(name: str, way: str, dense: Any) -> None:
@@ -175,11 +183,7 @@ def test_bf16_base(name: str, way: str, dense: Any) -> None:
     own = step(model, x)
     with dense():
         compare(own, step(model, x), 3e-2)
-    with Watch(model) as seen:
-        model(inputs_embeds=x)
-    with model.disable_adapter(), Watch(model) as base:
-        model(inputs_embeds=x)
-    assert sorted(seen.ups) == sorted(base.ups), "an activation was cast up"
+    no_more_upcasts_than_the_base(model, x)
 
 
 @every
@@ -190,11 +194,7 @@ def test_autocast(name: str, way: str, dense: Any) -> None:
         own = step(model, x)
         with dense():
             compare(own, step(model, x), 4e-2)
-        with Watch(model) as seen:
-            model(inputs_embeds=x)
-        with model.disable_adapter(), Watch(model) as base:
-            model(inputs_embeds=x)
-    assert sorted(seen.ups) == sorted(base.ups), "an activation was cast up"
+        no_more_upcasts_than_the_base(model, x)
 
 
 @every

@@ -1269,6 +1269,16 @@ def test_generate(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.allclose(logits(model), expected)
 
 
+def test_one_token_in_another_dtype_under_autocast() -> None:
+    """A layer in half precision whose input is not: autocast converts, which products into given room do not."""
+    model = adapted(One()).to(torch.bfloat16).eval()
+    x = inputs(1, 32, grad=False).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.runtime.router.hold(steady={}):
+        got = model(x)
+        with kernels.reference():
+            torch.testing.assert_close(got, model(x), atol=2e-2, rtol=2e-2)
+
+
 def test_generate_with_adapters_that_change_on_the_way() -> None:
     model = adapted(llama(), targets="all-linear")
     model.add_adapter("b", veneer.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))

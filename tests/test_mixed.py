@@ -495,3 +495,12 @@ def test_compiled() -> None:
     for rows in (ROWS, ROWS[::-1]):
         got = compiled(input_ids=MIXED, adapter_names=rows, use_cache=False).logits
         torch.testing.assert_close(got, alone(model, rows, MIXED), atol=2e-5, rtol=1e-4)
+
+
+def test_a_parametrized_layer_runs_on_its_own() -> None:
+    """Its weight is no parameter of its own any more."""
+    model = three(llama())
+    expected = call(model, MIXED, adapter_names=ROWS)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    torch.testing.assert_close(call(model, MIXED, adapter_names=ROWS), expected)

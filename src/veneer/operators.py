@@ -8,6 +8,7 @@ activations; activations are never cast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -167,30 +168,20 @@ class Factored(Operator):
         return B.view(g, -1, B.shape[1]), A
 
     @property
+    def bare(self) -> bool:
+        """Whether it is scale B A and nothing more."""
+        return self.inner is None and self.outer is None and self.groups == 1
+
+    @property
     def size(self) -> int:
         return self.A.shape[-1]
 
 
 class Dense(Operator):
-    """scale * M for a given M (out, in).
+    """scale * M for a given M (out, in)."""
 
-    Args:
-        row_dropout: probability of dropping a whole output row while training; the kept rows are scaled so
-            that the mean of the mask is 1.
-        skip: probability of leaving the whole operator out of a training step.
-    """
-
-    def __init__(self, M: Tensor, scale: float = 1.0, *, row_dropout: float = 0.0, skip: float = 0.0) -> None:
-        self.M, self.scale, self.row_dropout, self.skip = M, scale, row_dropout, skip
-
-    def sample(self) -> Operator:
-        M = self.M
-        if self.row_dropout:
-            keep = (torch.rand(M.shape[0], 1, device=M.device) > self.row_dropout).to(M.dtype)  # (out, 1)
-            M = M * (keep / keep.mean().clamp_min(1e-12))
-        if self.skip:
-            M = M * (torch.rand(1, device=M.device) > self.skip).to(M.dtype)
-        return Dense(M, self.scale)
+    def __init__(self, M: Tensor, scale: float = 1.0) -> None:
+        self.M, self.scale = M, scale
 
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense().to(x.dtype))
@@ -470,6 +461,13 @@ class Sum(Operator):
     @property
     def size(self) -> int:
         return self.terms[0].size
+
+
+def terms(op: Operator | None) -> Sequence[Operator]:
+    """What is added up in an operator: itself, or the terms of a sum; nothing for None."""
+    if op is None:
+        return ()
+    return [t for term in op.terms for t in terms(term)] if isinstance(op, Sum) else (op,)
 
 
 def piece(out: int, into: int) -> int:

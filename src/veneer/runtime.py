@@ -540,6 +540,12 @@ class Runtime:
             config.modules_to_save = kept  # type: ignore[attr-defined]
         return config
 
+    def settle_down(self) -> None:
+        """Freeze a base model that has nothing of ours so far, and stay with it."""
+        if runtime_of(self.root) is None:
+            self.root.requires_grad_(False)
+            self.root.__dict__[ATTRIBUTE] = self
+
     def commit(
         self,
         adapter: str,
@@ -550,10 +556,7 @@ class Runtime:
         overrides: Mapping[str, tuple[nn.Module, str, Tensor]],
     ) -> None:
         """Put a finished plan into the model."""
-        if runtime_of(self.root) is None:
-            for parameter in self.root.parameters():
-                parameter.requires_grad_(False)
-            self.root.__dict__[ATTRIBUTE] = self
+        self.settle_down()
         sites = []
         for place in plan:
             site, layer = place.site, place.layer

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import codec, layers, targets
-from .kernels.linear import terms
 from .kernels.mixed import Batch
-from .kernels.plan import LINEAR
 from .kernels.slots import A_NAME, B_NAME, COUNT, INDEX, Slotted
-from .operators import Factored
+from .operators import Factored, Sum, terms
 from .runtime import ATTRIBUTE, PREFIX, check_name, refuse_sharded
 from .site import Link, Takeover, give_back, link, take_over
 
@@ -141,9 +139,7 @@ class Slots:
         self.show()
         self.hold(INDEX, torch.full((max_rows,), max_adapters, device=weight.device))
         self.hold(COUNT, torch.ones((), dtype=torch.int64, device=weight.device))
-        if ATTRIBUTE not in self.root.__dict__:  # without an adapter so far
-            self.root.requires_grad_(False)
-            self.root.__dict__[ATTRIBUTE] = runtime
+        runtime.settle_down()
         runtime.slots = self
         runtime.router.changed()
 
@@ -232,7 +228,7 @@ class Slots:
         """A (r, in) and B (r, out), with its scale, of what an adapter says at a place."""
         site, entry, method = place.site, place.entry, place.entry.method
         refusal = f"{site.name}: {method.peft_name} is no low-rank matrix added to the weight of a linear layer here"
-        if place.role != "main" or site.kind.name not in LINEAR:
+        if place.role != "main" or site.kind.own_forward() is None:
             raise ValueError(f"{refusal}, which is all that a slot can hold; load it with load_adapter")
         p = {k: place.values[attr] for k, attr in (*entry.trained, *entry.frozen)} | {
             k: shared[k] for k in entry.shared
@@ -243,15 +239,15 @@ class Slots:
             pure = all(x is None for x in (said.left, said.right, said.shift, said.post))
             if not pure or not ops or not all(isinstance(op, Factored) and op.groups == 1 for op in ops):
                 raise ValueError(f"{refusal}, which is all that a slot can hold; load it with load_adapter")
-            A, B = torch.cat([op.A for op in ops]), torch.cat([op.folded_B().t() for op in ops])
+            both: Any = Sum(*ops).joined()
         if site.name not in self.parts:
             raise ValueError(f"{site.name}: this layer has no slots; name it in reserve_slots(target_modules=...)")
-        if A.shape[0] > self.max_rank:
+        if both.A.shape[0] > self.max_rank:
             raise ValueError(
-                f"{site.name}: the adapter's rank is {A.shape[0]}, and max_rank is {self.max_rank}; reserve slots of a "
+                f"{site.name}: the adapter's rank is {both.A.shape[0]}, and max_rank is {self.max_rank}; reserve slots of a "
                 "larger rank"
             )
-        return A, B
+        return both.A, both.B.t()
 
     def load(self, name: str, source: Source, config: Method | None = None) -> None:
         """Put an adapter into a free slot. It is not used yet.
@@ -375,7 +371,7 @@ class Slots:
 def slottable(module: nn.Module) -> bool:
     """Whether a module is a linear layer."""
     kind = layers.kind_of(module)
-    return kind is not None and kind.name in LINEAR
+    return kind is not None and kind.own_forward() is not None
 
 
 def reserve_slots(model: nn.Module, **options: Any) -> Slots:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..operators import Factored, Operator, Sum
+from ..operators import Factored, terms
+from . import ready
 
 if TYPE_CHECKING:
     from ..layers.kind import Links
@@ -37,16 +38,14 @@ def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | N
         links: what the adapters say, in order. Each may only add factored matrices.
         flipped: `weight` is stored as (in, out), or (experts, in, out).
     """
-    terms = factors_of(links)
-    if not terms or weight.ndim not in (2, 3) or any(B.ndim != weight.ndim for B, _, _ in terms):
+    factors = factors_of(links)
+    if not factors or weight.ndim not in (2, 3) or any(B.ndim != weight.ndim for B, _, _ in factors):
         return None
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         return None  # sharded, quantized
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or not ready():  # `Formed` has a backward only
         return None
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return None  # `Formed` has a backward only
-    return lazy(weight, LowRank(terms, weight.dtype), flipped)
+    return lazy(weight, LowRank(factors, weight.dtype), flipped)
 
 
 def factors_of(links: Links, share: float = 1.0) -> list[Term] | None:
@@ -64,17 +63,11 @@ def factors_of(links: Links, share: float = 1.0) -> list[Term] | None:
             continue
         if any(x is not None for x in (link.left, link.right, link.shift, link.post)):
             return None
-        for op in added(link.delta):
-            if type(op) is not Factored or op.groups > 1 or op.inner is not None or op.outer is not None:
+        for op in terms(link.delta):
+            if not isinstance(op, Factored) or not op.bare:
                 return None
             found.append((op.B, op.A, op.scale * share))
     return found
-
-
-def added(op: Operator | None) -> Sequence[Operator]:
-    if op is None:
-        return ()
-    return [t for term in op.terms for t in added(term)] if isinstance(op, Sum) else (op,)
 
 
 class LowRank:

@@ -97,12 +97,8 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
     """The output of the network on x (..., in), or None where its layers have to run on their own."""
     gate, up, down = shares
     K = gate.W.shape[1]
-    if type(x) is not Tensor or x.shape[-1] != K or up.W.shape[1] != K or x.device != gate.W.device:
-        return None
-    if not gate.W.dtype == up.W.dtype == down.W.dtype or not linear.ready():
-        return None
-    dtype = linear.compute_dtype(x, gate.W)
-    if dtype is None:
+    dtype = linear.accepted(x, gate.W)
+    if dtype is None or up.W.shape[1] != K or not gate.W.dtype == up.W.dtype == down.W.dtype:
         return None
     flat = x if x.ndim == 2 else x.reshape(-1, K)  # (M, in)
     *above, scales, p = linear.columns(shares[:2])
@@ -133,17 +129,13 @@ def fused(act: nn.Module, e: Tensor) -> str | None:
 
 
 def inner(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
-    """act(e) * g, (M, width)."""
+    """act(e) * g, (M, width), in scratch memory where the activation can be told to write there."""
     name = fused(act, e)
-    return act_forward(act, e, "inner").mul_(g) if name is None else triton.gate(e, g, name)
-
-
-def act_forward(act: nn.Module, e: Tensor, name: str) -> Tensor:
-    """act(e), in scratch memory of this name where the activation can be told to write there."""
-    if type(act).__name__ in SILU:
-        made: Tensor = torch.ops.aten.silu.out(e, out=scratch.like(name, e))
-        return made
-    return act(e)  # type: ignore[no-any-return]
+    if name is not None:
+        return triton.gate(e, g, name)
+    silu = type(act).__name__ in SILU
+    a: Tensor = torch.ops.aten.silu.out(e, out=scratch.like("inner", e)) if silu else act(e)
+    return a.mul_(g)
 
 
 def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..operators import Diagonal, Factored, Operator, Sum
+from ..operators import Diagonal, Factored, Sum, terms
 from ..site import Link
-from . import dropout, scratch
+from . import dropout, ready, scratch
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -40,6 +38,11 @@ MERGE = 2.4
 SMALL = 2**16  # entries of x below which an autograd function of ours takes longer to start than it saves
 MERGED = (torch.float32, torch.float64)  # dtypes in which W + s B A loses nothing that matters
 PLAIN = (nn.Parameter, Tensor)
+CALLER = 7  # frames: Together, Sibling, Takeover.run, forward, two of nn.Module's call, the caller
+
+Tensors = Sequence[Tensor]
+Maybe = Sequence[Tensor | None]
+Lists = tuple[Tensors, Maybe, Tensors, Tensors, Maybe]  # W, b, A, B and d of each share
 
 
 class Share(NamedTuple):
@@ -69,8 +72,6 @@ class Member:
 
     def __init__(self, site: Site, live: tuple[Item, ...]) -> None:
         self.site, self.live, self.layer = site, live, site.owner
-        self.param, self.bias = site.param, site.kind.bias
-        self.straight = site.kind.name == "Linear"  # W is stored as (out, in)
         self.names: tuple[str, str] | None = None  # of A and B where the operator holds the adapter's own tensors
         self.scale = self.dropout = 0.0
 
@@ -105,31 +106,21 @@ class Member:
     def share(self) -> Share | None:
         """The tensors of one call, or None where the layer cannot be read as it is stored now."""
         layer = self.layer
-        parameters = layer._parameters
-        if self.param not in parameters or self.bias not in parameters:  # parametrized, pruned, flattened
+        stored = stored_in(layer, self.site)
+        if stored is None or "_hf_hook" in layer.__dict__:
             return None
-        W, b, A, B = parameters[self.param], parameters[self.bias], None, None  # type: Any, Any, Any, Any
-        if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or "_hf_hook" in layer.__dict__:
-            return None
-        if b is not None and b.requires_grad:
-            return None
-        if not self.straight:
-            W = W.t()
+        W, b = stored  # type: Any, Any
         if self.names is not None:
-            A, B = parameters[self.names[0]], parameters[self.names[1]]
+            A, B = (layer._parameters[name] for name in self.names)
             if type(A) not in PLAIN or type(B) not in PLAIN:
                 return None
-            return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)
+            return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)  # type: ignore[arg-type]
         links = self.site.links(self.live)
         ops = [op for link in links for op in terms(link.delta)]  # type: ignore[union-attr]
         drop = ops[0].dropout if layer.training else 0.0
         if layer.training and any(op.dropout != drop for op in ops):
             return None
-        scale = ops[0].scale
-        A, B = ops[0].A, ops[0].full_B()
-        if len(ops) > 1:
-            A = torch.cat([op.A for op in ops])
-            B = torch.cat([op.full_B() * (op.scale / scale) for op in ops], 1)
+        op: Any = ops[0] if len(ops) == 1 else Sum(*ops).joined()
         d = None
         for link in links:
             left, shift = link.left, link.shift  # type: ignore[union-attr]
@@ -139,16 +130,23 @@ class Member:
                     b = b.to(d.dtype) * d
             if shift is not None:
                 b = shift if b is None else b.to(shift.dtype) + shift
-        return Share(W, b, A, B, d, scale, drop)
+        return Share(W, b, op.A, op.B, d, op.scale, drop)
 
 
-def terms(op: Operator | None) -> Sequence[Any]:
-    return op.terms if isinstance(op, Sum) else (op,)
+def stored_in(layer: nn.Module, site: Site) -> tuple[Tensor, Tensor | None] | None:
+    """A layer's frozen W (out, in) and b (out,), or None where they are not what they seem."""
+    parameters = layer._parameters
+    if site.param not in parameters or site.kind.bias not in parameters:  # parametrized, pruned, flattened
+        return None
+    W, b = parameters[site.param], parameters[site.kind.bias]
+    if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or (b is not None and b.requires_grad):
+        return None
+    return site.kind.canonical(site, W), b
 
 
 def factored(op: Any) -> bool:
-    """Whether the operator is scale B A and nothing more."""
-    return isinstance(op, Factored) and op.inner is None and op.outer is None and op.A.ndim == 2
+    """Whether the operator is scale B A, of matrices, and nothing more."""
+    return isinstance(op, Factored) and op.bare and op.A.ndim == 2
 
 
 class Steady(NamedTuple):
@@ -182,9 +180,10 @@ def steady(held: dict[Any, Any], key: Any, members: Sequence[Member], x: Tensor)
 
 
 def prepared(shares: Sequence[Share], x: Tensor) -> Steady | None:
-    dtype = compute_dtype(x, shares[0].W)
-    fits = all(s.W.dtype == dtype and s.W.device == x.device for s in shares)
-    if dtype is None or not fits or any(s.d is not None or s.dropout for s in shares):
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):  # it converts, and not into room that is given
+        return None
+    if any(s.W.dtype != dtype or s.W.device != x.device or s.d is not None or s.dropout for s in shares):
         return None
     with torch.no_grad():
         A = torch.cat([s.A for s in shares]).to(dtype)
@@ -320,15 +319,9 @@ def caller() -> CodeType | None:
         return None
 
 
-CALLER = 7  # frames: Together, Sibling, Takeover.run, forward, two of nn.Module's call, the caller
-
-
 def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:
     """The outputs of layers on x (..., in), or None where they have to run on their own."""
-    W = shares[0].W
-    if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not ready():
-        return None
-    dtype = compute_dtype(x, W)
+    dtype = accepted(x, shares[0].W)
     if dtype is None:
         return None
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
@@ -364,11 +357,6 @@ def composed(
     return ys
 
 
-Tensors = Sequence[Tensor]
-Maybe = Sequence[Tensor | None]
-Lists = tuple[Tensors, Maybe, Tensors, Tensors, Maybe]  # W, b, A, B and d of each share
-
-
 def columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tuple[float, ...], float]:
     """W, b, A, B, d and the scale of each share, and the dropout; the scale makes up for what is dropped."""
     Ws, bs, As, Bs, ds, scales, ps = zip(*shares, strict=True)
@@ -385,21 +373,10 @@ def needs_grad(*groups: Maybe) -> bool:
     return any(t is not None and t.requires_grad for group in groups for t in group)
 
 
-def ready() -> bool:
-    """Whether the mode we run in is one that an autograd function of ours can serve."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
-        return False
-    return not (torch._C._len_torch_dispatch_stack() and keeps_results())
-
-
-def keeps_results() -> bool:
-    """Whether selective checkpointing keeps results of operations, into which we would write."""
-    modes = _get_current_dispatch_mode_stack()
-    return any(type(m).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for m in modes)
-
-
-def compute_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
-    """The dtype a linear layer computes in, or None where it would refuse or convert on its own terms."""
+def accepted(x: Tensor, W: Tensor) -> torch.dtype | None:
+    """The dtype in which x (..., in) W^T is computed, or None where the layer has to run, or to complain, on its own."""
+    if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not ready():
+        return None
     kind = x.device.type
     if kind == "meta":
         return None

@@ -18,7 +18,6 @@ arxiv.org/abs/2310.18547 (Punica).
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..operators import terms
 from . import triton
 from .experts import groupable
-from .linear import PLAIN, Member, compute_dtype, ready, terms
+from .linear import Member, accepted, stored_in
 from .plan import runs_as_linear
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ COSTS = {
     ("cuda", 2): Cost(3e8, 1e-6, 2e-6, 0.02, 10.0),
 }
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once, too
-
 _forced: str | None = None
 
 
@@ -98,6 +96,11 @@ def choose(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype
     """The cheapest strategy for rows of so many tokens each, adapters (r, K) and (r, N)."""
     if _forced is not None:
         return _forced
+    found: str = batch.once((tokens, r, K, N, dtype, device), lambda: cheapest(batch, tokens, r, K, N, dtype, device))
+    return found
+
+
+def cheapest(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     kind, n, d, size = "cpu" if device.type == "cpu" else "cuda", batch.rows, len(batch.used), r * (K + N)
     cost = COSTS[kind, 2 if dtype.itemsize == 2 else 4]
     M = n * tokens
@@ -290,7 +293,7 @@ def in_use(A: Tensor, Bt: Tensor, batch: Batch) -> Pair:
 
 def fused(x: Tensor) -> bool:
     """Whether a Triton kernel does all of it."""
-    return (x.is_cuda or INTERPRETED) and _forced is None and x.element_size() <= 4 and triton.installed()
+    return _forced is None and triton.available(x)
 
 
 ADD: dict[str, Callable[..., Tensor]] = {"dense": dense, "gather": gather, "grouped": grouped}
@@ -381,7 +384,6 @@ class Found(NamedTuple):
         trained: gradients go to an adapter: tables are stacked anew each time.
         tables: by their dtype, where they are not.
         used: the slots in use of each.
-        chosen: tokens of a row -> strategy.
     """
 
     names: tuple[str, ...]
@@ -390,7 +392,6 @@ class Found(NamedTuple):
     trained: bool
     tables: dict[torch.dtype, Table]
     used: dict[torch.dtype, Pair]
-    chosen: dict[int, str]
 
 
 _LOCK = threading.Lock()
@@ -402,8 +403,6 @@ class Mixed:
     def __init__(self, state: Takeover, layer: nn.Module) -> None:
         assert state.main is not None
         self.site, self.layer, self.router = state.main, layer, state.router
-        self.bias, self.param = self.site.kind.bias, self.site.param
-        self.straight = self.site.kind.name == "Linear"  # W is stored as (out, in)
         self.members: dict[str, Member | None] = {}
         self.ranks: dict[str, int] = {}
         # Rows of a call without gradients, and what served them.
@@ -411,20 +410,12 @@ class Mixed:
 
     def __call__(self, layer: nn.Module, rows: Rows, x: Tensor) -> Tensor | None:
         """The outputs for x (rows, ..., in), or None where another way has to be taken."""
-        n, parameters = len(rows), layer._parameters
-        W: Any = parameters[self.param]
-        b: Any = parameters[self.bias]
-        if type(x) is not Tensor or layer is not self.layer or x.ndim < 2 or x.shape[0] % n or not x.shape[0]:
+        n, stored = len(rows), stored_in(layer, self.site)
+        if stored is None or layer is not self.layer or x.ndim < 2 or x.shape[0] % n or not x.shape[0]:
             return None
-        if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or x.device != W.device or not ready():
-            return None
-        if b is not None and b.requires_grad:
-            return None
-        if not self.straight:
-            W = W.t()
-        dtype = compute_dtype(x, W)
-        K = W.shape[1]
-        if dtype is None or x.shape[-1] != K:
+        W, b = stored
+        K, dtype = W.shape[1], accepted(x, W)
+        if dtype is None:
             return None
         graded = torch.is_grad_enabled()
         found: Any = rows.found.get((self, graded), self)
@@ -437,9 +428,7 @@ class Mixed:
         if z.ndim != 3 or z.shape[0] != n:
             z = z.reshape(n, -1, K)  # (n, T, in)
         T, batch = z.shape[1], found.batch
-        strategy = _forced or found.chosen.get(T)
-        if strategy is None:
-            strategy = found.chosen[T] = choose(batch, T, found.r, K, W.shape[0], dtype, z.device)
+        strategy = choose(batch, T, found.r, K, W.shape[0], dtype, z.device)
         table = self.table(found, table_dtype(strategy, dtype, z.device))
         if table is None:
             return None
@@ -490,7 +479,7 @@ class Mixed:
         trained = graded and any(t.requires_grad for name in here for t in self.site.tensors(name).values())
         names = rows.distinct if trained else crew(self.router, rows.distinct)
         r = max(self.ranks[name] for name in here)
-        return Found(names, batch_of(self.router, rows, names), r, trained, {}, {}, {})
+        return Found(names, batch_of(self.router, rows, names), r, trained, {}, {})
 
     def table(self, found: Found, dtype: torch.dtype) -> Table | None:
         """The adapters of a call in one table, or None where one cannot be read as it is stored now."""
@@ -511,7 +500,8 @@ class Mixed:
                 links: Any = self.site.links((name,))
             pure = member.plan() and all(link.left is None and link.shift is None for link in links)
             if pure:
-                self.ranks[name] = sum(op.A.shape[0] for link in links for op in terms(link.delta))
+                ops: Any = [op for link in links for op in terms(link.delta)]
+                self.ranks[name] = sum(op.A.shape[0] for op in ops)
             self.members[name] = member if pure else None
         return self.members[name]
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     Kernel = Callable[[nn.Module, Tensor], Tensor | None]
 
-LINEAR = ("Linear", "Conv1D")  # the layer kinds that are x W^T + b
 LIMIT = 64  # stacks of adapters whose kernels a group keeps
 
 
@@ -59,10 +58,8 @@ def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
 def runs_as_linear(state: Takeover) -> bool:
     """Whether the layer's own forward is x W^T + b and nothing more."""
     assert state.main is not None
-    kind = state.main.kind
-    if kind.name not in LINEAR or state.instance_forward is not None:
-        return False
-    return state.base.forward is kind.own_forward()
+    own = state.main.kind.own_forward()
+    return own is not None and state.instance_forward is None and state.base.forward is own
 
 
 def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:

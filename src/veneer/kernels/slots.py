@@ -18,14 +18,10 @@ from . import mixed
 if TYPE_CHECKING:
     from ..slots import Slots
 
-A_NAME, B_NAME = (
-    "A:slots",
-    "B:slots",
-)  # on each layer: (S + 1, R, in) and (S + 1, R, out), scales in B, the last slot zero
-INDEX, COUNT = (
-    "index:slots",
-    "count:slots",
-)  # on the model: the slot of each row (rows,), and how many rows were named ()
+# On each layer: (S + 1, R, in) and (S + 1, R, out), scales in B, the last slot zero.
+A_NAME, B_NAME = "A:slots", "B:slots"
+# On the model: the slot of each row (rows,), and how many rows were named ().
+INDEX, COUNT = "index:slots", "count:slots"
 
 
 class Slotted(Takeover):

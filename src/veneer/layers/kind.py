@@ -41,7 +41,7 @@ class LayerKind(ABC):
         """Raise if this particular layer cannot be adapted; `name` says where it is."""
 
     def own_forward(self) -> Any:
-        """The forward that is the operator's own product and nothing more, or None where no class has one."""
+        """The forward that is x W^T + b and nothing more, or None for kinds of layers that are something else."""
         return None
 
     def widen(self, site: Site, stored: Tensor) -> int:

@@ -57,7 +57,7 @@ soak: $(VENV)/.test  ## run the long tests too
 	$(BIN)/python -m pytest -n 2 tests
 
 bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --headline
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check src tests bench

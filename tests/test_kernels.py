@@ -32,7 +32,7 @@ from models import IDS as TOKENS
 from models import MODELS
 from small import llama, scramble
 from veneer import kernels
-from veneer.kernels import dropout, gated, linear, scratch, structure
+from veneer.kernels import decode, dropout, gated, linear, scratch, structure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -1255,8 +1255,8 @@ def logits(model: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize("config", GENERATE)
 def test_generate(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    one_token = linear.one_token
-    monkeypatch.setattr(linear, "one_token", lambda *args: (taken.append(args), one_token(*args))[1])
+    all_of = decode.Tokens.all
+    monkeypatch.setattr(decode.Tokens, "all", lambda *args: (taken.append(args), all_of(*args))[1])
     model = adapted(llama(attention_bias=True, mlp_bias=True), **{"targets": "all-linear", **GENERATE[config]})
     for _ in range(2):
         with kernels.reference():
@@ -1273,7 +1273,7 @@ def test_one_token_in_another_dtype_under_autocast() -> None:
     """A layer in half precision whose input is not: autocast converts, which products into given room do not."""
     model = adapted(One()).to(torch.bfloat16).eval()
     x = inputs(1, 32, grad=False).float()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.runtime.router.hold(steady={}):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.runtime.router.hold(decoding={}):
         got = model(x)
         with kernels.reference():
             torch.testing.assert_close(got, model(x), atol=2e-2, rtol=2e-2)

@@ -150,7 +150,7 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""
-        with self._by_row(args, kwargs), self.runtime.router.hold(steady={}):
+        with self._by_row(args, kwargs), self.runtime.router.hold(decoding={}):
             return cast(Any, self.get_base_model()).generate(*args, **kwargs)
 
     def _by_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -155,7 +155,9 @@ class Local(threading.local):
         self.rows: Rows | None = None
         self.tasks: Tensor | None = None
         self.whole = False
-        self.steady: dict[Any, Any] | None = None  # what kernels keep while no parameter changes
+        self.decoding: dict[Any, Callable[[Tensor], Tensor | None]] | None = (
+            None  # what serves a kernel's single tokens while no parameter changes
+        )
 
 
 class Router:
@@ -233,7 +235,7 @@ class Router:
 
     @contextmanager
     def hold(self, **choices: Any) -> Iterator[None]:
-        """Within the block and in this thread only, hold `chosen`, `rows`, `tasks`, `whole` or `steady`."""
+        """Within the block and in this thread only, hold `chosen`, `rows`, `tasks`, `whole` or `decoding`."""
         before = {name: getattr(self.local, name) for name in choices}
         for name, value in choices.items():
             setattr(self.local, name, value)

@@ -485,8 +485,12 @@ class Takeover:
                 plan = self.planned
                 if plan.live is not live or plan.version is not router.version:
                     plan = self.plan(layer, live)
-                if plan.whole is not None and kernels.enabled():
-                    y = plan.whole(layer, args[0])
+                whole = plan.whole
+                if whole is not None and kernels.enabled():
+                    token = None if local.decoding is None else local.decoding.get(whole)
+                    y = None if token is None else token(args[0])
+                    if y is None:
+                        y = whole(layer, args[0])
                     if y is not None:
                         return y
             elif self.main is not None and kernels.enabled():

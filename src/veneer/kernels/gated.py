@@ -10,6 +10,7 @@ reads and writes them in one pass forward and one backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from . import linear, scratch, triton
+from . import decode, linear, scratch, triton
 from .linear import Kept, Member, Share
 from .structure import Gated
 
@@ -56,13 +57,13 @@ class GatedNetwork:
             self.act = act
         if watched(act) or watched(gate.layer) or watched(up.layer) or watched(down.layer) or any_global():
             return None
-        held = self.local.steady
-        if held is not None and linear.is_token(x):
-            above = linear.steady(held, self, (gate, up), x)
-            below = linear.steady(held, down, (down,), x)
-            if above is not None and below is not None:
-                e, g = linear.one_token(x, above)
-                return linear.one_token(act(e).mul_(g), below)[0]
+        held = self.local.decoding
+        if held is not None and self not in held and decode.is_token(x):
+            above, below = decode.Tokens((gate, up), x), decode.Tokens((down,), x)
+            held[self] = partial(decode.gated, above, act, below) if above.fits and below.fits else decode.declined
+            y = held[self](x)
+            if y is not None:
+                return y
         shares = (gate.share(), up.share(), down.share())
         if any(s is None for s in shares) or shares[0].dropout != shares[1].dropout:  # type: ignore[union-attr]
             return None

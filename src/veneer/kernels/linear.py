@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from ..operators import Diagonal, Factored, Sum, terms
 from ..site import Link
-from . import dropout, ready, scratch
+from . import decode, dropout, ready, scratch
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -149,69 +149,6 @@ def factored(op: Any) -> bool:
     return isinstance(op, Factored) and op.bare and op.A.ndim == 2
 
 
-class Steady(NamedTuple):
-    """Layers that share an input, made ready for single tokens while no parameter changes. For one thread.
-
-    Attributes:
-        A: (R, in), all A.
-        B: (out_1 + ..., R), stored transposed, all B on its diagonal, times the scales.
-        b: (out_1 + ...,) or None.
-        h: room for A x, (R,).
-        low: room for B A x + b, (out_1 + ...,).
-        parts: W (out_i, in) of each layer, and its part of `low`.
-    """
-
-    A: Tensor
-    B: Tensor
-    b: Tensor | None
-    h: Tensor
-    low: Tensor
-    parts: tuple[tuple[Tensor, Tensor], ...]
-
-
-def steady(held: dict[Any, Any], key: Any, members: Sequence[Member], x: Tensor) -> Steady | None:
-    """What `held` has for these layers, made on the first call; None where single tokens take the usual way."""
-    if key in held:
-        ready: Steady | None = held[key]
-        return ready
-    shares = [m.share() for m in members]
-    held[key] = ready = None if any(s is None for s in shares) else prepared(shares, x)  # type: ignore[arg-type]
-    return ready
-
-
-def prepared(shares: Sequence[Share], x: Tensor) -> Steady | None:
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # it converts, and not into room that is given
-        return None
-    if any(s.W.dtype != dtype or s.W.device != x.device or s.d is not None or s.dropout for s in shares):
-        return None
-    with torch.no_grad():
-        A = torch.cat([s.A for s in shares]).to(dtype)
-        B = torch.block_diag(*[s.B.t() * s.scale for s in shares]).to(dtype).t()  # type: ignore[no-untyped-call]
-        b = None
-        if any(s.b is not None for s in shares):
-            b = torch.cat([s.W.new_zeros(s.W.shape[0]) if s.b is None else s.b.to(dtype) for s in shares])
-        h, low = A.new_empty(A.shape[0]), A.new_empty(B.shape[0])
-        parts = torch.split(low, [s.W.shape[0] for s in shares])
-    return Steady(A, B, b, h, low, tuple((s.W, part) for s, part in zip(shares, parts, strict=True)))
-
-
-def one_token(x: Tensor, ready: Steady) -> list[Tensor]:
-    """The outputs (..., out_i) for x (..., in) of a single token."""
-    A, B, b, h, low, parts = ready
-    torch.mv(A, x.view(-1), out=h)
-    if b is None:
-        torch.mv(B, h, out=low)
-    else:
-        torch.addmv(b, B, h, out=low)
-    return [linear(x, W).add_(part) for W, part in parts]
-
-
-def is_token(x: Tensor) -> bool:
-    """Whether x (..., in) is one token that nothing is trained on."""
-    return x.numel() == x.shape[-1] and not torch.is_grad_enabled() and type(x) is Tensor
-
-
 class Alone:
     """The kernel of one layer."""
 
@@ -221,11 +158,12 @@ class Alone:
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         if layer is not self.member.layer:
             return None
-        held = self.member.site.router.local.steady
-        if held is not None and is_token(x):
-            ready = steady(held, self, (self.member,), x)
-            if ready is not None:
-                return one_token(x, ready)[0]
+        held = self.member.site.router.local.decoding
+        if held is not None and self not in held and decode.is_token(x):
+            decode.serve(held, (self,), (self.member,), x)
+            y = held[self](x)
+            if y is not None:
+                return y
         share = self.member.share()
         if share is None:
             return None
@@ -256,6 +194,7 @@ class Together:
 
     def __init__(self, members: Sequence[Member], parent: CodeType) -> None:
         self.members, self.parent = tuple(members), parent
+        self.ends = tuple(Sibling(self, i) for i in range(len(self.members)))
         self.pending = Pending()
         self.local = members[0].site.router.local
 
@@ -275,11 +214,12 @@ class Together:
             return None
         # Writes to a tensor of inference mode are not counted, so nothing would tell that x is still the same.
         members = self.members[at:] if called and not x.is_inference() else self.members[at : at + 1]
-        held = self.local.steady
-        if held is not None and is_token(x):
-            ready = steady(held, members, members, x)
-            if ready is not None:
-                return self.hold(x, one_token(x, ready), at)
+        held = self.local.decoding
+        if held is not None and called and self.ends[at] not in held and decode.is_token(x):
+            decode.serve(held, self.ends, self.members, x)
+            y = held[self.ends[at]](x)
+            if y is not None:
+                return y
         shares = [member.share() for member in members]
         own = shares[0]
         if own is None:
@@ -395,7 +335,7 @@ class Kept(NamedTuple):
     """What forward leaves for backward."""
 
     A: Tensor  # (R, in), all A of the siblings
-    h: Tensor | None  # (M, R), times the scales
+    h: Tensor | None  # (M, R)
     mask: Tensor | None  # packed, or its seed
     raw: list[Tensor]  # outputs before diag(d), (M, out), or the outputs themselves
     p: float  # of dropping
@@ -407,15 +347,9 @@ def parted(h: Tensor, Bs: Tensors) -> Tensors:
     return (h,) if len(Bs) == 1 else torch.split(h, [B.shape[1] for B in Bs], 1)
 
 
-def rescale(h: Tensor, parts: Tensors, scales: Sequence[float]) -> None:
-    """Multiply the parts of h (M, R), or of its gradient, by each sibling's scale."""
-    first = scales[0]
-    if scales.count(first) == len(scales):
-        if first != 1:
-            h.mul_(first)
-    else:
-        for part, scale in zip(parts, scales, strict=True):
-            part.mul_(scale)
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The product scale a b of two matrices."""
+    return torch.mm(a, b) if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def forward(
@@ -444,21 +378,15 @@ def forward(
     if M > MERGE * K and not p and x.dtype in MERGED and all(d is None for d in ds):
         ys = [linear(x, torch.addmm(W, B, own, alpha=s), b)
               for W, b, own, B, s in zip(Ws, bs, As, Bs, scales, strict=True)]  # fmt: skip
-        h = None
-        if keep:
-            h = linear(x, A)
-            rescale(h, parted(h, Bs), scales)
-        return ys, Kept(A, h, mask, raw, p)
+        return ys, Kept(A, linear(x, A) if keep else None, mask, raw, p)
     h = linear(x, A) if mask is None else dropout.shrink(mask, x, A, p)  # (M, R)
-    parts = parted(h, Bs)
-    rescale(h, parts, scales)
     undo = own and x.device.type == "cpu" and all(d is None or bool(d.all()) for d in ds)
     ys = []
-    for W, b, B, d, part in zip(Ws, bs, Bs, ds, parts, strict=True):
+    for W, b, B, d, part, s in zip(Ws, bs, Bs, ds, parted(h, Bs), scales, strict=True):
         if d is None:
-            ys.append(linear(x, W, b).addmm_(part, B.t()))  # (M, out)
+            ys.append(linear(x, W, b).addmm_(part, B.t(), alpha=s))  # (M, out)
             continue
-        y = linear(x, W).addmm_(part, B.t())
+        y = linear(x, W).addmm_(part, B.t(), alpha=s)
         raw.append(y)
         y = y * d if keep and not undo else y.mul_(d)
         ys.append(y if b is None else y.add_(b))
@@ -522,22 +450,24 @@ def backward(
         ]
     if n == 1:
         gh = torch.mm(gs[0], Bs[0])  # type: ignore[arg-type]  # (M, R)
-        parts: Tensors = (gh,)
     else:
         gh = first.new_empty(first.shape[0], A.shape[0])
-        parts = parted(gh, Bs)
-        for g, B, part in zip(gs, Bs, parts, strict=True):
+        for g, B, part in zip(gs, Bs, parted(gh, Bs), strict=True):
             part.zero_() if g is None else torch.mm(g, B, out=part)
-    rescale(gh, parts, scales)
+    s = scales[0]  # in the products that follow, which scale at no cost
+    if mask is not None or scales.count(s) < n:
+        for part, scale in zip(parted(gh, Bs), scales, strict=True):
+            part.mul_(scale)
+        s = 1.0
     if any(need_B):
         # The wide product is the faster one where there are many tokens, though its result is transposed.
         wide = first.shape[0] > 128
         for i, part in enumerate(parted(h, Bs)):  # type: ignore[arg-type]
             g = gs[i]
             if g is not None and need_B[i]:
-                dBs[i] = torch.mm(part.t(), g).t() if wide else torch.mm(g.t(), part)
+                dBs[i] = product(part.t(), g, scales[i]).t() if wide else product(g.t(), part, scales[i])
     seen = x if any(need_A) and isinstance(x, Tensor) else None
-    dA = torch.mm(gh.t(), seen) if seen is not None and mask is None else None  # (R, in)
+    dA = product(gh.t(), seen, s) if seen is not None and mask is None else None  # (R, in)
     dx = None
     if need_x:
         for g, W in zip(gs, Ws, strict=True):
@@ -549,10 +479,10 @@ def backward(
     if mask is not None:
         dA = dropout.pull(mask, gh, seen, A, dx, p)
     elif dx is not None:
-        dx.addmm_(gh, A)
+        dx.addmm_(gh, A, alpha=s)
     if seen is None and any(need_A):
         seen = x(dx)  # type: ignore[operator,misc,arg-type]
-        dA = torch.mm(gh.t(), seen) if mask is None else dropout.pull(mask, gh, seen, A, None, p)
+        dA = product(gh.t(), seen, s) if mask is None else dropout.pull(mask, gh, seen, A, None, p)
     dAs: Sequence[Any] = (None,) * n
     if dA is not None:
         dAs = (dA,) if n == 1 else torch.split(dA, [B.shape[1] for B in Bs])

@@ -36,7 +36,7 @@ class Group:
             ends = {}
             if len(members) > 1:
                 together = Together([member for _, member in members], structure.code(self.base))
-                ends = {one: Sibling(together, i) for i, (one, _) in enumerate(members)}
+                ends = {one: end for (one, _), end in zip(members, together.ends, strict=True)}
             # Another thread may do the same for other adapters, so what was found is returned and not looked up.
             made = {k: v for k, v in self.made.items() if k[1] is version}
             self.made = (made if len(made) < LIMIT else {}) | {(live, version): ends}

@@ -155,9 +155,8 @@ class Local(threading.local):
         self.rows: Rows | None = None
         self.tasks: Tensor | None = None
         self.whole = False
-        self.decoding: dict[Any, Callable[[Tensor], Tensor | None]] | None = (
-            None  # what serves a kernel's single tokens while no parameter changes
-        )
+        # What serves the single tokens of each kernel, while no parameter changes.
+        self.decoding: dict[Any, Callable[[Tensor], Tensor | None]] | None = None
 
 
 class Router:

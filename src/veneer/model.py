@@ -444,9 +444,27 @@ class PeftModel(nn.Module):
         self.runtime.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """Bake adapters in for good and return the plain base model."""
+        """Bake adapters in for good and return the plain base model.
+
+        Args:
+            progressbar: accepted.
+            safe_merge: refuse adapters that give weights which are not finite.
+            adapter_names: which; None merges the active ones.
+            dequantize: of a quantized base, merge into the dequantized weights, in the dtype in which each layer
+                computes, rather than quantize the merged ones again. `export_dense` also writes them.
+        """
+        if dequantize:
+            from .dense import merge_dense
+
+            base = self.get_base_model()
+            merge_dense(base, self._names(adapter_names), check=safe_merge)
+            return base
         return self.runtime.unload(merge=self._names(adapter_names), check=safe_merge)
 
     def unload(self) -> nn.Module:

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from .backends import linear_of
+
 ROLES = ("attention", "cross_attention", "feed_forward")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "n_embed")
 ATTENTION_ARGUMENTS = frozenset(
@@ -131,6 +133,8 @@ def measured(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, nn.Embedding):
         return 0, module.embedding_dim
+    if (packed := linear_of(module)) is not None:
+        return packed[1:]
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim > 2:
         return None

@@ -953,8 +953,8 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
         elif backend.packed and not backend.can_write(site.owner, site.param):
             raise ValueError(
                 f"{site.name}: merging {list(names)} would have to write {type(site.owner).__name__}.{site.param}, and "
-                f"weights stored as {backend.name} cannot be written here; keep the adapter unmerged, or export a dense "
-                "model. Nothing was merged"
+                f"weights stored as {backend.name} cannot be written here; keep the adapter unmerged, or merge it into the "
+                "dequantized weights with merge_and_unload(dequantize=True) or export_dense. Nothing was merged"
             )
         elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter) and not backend.packed:
             warnings.warn(
@@ -1003,6 +1003,7 @@ def restore(site: Site) -> None:
 def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
     """A deep copy of a module without anything of ours on it, filled from the file if there is one."""
     module = place.layer
+    refuse_packed(module, place.site.name)
     double = stand_in(module)
     double.__dict__["_buffers"] = dict(double._buffers)
     for table in (double._parameters, double._modules, double._buffers):
@@ -1022,6 +1023,20 @@ def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
                 with torch.no_grad():
                     value.copy_(found)
     return copied
+
+
+def refuse_packed(module: nn.Module, name: str) -> None:
+    """Raise ValueError where a module that is to be trained whole has quantized weights in it."""
+    for below, layer in module.named_modules():
+        kind = layers.kind_of(layer)
+        if kind is None:
+            continue
+        backend = backend_of(layer, kind.weight_of(layer), name)
+        if backend.packed:
+            raise ValueError(
+                f"modules_to_save: {'.'.join(filter(None, (name, below)))!r} is stored as {backend.name}, and a copy of it "
+                "cannot be trained; leave it unquantized when loading the base model, or name it in target_modules"
+            )
 
 
 def attr_of(place: Place, key: str, adapter: str) -> str:

@@ -404,7 +404,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             "__doc__": base.__doc__,
             "forward": forward,
         }
-        cls = type(base.__name__, (Adapted, base), body)
+        cls = type(base.__name__, (base, Adapted), body)  # base first: a class with bases of its own keeps its layout
         cls.__qualname__ = base.__qualname__
         _CLASSES[base] = cls
     return cls

@@ -80,16 +80,25 @@ class Backend(ABC):
 @cache
 def backends() -> tuple[Backend, ...]:
     """The backends, those of libraries first: a quantized weight can look like a plain one."""
+    from .awq import AWQ
     from .bnb import EightBit, FourBit
+    from .fp8 import FP8
+    from .gptq import GPTQ
+    from .hqq import HQQ
     from .plain import PLAIN
+    from .quanto import Quanto
+    from .torchao import TorchAO
 
-    return FourBit(), EightBit(), PLAIN
+    return FourBit(), EightBit(), HQQ(), TorchAO(), Quanto(), GPTQ(), AWQ(), FP8(), PLAIN
 
 
 def held(owner: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of a module's own, or None."""
-    found = owner._parameters.get(name)
-    return owner._buffers.get(name) if found is None else found
+    """A parameter, a buffer or a tensor as a plain attribute of a module's own, or None."""
+    for table in (owner._parameters, owner._buffers, vars(owner)):
+        found = table.get(name)
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
 def backend_of(owner: nn.Module, param: str, name: str) -> Backend:

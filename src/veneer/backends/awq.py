@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import held
 from .packed import Packed, unpack_rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each place in a word holds
@@ -18,18 +19,20 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each place in a word holds
 
 class AWQ(Packed):
     name = "AWQ"
+    holds = "AWQ's packed integers"
 
     def is_mine(self, owner: nn.Module) -> bool:
         layer: Any = owner
         packed = layer.qweight
         # What is packed along the outputs; the GEMV layouts are packed along the inputs.
-        return owner._buffers.get("g_idx") is None and packed.shape == (layer.in_features, layer.out_features // 8)
+        return held(owner, "g_idx") is None and packed.shape == (layer.in_features, layer.out_features // 8)
 
     def dequantized(self, layer: Any) -> Tensor:
         q, zeros = unpacked(layer.qweight), unpacked(layer.qzeros)  # (in, out), (groups, out)
         size = layer.in_features // zeros.shape[0]
         q, zeros = q.view(-1, size, q.shape[1]), zeros[:, None]  # (groups, size, out), (groups, 1, out)
-        return ((q - zeros) * layer.scales[:, None]).flatten(0, 1).T.contiguous()  # (out, in)
+        weight: Tensor = ((q - zeros) * layer.scales[:, None]).flatten(0, 1).T.contiguous()  # (out, in)
+        return weight
 
 
 def unpacked(words: Tensor) -> Tensor:

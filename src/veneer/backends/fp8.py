@@ -20,12 +20,13 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 class FP8(Backend):
     name = "fp8"
+    holds = "FP8Linear's weights with their factors"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
         library = sys.modules.get("transformers.integrations.finegrained_fp8")
         if library is None or param != "weight" or not isinstance(owner, library.FP8Linear):
             return False
-        return owner.weight.dtype == torch.float8_e4m3fn
+        return self.storage(owner, param).dtype == torch.float8_e4m3fn
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
         bias = owner._parameters.get("bias")
@@ -37,9 +38,14 @@ class FP8(Backend):
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
         layer: Any = owner
-        with torch.no_grad():
-            weight = layer.weight.float()  # (out, in)
-            return weight * spread(layer.weight_scale_inv.float(), layer.block_size, weight.shape)
+        return self.before(owner, param, (layer.weight.data, layer.weight_scale_inv.data))
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        layer: Any = owner
+        old: Any = token
+        weight, scale = old
+        value: Tensor = weight.float() * spread(scale.float(), layer.block_size, weight.shape)  # (out, in)
+        return value
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         layer: Any = owner

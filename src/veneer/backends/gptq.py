@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import held
 from .packed import Packed, unpack_rows
 
 
 class GPTQ(Packed):
     name = "GPTQ"
+    holds = "GPTQ's packed integers"
 
     def is_mine(self, owner: nn.Module) -> bool:
-        return owner._buffers.get("g_idx") is not None
+        return held(owner, "g_idx") is not None
 
     def dequantized(self, layer: Any) -> Tensor:
         bits, g_idx = layer.bits, layer.g_idx.long()  # (in,)
@@ -28,4 +30,5 @@ class GPTQ(Packed):
         if version == 1:
             zeros = (zeros + 1) & (2**bits - 1)  # less one in the file, wrapped around
         scales = layer.scales[:, : layer.out_features]  # (groups, out)
-        return ((q - zeros[g_idx]) * scales[g_idx]).T.contiguous()
+        weight: Tensor = ((q - zeros[g_idx]) * scales[g_idx]).T.contiguous()  # (out, in)
+        return weight

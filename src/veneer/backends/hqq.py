@@ -18,45 +18,56 @@ from . import Backend
 
 class HQQ(Backend):
     name = "HQQ"
+    holds = "HQQ's packed integers"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
         library = sys.modules.get("hqq.core.quantize")
-        return library is not None and isinstance(owner, library.HQQLinear)
+        return library is not None and isinstance(owner, library.HQQLinear) and param == "W_q"
+
+    def linear(self, module: nn.Module) -> tuple[str, int, int] | None:
+        if not self.matches(module, "W_q"):
+            return None
+        layer: Any = module
+        return "W_q", layer.in_features, layer.out_features
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
-        dtype: torch.dtype = owner.compute_dtype  # type: ignore[assignment]
+        layer: Any = owner
+        dtype: torch.dtype = layer.compute_dtype
         return dtype
 
+    def settle(self, module: nn.Module) -> None:
+        """Cut the bias off the graph in which the layer copied it: it would be trained, and could not be copied."""
+        if self.matches(module, "W_q"):
+            layer: Any = module
+            if layer.bias is not None and layer.bias.grad_fn is not None:
+                layer.bias = layer.bias.detach()
+
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        if param == "bias":
-            bias: Tensor = owner.bias  # type: ignore[assignment]
-            return bias
+        layer: Any = owner
         with torch.no_grad():
-            weight: Tensor = owner.dequantize()  # type: ignore[operator]
+            weight: Tensor = layer.dequantize()
         return weight
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        if param == "bias":
-            old = owner.bias
-            owner.bias = value.to(old)  # type: ignore[arg-type,call-overload]
-            return old
-        packed: Any = owner.W_q
-        token = (packed.data, owner.meta)
-        made = self.quantized(owner, value)
-        packed.data, owner.meta = made.W_q.data, made.meta
+        layer: Any = owner
+        token = (layer.W_q.data, layer.meta)
+        plain = nn.Linear(1, 1, bias=False)
+        plain.weight = nn.Parameter(value.detach().to(layer.W_q.device), requires_grad=False)
+        config = {**layer.quant_config, "offload_meta": layer.offload_meta}  # which the layer took out of its own
+        library = sys.modules["hqq.core.quantize"]
+        made = library.HQQLinear(plain, config, compute_dtype=layer.compute_dtype, device=str(layer.device))
+        layer.W_q.data, layer.meta = made.W_q.data, made.meta
         return token
 
-    def quantized(self, owner: Any, value: Tensor) -> Any:
-        """A layer with the options of `owner` and the weight `value` (out, in)."""
-        plain = nn.Linear(1, 1, bias=False)
-        plain.weight = nn.Parameter(value.detach().to(owner.W_q.device), requires_grad=False)
-        config = {**owner.quant_config, "offload_meta": owner.offload_meta}  # which the layer took out of its own
-        library = sys.modules["hqq.core.quantize"]
-        return library.HQQLinear(plain, config, compute_dtype=owner.compute_dtype, device=str(owner.device))
-
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        if param == "bias":
-            owner.bias = token  # type: ignore[assignment]
-            return
         layer: Any = owner
         layer.W_q.data, layer.meta = token  # type: ignore[misc]
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        layer: Any = owner
+        now = (layer.W_q.data, layer.meta)
+        self.restore(owner, param, token)
+        try:
+            return self.read(owner, param)
+        finally:
+            self.restore(owner, param, now)

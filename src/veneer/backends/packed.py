@@ -23,22 +23,27 @@ class Packed(Backend):
     """What the two formats share."""
 
     def matches(self, owner: nn.Module, param: str) -> bool:
-        buffers = owner._buffers
-        return param in ("weight", "bias") and {"qweight", "qzeros", "scales"} <= buffers.keys() and self.is_mine(owner)
+        held = owner._buffers.keys() | owner._parameters.keys()
+        return param == "qweight" and {"qweight", "qzeros", "scales"} <= held and self.is_mine(owner)
+
+    def linear(self, module: nn.Module) -> tuple[str, int, int] | None:
+        if not self.matches(module, "qweight"):
+            return None
+        layer: Any = module
+        return "qweight", layer.in_features, layer.out_features
 
     def is_mine(self, owner: nn.Module) -> bool:
         raise NotImplementedError
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
-        return owner._buffers["scales"].dtype  # type: ignore[union-attr]
+        layer: Any = owner
+        dtype: torch.dtype = layer.scales.dtype
+        return dtype
 
     def can_write(self, owner: nn.Module, param: str) -> bool:
         return False
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        layer: Any = owner
-        if param == "bias":
-            return layer.bias  # type: ignore[no-any-return]
         kernel = getattr(owner, "QUANT_TYPE", "base")
         if kernel not in LAYOUT_KEPT:
             raise TypeError(
@@ -47,20 +52,21 @@ class Packed(Backend):
                 'such as GPTQConfig(..., backend="torch")'
             )
         with torch.no_grad():
-            return self.dequantized(layer)
+            weight: Tensor = self.dequantized(owner)
+        return weight
 
     def dequantized(self, layer: Any) -> Tensor:
         """The weight (out, in), in the dtype of the scales."""
         raise NotImplementedError
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        raise TypeError(
-            f"{type(owner).__name__}: {self.name} rounds weights with calibration data, so a merged weight cannot be put "
-            "back; use export_dense, which writes the model with its adapter in 16 bits"
-        )
+        raise NotImplementedError(f"{self.name} rounds weights with data that is not here")
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        raise AssertionError("never written")
+        raise NotImplementedError("never written")
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        raise NotImplementedError("never written")
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
@@ -72,7 +78,7 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     words, columns = packed.shape
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)
-        parts = (packed[:, None] >> shifts[:, None]) & (2**bits - 1)  # (words, 32 / bits, m)
+        parts: Tensor = (packed[:, None] >> shifts[:, None]) & (2**bits - 1)  # (words, 32 / bits, m)
         return parts.reshape(-1, columns)
     if words % bits:
         raise ValueError(f"{words} words of 32 bits hold no whole number of runs of 32 integers of {bits} bits")

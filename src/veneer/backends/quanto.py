@@ -17,14 +17,14 @@ from . import Backend
 
 class Quanto(Backend):
     name = "quanto"
+    holds = "optimum-quanto's frozen tensors"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
         library = sys.modules.get("optimum.quanto.tensor")
         return library is not None and isinstance(owner._parameters.get(param), library.QTensor)
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
-        weight: Any = owner._parameters[param]
-        return weight.dtype  # type: ignore[no-any-return]
+        return self.storage(owner, param).dtype
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
         weight: Any = owner._parameters[param]
@@ -36,7 +36,9 @@ class Quanto(Backend):
         layer: Any = owner
         old: Any = owner._parameters[param]
         # While a layer holds a plain weight, `qweight` is that weight quantized with the layer's own options.
-        owner._parameters[param] = nn.Parameter(value.detach().to(device=old.device, dtype=old.dtype), requires_grad=False)
+        owner._parameters[param] = nn.Parameter(
+            value.detach().to(device=old.device, dtype=old.dtype), requires_grad=False
+        )
         try:
             with torch.no_grad():
                 made = layer.qweight
@@ -45,6 +47,12 @@ class Quanto(Backend):
             raise
         owner._parameters[param] = nn.Parameter(made, requires_grad=False)
         return old
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        old: Any = token
+        with torch.no_grad():
+            value: Tensor = old.dequantize()
+        return value
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         owner._parameters[param] = token  # type: ignore[assignment]

@@ -18,14 +18,14 @@ from . import Backend
 
 class TorchAO(Backend):
     name = "torchao"
+    holds = "torchao's tensors"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
         library = sys.modules.get("torchao.utils")
         return library is not None and isinstance(owner._parameters.get(param), library.TorchAOBaseTensor)
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
-        weight: Any = owner._parameters[param]
-        return weight.dtype  # type: ignore[no-any-return]
+        return self.storage(owner, param).dtype
 
     def can_write(self, owner: nn.Module, param: str) -> bool:
         return quantizer(owner._parameters[param]) is not None
@@ -44,6 +44,12 @@ class TorchAO(Backend):
             made = quantize(value.to(device=old.device, dtype=old.dtype))
         owner._parameters[param] = nn.Parameter(made, requires_grad=False)
         return old
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        old: Any = token
+        with torch.no_grad():
+            value: Tensor = old.dequantize()
+        return value
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         owner._parameters[param] = token  # type: ignore[assignment]

@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .codec import get_peft_model_state_dict as get_peft_model_state_dict
     from .codec import load_peft_weights as load_peft_weights
     from .codec import set_peft_model_state_dict as set_peft_model_state_dict
+    from .dense import DenseReport as DenseReport
+    from .dense import export_dense as export_dense
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
-    from .dense import DenseReport as DenseReport
-    from .dense import export_dense as export_dense
     from .methods.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig

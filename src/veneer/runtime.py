@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import door, layers, targets
-from .backends import backend_of
+from .backends import backend_of, settle
+from .backends.plain import PLAIN
 from .door import DOOR, Door
 from .interop import offload, torch_fastpath
 from .kernels.plan import arrange
@@ -473,9 +474,16 @@ class Runtime:
         known = self.sites.get(name)
         if known is not None:
             return known
-        param = param or kind.param
+        param = param or kind.weight_of(owner)
         kind.check(owner, param, name)
-        return Site(name, key, owner, param, kind, backend_of(owner, param, name), self.router)
+        backend = backend_of(owner, param, name)
+        if backend.packed and not kind.packable:
+            raise TypeError(
+                f"{name}: {type(owner).__name__}.{param} is stored as {backend.name}, which only the forward of a linear "
+                f"layer can use, and this place is a {kind.name}; name linear layers in target_modules, or leave this one "
+                "unquantized when loading the base model"
+            )
+        return Site(name, key, owner, param, kind, backend, self.router)
 
     def place(self, site: Site, layer: nn.Module, role: str, config: Method) -> Place:
         method = config.at(site.name)
@@ -543,6 +551,7 @@ class Runtime:
     def settle_down(self) -> None:
         """Freeze a base model that has nothing of ours so far, and stay with it."""
         if runtime_of(self.root) is None:
+            settle(self.root)
             self.root.requires_grad_(False)
             self.root.__dict__[ATTRIBUTE] = self
 
@@ -936,11 +945,18 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
                 "Nothing was merged"
             )
         groups = site.kind.widen(site, value)
-        original = Original(stored, bias, None, groups=site.groups)
-        parameter = site.owner._parameters[site.param]
+        backend = site.backend
+        original = Original(None if backend.packed else stored, bias, None, groups=site.groups)
+        parameter = backend.storage(site.owner, site.param)
         if not any(changes_weight(link) for link in every(links)):
             pass  # what is stored stays as it is, tied, quantized or not
-        elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter):
+        elif backend.packed and not backend.can_write(site.owner, site.param):
+            raise ValueError(
+                f"{site.name}: merging {list(names)} would have to write {type(site.owner).__name__}.{site.param}, and "
+                f"weights stored as {backend.name} cannot be written here; keep the adapter unmerged, or export a dense "
+                "model. Nothing was merged"
+            )
+        elif uses[id(parameter)] > 1 and isinstance(parameter, nn.Parameter) and not backend.packed:
             warnings.warn(
                 f"{site.name}: its weight is tied to another module's; merging gives this module a weight of its own "
                 "and leaves the other as it was",
@@ -949,11 +965,11 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
             original.parameter = parameter
             site.owner._parameters[site.param] = nn.Parameter(value.to(stored.dtype), requires_grad=False)
         else:
-            original.token = site.backend.write(site.owner, site.param, value)
-        if isinstance(original.token, Tensor):
+            original.token = backend.write(site.owner, site.param, value)
+        if not backend.packed and isinstance(original.token, Tensor):
             original.weight = original.token
         if bias is not None and new_bias is not None and any(changes_bias(link) for link in every(links)):
-            original.bias_token = site.backend.write(site.owner, site.kind.bias, new_bias)
+            original.bias_token = PLAIN.write(site.owner, site.kind.bias, new_bias)
             if isinstance(original.bias_token, Tensor):
                 original.bias = original.bias_token
         if groups != site.groups:
@@ -978,7 +994,7 @@ def restore(site: Site) -> None:
     elif original.token is not None:
         site.backend.restore(site.owner, site.param, original.token)
     if original.bias_token is not None:
-        site.backend.restore(site.owner, site.kind.bias, original.bias_token)
+        PLAIN.restore(site.owner, site.kind.bias, original.bias_token)
     if site.groups > 1:
         site.owner.__dict__["groups"] = original.groups
     site.original = None
@@ -1029,8 +1045,7 @@ def file_key(prefix: str, entry: Entry, key: str) -> str:
 
 
 def parameter_dtype(site: Site, autocast: bool) -> torch.dtype:
-    weight = site.reference
-    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    dtype = site.float_dtype
     return torch.float32 if autocast and dtype in HALF else dtype
 
 

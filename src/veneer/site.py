@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import kernels
+from .backends import held
 from .inits import START
 from .interop import offload
 from .kept import Kept
@@ -129,7 +130,7 @@ class Entry:
 class Original:
     """A base weight, and its bias, from before a merge, with what brings their exact bits back."""
 
-    weight: Tensor
+    weight: Tensor | None  # None where it is packed: the token holds it
     bias: Tensor | None
     token: object
     bias_token: object = None
@@ -195,10 +196,13 @@ class Site:
 
     def stored(self) -> Tensor:
         """The frozen base weight as the layer stores it, without any merged adapter."""
-        if self.original is not None:
-            return self.original.weight
-        stored: Tensor = self.backend.read(self.owner, self.param)
-        return stored
+        original, stored = self.original, None
+        if original is not None:
+            stored = original.weight
+            if stored is None and original.token is not None:
+                stored = self.backend.before(self.owner, self.param, original.token)
+        found: Tensor = self.backend.read(self.owner, self.param) if stored is None else stored
+        return found
 
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor in the layer's own layout as a matrix, as `weight()` is of `stored()`."""
@@ -213,9 +217,12 @@ class Site:
 
         Computed when the weight changes, not on every call.
         """
-        source = self.owner._parameters.get(self.param) if self.original is None else self.original.weight
-        if source is None or source.device.type == "meta":
-            source = self.stored()  # offloaded
+        packed = self.backend.packed
+        source = None if self.original is None else self.original.weight
+        if self.original is None and (packed or self.param in self.owner._parameters):
+            source = self.backend.storage(self.owner, self.param)
+        if source is None or (source.device.type == "meta" and not packed):
+            source = self.stored()  # offloaded, or packed and merged
 
         def squares() -> Tensor:
             rows = self.rows().detach()
@@ -233,7 +240,7 @@ class Site:
         """The layer's bias, with whatever is merged into it."""
         if not self.geometry.bias:
             return None
-        name, bias = self.kind.bias, self.owner._parameters[self.kind.bias]
+        name, bias = self.kind.bias, held(self.owner, self.kind.bias)
         if bias is not None and bias.device.type == "meta":
             fetched = offload.fetch(self.owner, name)
             return bias if fetched is None else fetched
@@ -241,11 +248,21 @@ class Site:
 
     @property
     def reference(self) -> Tensor:
-        """The tensor whose dtype and device the adapter's follow: the weight, or a module's first one."""
-        weight = self.owner._parameters.get(self.param)
-        if weight is None:
-            weight = next((p for n, p in self.near.named_parameters() if ":" not in n), None)
-        return torch.empty(0) if weight is None else weight
+        """The tensor whose device the adapter's follow, and dtype: the weight, or a module's first one that has any."""
+        if self.backend is not None:
+            weight: Tensor = self.backend.storage(self.owner, self.param)
+            return weight
+        own = [p for n, p in self.near.named_parameters() if ":" not in n]
+        return next((p for p in own if p.is_floating_point()), own[0] if own else torch.empty(0))
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+        if self.backend is not None:
+            dtype: torch.dtype = self.backend.dtype(self.owner, self.param)
+            return dtype
+        dtype = self.reference.dtype
+        return dtype if dtype.is_floating_point else torch.float32
 
     @property
     def home(self) -> torch.device:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import codec, layers, targets
+from .backends import backend_of
 from .kernels.mixed import Batch
 from .kernels.slots import A_NAME, B_NAME, COUNT, INDEX, Slotted
 from .operators import Factored, Sum, terms
@@ -117,11 +118,13 @@ class Slots:
             layer = self.root.get_submodule(name)
             kind = layers.kind_of(layer)
             assert kind is not None
-            geometry, here = kind.measure(layer, kind.param), layer._parameters[kind.param]
+            param = kind.weight_of(layer)
+            geometry, backend = kind.measure(layer, param), backend_of(layer, param, name)
+            here = backend.storage(layer, param)
             if isinstance(self.root.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
                 raise ValueError(f"{name}: nn.MultiheadAttention never calls this layer, so it has no output to add to")
-            assert here is not None
             weight = here if weight is None else weight
+            dtype = backend.dtype(layer, param) if dtype is None else dtype
             if here.device != weight.device or here.device.type == "meta":
                 raise ValueError(
                     f"{name} is on {here.device} and {named[0]} on {weight.device}; slots need all layers on one device"
@@ -129,8 +132,6 @@ class Slots:
             self.parts[name] = Part(name, geometry.fan_in, geometry.fan_out, start)
             start += max_rank * (geometry.fan_in + geometry.fan_out)
         assert weight is not None
-        if dtype is None:
-            dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         self.flat = torch.zeros(max_adapters + 1, start, dtype=dtype, device=weight.device)  # (S + 1, numbers)
         for name in self.parts:
             state = take_over(self.root.get_submodule(name), runtime.router)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .backends import linear_of
+
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
@@ -216,7 +218,8 @@ def all_linear(
             routers.add(name)  # for what is inside it
         if module is head or isinstance(modules.get(parent), nn.MultiheadAttention):
             continue
-        if (isinstance(module, kinds) or "Linear" in type(module).__name__) and supported(module):
+        named = isinstance(module, kinds) or "Linear" in type(module).__name__
+        if (named or linear_of(module) is not None) and supported(module):
             found.append(name)
     return found
 

@@ -1,16 +1,33 @@
-"""How frozen weights are stored. One file a storage format; the first that matches a weight serves it."""
+"""How frozen weights are stored. One file a storage format; the first that matches a weight serves it.
+
+A format is added by a file here with a `Backend` in it, and a line in `backends`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
 class Backend(ABC):
-    """Reads and writes one storage format of a weight, in the layout in which its layer uses it."""
+    """Reads and writes one storage format of a weight, in the layout in which its layer uses it.
+
+    Its library is found by type, through `sys.modules`, and never imported before a weight was found to be of it.
+    Biases are plain parameters everywhere, and no backend's but `Plain`'s.
+
+    Attributes:
+        name: the format's.
+        holds: what it reads, for messages.
+        packed: the weight is stored as something else than the tensor that `read` returns, which is made anew.
+    """
 
     name: str
+    holds: str
+    packed: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, owner: nn.Module, param: str) -> bool:
@@ -18,15 +35,60 @@ class Backend(ABC):
 
     @abstractmethod
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        """The weight as a floating-point tensor, without a copy where that is possible."""
+        """The weight as a floating-point tensor, as the layer evaluates it, without a copy where that is possible."""
 
     @abstractmethod
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        """Store `value` as the weight and return a token, not None, with which `restore` brings back the exact bits."""
+        """Store `value` as the weight and return a token, not None, with which `restore` brings back the exact bits.
+
+        A packed format's token holds what was packed, and no dense copy. Only called where `can_write` is True.
+        """
 
     @abstractmethod
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         """Undo a `write`."""
+
+    @abstractmethod
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        """The weight as `read` gave it before the `write` that returned `token`."""
+
+    @abstractmethod
+    def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
+        """The floating-point dtype in which the layer computes, which those of adapters follow."""
+
+    def can_write(self, owner: nn.Module, param: str) -> bool:
+        """Whether `write` can store a weight in this format, and the layer then evaluates that weight, rounded."""
+        return True
+
+    def storage(self, owner: nn.Module, param: str) -> Tensor:
+        """A tensor in which the weight, or a part of it, is stored: on its device, another or changed when it does."""
+        found = held(owner, param)
+        assert found is not None
+        return found
+
+    def linear(self, module: nn.Module) -> tuple[str, int, int] | None:
+        """Name of the weight, and sizes (in, out), of a linear layer of the library that is no nn.Linear.
+
+        None for every other module. The name is handed back as `param`; nothing has to be stored under it.
+        """
+        return None
+
+    def settle(self, module: nn.Module) -> None:
+        """What a module of the library needs so that a gradient goes through it; each is shown when adapters come."""
+
+
+@cache
+def backends() -> tuple[Backend, ...]:
+    """The backends, those of libraries first: a quantized weight can look like a plain one."""
+    from .plain import PLAIN
+
+    return (PLAIN,)
+
+
+def held(owner: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of a module's own, or None."""
+    found = owner._parameters.get(name)
+    return owner._buffers.get(name) if found is None else found
 
 
 def backend_of(owner: nn.Module, param: str, name: str) -> Backend:
@@ -35,14 +97,31 @@ def backend_of(owner: nn.Module, param: str, name: str) -> Backend:
     Raises:
         TypeError: no backend reads the weight; `name` says where.
     """
-    from .plain import Plain
-
-    for backend in (Plain(),):
+    for backend in backends():
         if backend.matches(owner, param):
             return backend
-    weight = owner._parameters.get(param)
+    weight = held(owner, param)
     stored = "nothing" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
     raise TypeError(
-        f"{name}: no weight backend reads {type(owner).__name__}.{param} (it holds {stored}); "
-        "allowed are float32, float64, bfloat16 and float16 parameters; load the base model unquantized"
+        f"{name}: no weight backend reads {type(owner).__name__}.{param} (it holds {stored}); allowed are "
+        f"{'; '.join(b.holds for b in backends())}; load the base model in one of these, leave the layer out of "
+        "target_modules, or add a backend: one file in veneer/backends/ with a class of Backend's methods, and its line "
+        "in backends()"
     )
+
+
+def linear_of(module: nn.Module) -> tuple[str, int, int] | None:
+    """Name of the weight, and sizes (in, out), of a library's linear layer that is no nn.Linear, or None."""
+    for backend in backends():
+        found = backend.linear(module)
+        if found is not None:
+            return found
+    return None
+
+
+def settle(root: nn.Module) -> None:
+    """Make the modules below `root` ready for gradients to go through."""
+    libraries = [b for b in backends() if b.packed]
+    for module in root.modules():
+        for backend in libraries:
+            backend.settle(module)

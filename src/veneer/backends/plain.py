@@ -1,4 +1,4 @@
-"""Ordinary floating-point parameters, on a device or offloaded by accelerate's hooks."""
+"""Ordinary floating-point parameters and buffers, on a device or offloaded by accelerate's hooks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from ..interop import offload
-from . import Backend
+from . import Backend, held
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Plain(Backend):
     name = "plain"
+    holds = "float32, float64, bfloat16 and float16 tensors"
+    packed = False
 
     def matches(self, owner: nn.Module, param: str) -> bool:
-        weight = owner._parameters.get(param)
+        weight = held(owner, param)
         return weight is not None and weight.dtype in FLOATS
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        weight = owner._parameters[param]
-        assert weight is not None
+        weight = self.storage(owner, param)
         if weight.device.type == "meta":
             value = offload.fetch(owner, param)
             if value is not None:
@@ -28,8 +29,7 @@ class Plain(Backend):
         return weight
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
-        weight = owner._parameters[param]
-        assert weight is not None
+        weight = self.storage(owner, param)
         if weight.device.type == "meta" and (old := offload.fetch(owner, param)) is not None:
             offload.store(owner, param, value.to(old.dtype))
             return old
@@ -41,9 +41,18 @@ class Plain(Backend):
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         assert isinstance(token, Tensor)
-        weight = owner._parameters[param]
-        assert weight is not None
+        weight = self.storage(owner, param)
         if weight.device.type == "meta":
             offload.store(owner, param, token)
         else:
             weight.data = token.to(weight.device)
+
+    def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
+        assert isinstance(token, Tensor)
+        return token
+
+    def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
+        return self.storage(owner, param).dtype
+
+
+PLAIN = Plain()

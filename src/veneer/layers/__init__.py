@@ -7,12 +7,12 @@ from torch import nn
 from .conv import Conv
 from .embedding import Embedding
 from .kind import LayerKind
-from .linear import Conv1D, Linear
+from .linear import Conv1D, Linear, PackedLinear
 from .module import Module
 from .opaque import Opaque
 from .parameter import InProjection, OutProjection, Parameter
 
-KINDS: tuple[LayerKind, ...] = (Linear(), Embedding(), Conv(), Conv1D())
+KINDS: tuple[LayerKind, ...] = (Linear(), Embedding(), Conv(), Conv1D(), PackedLinear())
 PARAMETER, IN_PROJECTION, OUT_PROJECTION = Parameter(), InProjection(), OutProjection()
 MODULE, OPAQUE = Module(), Opaque()
 

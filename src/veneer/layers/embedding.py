@@ -67,7 +67,7 @@ class Embedding(LayerKind):
 
     def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
-        dtype = site.stored().dtype
+        dtype = site.float_dtype
         if isinstance(op, Sum):
             return super().delta(site, op, x, target, state, training)
         if isinstance(op, Factored):

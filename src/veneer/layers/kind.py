@@ -28,6 +28,11 @@ class LayerKind(ABC):
     whole = False  # the adapter is a copy of the module
     low_rank_factor = 1.0  # what a low-rank delta is multiplied by, so that peft's files mean the same here
     by_parameter = False  # a module can have several sites of this kind, one a parameter
+    packable = False  # the weight may be stored in any way: only the layer's own forward uses it
+
+    def weight_of(self, module: nn.Module) -> str:
+        """Name of the weight on `module`."""
+        return self.param
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:

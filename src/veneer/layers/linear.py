@@ -1,4 +1,6 @@
-"""nn.Linear, and transformers' Conv1D (GPT-2), which is a linear layer that stores its weight transposed."""
+"""nn.Linear, transformers' Conv1D (GPT-2), which is a linear layer that stores its weight transposed, and the linear
+layers of libraries that store their weights in other ways.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..backends import held, linear_of
 from ..site import Geometry
 from .kind import LayerKind
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 class Linear(LayerKind):
     name = "Linear"
+    packable = True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -26,6 +30,26 @@ class Linear(LayerKind):
 
     def own_forward(self) -> Any:
         return nn.Linear.forward
+
+
+class PackedLinear(LayerKind):
+    """What a backend says is a linear layer; its weight may be a buffer, or several."""
+
+    name = "PackedLinear"
+    packable = True
+
+    def matches(self, module: nn.Module) -> bool:
+        return linear_of(module) is not None
+
+    def weight_of(self, module: nn.Module) -> str:
+        found = linear_of(module)
+        assert found is not None
+        return found[0]
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        found = linear_of(owner)
+        assert found is not None
+        return Geometry(found[1], found[2], bias=held(owner, self.bias) is not None)
 
 
 class Conv1D(LayerKind):

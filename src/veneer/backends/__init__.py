@@ -80,9 +80,10 @@ class Backend(ABC):
 @cache
 def backends() -> tuple[Backend, ...]:
     """The backends, those of libraries first: a quantized weight can look like a plain one."""
+    from .bnb import EightBit, FourBit
     from .plain import PLAIN
 
-    return (PLAIN,)
+    return FourBit(), EightBit(), PLAIN
 
 
 def held(owner: nn.Module, name: str) -> Tensor | None:

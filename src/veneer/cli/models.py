@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -130,12 +131,42 @@ AUTO = {
 }
 
 
-def load_model(name: str, task: str, dtype: str = "float32", **options: Any) -> Any:
-    """Load a base model for a task, from wherever its name points."""
+QUANTIZED = ("int8", "nf4", "fp4")
+
+
+def quantization(storage: str, dtype: str) -> Any:
+    """What transformers has to be told to store linear layers in 8 or 4 bits with bitsandbytes.
+
+    4 bits are those of Dettmers et al. 2023, arxiv.org/abs/2305.14314 (QLoRA), with the scales quantized too.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--quantize {storage} needs bitsandbytes; run: pip install 'veneer[quantized]'")
+    # Its int8 says in each layer and call that it computes in float16, whatever the dtype of the model.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if storage == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=storage,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def load_model(name: str, task: str, dtype: str = "float32", quantize: str | None = None, **options: Any) -> Any:
+    """Load a base model for a task, from wherever its name points, quantized or not."""
     import torch
     import transformers
 
     where = locate(name)
+    if quantize is not None:
+        options["quantization_config"] = quantization(quantize, dtype)
     transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
         return getattr(transformers, AUTO[task]).from_pretrained(where, dtype=getattr(torch, dtype), **options)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..targets import suggest
+from .models import QUANTIZED
 
 PLAIN = {"learning_rate": 1e-3, "warmup": 0}  # where neither the user nor the method says more
 TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
@@ -60,6 +61,9 @@ class Run:
     weight_decay: float = setting(0.0, "weight decay", low=0)
     max_length: int = setting(128, "tokens a row is cut to", low=4)
     dtype: str = setting("float32", "dtype of the frozen model", allowed=("float32", "bfloat16", "float16"))
+    quantize: str | None = setting(
+        None, "storage of the frozen linear layers, by bitsandbytes: " + ", ".join(QUANTIZED), allowed=QUANTIZED
+    )
     gradient_checkpointing: bool = setting(False, "compute activations again in backward, to save memory")
     liger: bool = setting(False, "Liger's fused cross-entropy, to save the memory of the logits (needs a GPU)")
     eval_every: int = setting(25, "steps between measurements of the held-out loss; 0 only at the ends", low=0)

@@ -43,10 +43,16 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     with console.status(f"loading {run.model}"):
         tokenizer = load_tokenizer(run.model)
         options = {"num_labels": len(found.labels), "id2label": dict(enumerate(found.labels))} if found.labels else {}
-        base = load_model(run.model, run.task, run.dtype, **options)
+        base = load_model(run.model, run.task, run.dtype, run.quantize, **options)
         if base.config.pad_token_id is None:
             base.config.pad_token_id = tokenizer.pad_token_id
-        if run.gradient_checkpointing:
+        if run.quantize is not None:
+            veneer.prepare_model_for_kbit_training(
+                base,
+                use_gradient_checkpointing=run.gradient_checkpointing,
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+            )
+        elif run.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         train_rows = rows_of.encode(run, found.train, tokenizer, found.labels)
         held_out = rows_of.encode(run, found.held_out, tokenizer, found.labels)
@@ -232,10 +238,12 @@ def make_trainer(
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids).mean())}
 
+    base = adapted.get_base_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        base._hf_peft_config_loaded = True  # else it takes a quantized model for one that is trained itself
         trainer = AdapterTrainer(
-            model=adapted.get_base_model(),
+            model=base,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=held_out,
@@ -243,5 +251,6 @@ def make_trainer(
             compute_metrics=accuracy if run.task == "classification" else None,
             callbacks=[Bar(console, total), Metrics(folder / "metrics.jsonl")],
         )
+    del base._hf_peft_config_loaded
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

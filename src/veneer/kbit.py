@@ -1,0 +1,163 @@
+"""Training on a quantized base: what has to be said to the model before, and a look at the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers
+from .backends import backends
+from .runtime import runtime_of
+
+HALF = (torch.float16, torch.bfloat16)
+NAMED = 3  # parameters that an error names
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Freeze a base model, keep what is not quantized in float32, and let gradients through its checkpoints.
+
+    It can be called before or after adapters are attached, and checkpointing can be turned on before or after it. The
+    first training step is then looked at: see `FirstStep`.
+
+    Args:
+        model: a transformers model, quantized or not, or a `PeftModel`. Changed in place.
+        use_gradient_checkpointing: compute the activations of blocks again in the backward.
+        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`; {"use_reentrant": False} by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model has no gradient checkpointing.
+    """
+    root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantized = quantized_layers(root)
+    packed = {id(p) for layer in quantized for p in layer._parameters.values()}
+    for name, parameter in root.named_parameters():
+        if ":" in name:  # an adapter's
+            continue
+        parameter.requires_grad = False
+        if quantized and id(parameter) not in packed and type(parameter) is nn.Parameter and parameter.dtype in HALF:
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        enable = getattr(root, "gradient_checkpointing_enable", None)
+        if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
+            raise ValueError(
+                f"{type(root).__name__} has no gradient checkpointing; pass use_gradient_checkpointing=False"
+            )
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+    # Checkpoints that are reentrant pass no gradient on unless their input has one; a Trainer may turn them on later.
+    if hasattr(root, "enable_input_require_grads"):
+        root.enable_input_require_grads()
+    FirstStep.watch(root)
+    return model
+
+
+def quantized_layers(root: nn.Module) -> list[nn.Module]:
+    """The layers of a model whose weight is stored in another format than plain floating point."""
+    found = []
+    for module in root.modules():
+        kind = layers.kind_of(module)
+        if kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends()):
+            found.append(module)
+    return found
+
+
+class FirstStep:
+    """Looks at a model's first training step, and then goes: each trained parameter of a layer that ran gets a gradient.
+
+    Layers that did not run, such as experts without tokens, are let be.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.ran: set[nn.Module] = set()
+        self.reached: set[int] = set()
+        self.trained: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+        self.inner: list[Any] = []
+        self.outer = [
+            root.register_forward_pre_hook(self.before),
+            root.register_forward_hook(self.after, always_call=True),
+        ]
+
+    @classmethod
+    def watch(cls, root: nn.Module) -> None:
+        """Look at the next training step of `root`, if nobody does yet."""
+        hooks = (*root._forward_pre_hooks.values(), *root._forward_hooks.values())
+        if not any(isinstance(getattr(hook, "__self__", None), cls) for hook in hooks):
+            cls(root)
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        self.release()
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled() and runtime_of(module)):
+            return
+        for name, owner in module.named_modules():
+            mine = [(f"{name}.{n}", p) for n, p in owner._parameters.items() if p is not None and ":" in n]
+            # ZeRO-3 takes gradients away before they are here.
+            if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
+                self.trained[owner] = mine
+                self.inner.append(owner.register_forward_hook(self.called))
+                self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
+
+    def called(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.ran.add(module)
+
+    def marks(self, parameter: nn.Parameter) -> Any:
+        key = id(parameter)
+
+        def mark(gradient: Tensor) -> None:
+            self.reached.add(key)
+
+        return mark
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.trained:
+            return
+        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else (output,)
+        tensors = [t for t in values if isinstance(t, Tensor)]
+        last = next((t for t in tensors if t.requires_grad), None)
+        if last is None:
+            if tensors:
+                self.complain([p for found in self.trained.values() for p in found])
+            return
+        self.inner.append(last.register_hook(self.at_the_end))  # type: ignore[no-untyped-call]
+
+    def at_the_end(self, gradient: Tensor) -> None:
+        """Have `check` run when the backward that reached the output is over."""
+        torch.autograd.Variable._execution_engine.queue_callback(self.check)
+
+    def check(self) -> None:
+        lacking = [
+            (name, p)
+            for owner, found in self.trained.items()
+            if owner in self.ran
+            for name, p in found
+            if id(p) not in self.reached
+        ]
+        self.release()
+        for hook in self.outer:
+            hook.remove()
+        if lacking:
+            self.complain(lacking)
+
+    def release(self) -> None:
+        for hook in self.inner:
+            hook.remove()
+        self.inner, self.trained, self.ran, self.reached = [], {}, set(), set()
+
+    def complain(self, lacking: list[tuple[str, nn.Parameter]]) -> None:
+        total = sum(p.requires_grad for n, p in self.root.named_parameters() if ":" in n)
+        self.release()
+        names = ", ".join(n for n, _ in lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
+        raise RuntimeError(
+            f"no gradient reaches {len(lacking)} of {total} trained parameters in the first training step: {names}. "
+            "Gradient checkpointing cuts the graph where the input of a block needs no gradient, or the model detaches "
+            "what these layers return; call prepare_model_for_kbit_training(model) or model.enable_input_require_grads(), "
+            'and use gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )

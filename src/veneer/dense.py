@@ -36,7 +36,7 @@ class DenseReport:
         dtype: of the written weights.
         layers: how many quantized layers became plain.
         merged: largest difference of a logit, over the largest logit, before the weights were rounded to `dtype`.
-        rounded: the same of what was written.
+        rounded: the same with the weights that were written, still computed in float32.
     """
 
     folder: Path
@@ -236,7 +236,8 @@ def export_dense(
         merged = apart(logits_of(in_dtype(root, torch.float32), given), before)
     in_dtype(root, dtype)
     if before is not None:
-        rounded = apart(logits_of(root, given), before)
+        rounded = apart(logits_of(in_dtype(root, torch.float32), given), before)
+        in_dtype(root, dtype)
     root.save_pretrained(folder)
     return DenseReport(Path(folder), dtype, count, merged, rounded)
 

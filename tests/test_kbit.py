@@ -140,6 +140,15 @@ def test_the_first_step_names_layers_that_are_cut_off(plain: Path) -> None:
     loss_of(model).backward()  # it looks once
 
 
+def test_layers_whose_output_is_not_used_are_named(plain: Path) -> None:
+    base = stored(plain, "nf4")
+    own = base.model.layers[1].mlp
+    own.forward = lambda x: (own.up_proj(x), x)[1]
+    model = adapted(base).train()
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.up_proj.*leave them out"):
+        loss_of(model).backward()
+
+
 def test_nothing_is_left_after_the_first_step(plain: Path) -> None:
     base = stored(plain, "nf4")
     model = adapted(base).train()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
-from .backends import backends
+from .backends import backends, settle
 from .runtime import runtime_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -55,6 +56,7 @@ def prepare_model_for_kbit_training(
     # Checkpoints that are reentrant pass no gradient on unless their input has one; a Trainer may turn them on later.
     if hasattr(root, "enable_input_require_grads"):
         root.enable_input_require_grads()
+    settle(root)
     FirstStep.watch(root)
     return model
 
@@ -70,14 +72,15 @@ def quantized_layers(root: nn.Module) -> list[nn.Module]:
 
 
 class FirstStep:
-    """Looks at a model's first training step, and then goes: each trained parameter of a layer that ran gets a gradient.
+    """Looks at a model's first training step, and then goes.
 
-    Layers that did not run, such as experts without tokens, are let be.
+    A cut in the graph starves the trained layer that ran first: that raises. Others that ran and got nothing may be ones
+    whose output the loss does not use: that warns. Layers that did not run, such as experts without tokens, are let be.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.ran: set[nn.Module] = set()
+        self.ran: dict[nn.Module, None] = {}  # in the order of the calls
         self.reached: set[int] = set()
         self.trained: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
         self.inner: list[Any] = []
@@ -102,11 +105,11 @@ class FirstStep:
             # ZeRO-3 takes gradients away before they are here.
             if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
                 self.trained[owner] = mine
-                self.inner.append(owner.register_forward_hook(self.called))
+                self.inner.append(owner.register_forward_pre_hook(self.called))
                 self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
 
-    def called(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.ran.add(module)
+    def called(self, module: nn.Module, args: Any) -> None:
+        self.ran[module] = None
 
     def marks(self, parameter: nn.Parameter) -> Any:
         key = id(parameter)
@@ -133,31 +136,38 @@ class FirstStep:
         torch.autograd.Variable._execution_engine.queue_callback(self.check)
 
     def check(self) -> None:
-        lacking = [
-            (name, p)
-            for owner, found in self.trained.items()
-            if owner in self.ran
-            for name, p in found
-            if id(p) not in self.reached
-        ]
+        """At the end of the first backward."""
+        ran = [self.trained[owner] for owner in self.ran]
+        lacking = [(name, p) for found in ran for name, p in found if id(p) not in self.reached]
+        cut = bool(ran) and not any(id(p) in self.reached for _, p in ran[0])
         self.release()
         for hook in self.outer:
             hook.remove()
-        if lacking:
+        if cut:
             self.complain(lacking)
+        elif lacking:
+            warnings.warn(
+                f"no gradient reached {listed(lacking)} in the first training step; the loss may not depend on what these "
+                "layers return, and then they learn nothing: leave them out of target_modules",
+                stacklevel=2,
+            )
 
     def release(self) -> None:
         for hook in self.inner:
             hook.remove()
-        self.inner, self.trained, self.ran, self.reached = [], {}, set(), set()
+        self.inner, self.trained, self.ran, self.reached = [], {}, {}, set()
 
     def complain(self, lacking: list[tuple[str, nn.Parameter]]) -> None:
         total = sum(p.requires_grad for n, p in self.root.named_parameters() if ":" in n)
         self.release()
-        names = ", ".join(n for n, _ in lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
         raise RuntimeError(
-            f"no gradient reaches {len(lacking)} of {total} trained parameters in the first training step: {names}. "
+            f"no gradient reaches {len(lacking)} of {total} trained parameters in the first training step: {listed(lacking)}. "
             "Gradient checkpointing cuts the graph where the input of a block needs no gradient, or the model detaches "
             "what these layers return; call prepare_model_for_kbit_training(model) or model.enable_input_require_grads(), "
             'and use gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+
+
+def listed(parameters: list[tuple[str, nn.Parameter]]) -> str:
+    """The names of some parameters."""
+    return ", ".join(n for n, _ in parameters[:NAMED]) + (", ..." if len(parameters) > NAMED else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class FirstStep:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.trained:
             return
-        values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else (output,)
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
         tensors = [t for t in values if isinstance(t, Tensor)]
         last = next((t for t in tensors if t.requires_grad), None)
         if last is None:

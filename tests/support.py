@@ -128,7 +128,12 @@ def page(layers: Cells, backends: Cells) -> str:
         "| mxfp4 | transformers | refused | transformers' kernel is fetched from the hub; load with "
         "`Mxfp4Config(dequantize=True)`, which gives plain experts |",
         "",
+        "Only linear layers are adapted where they are quantized: other kinds are refused by name. A format that has no",
+        "row here is refused too, and the error says how to add one.",
+        "",
         "## Methods and layers",
+        "",
+        "Of plain weights.",
         "",
         *table(METHODS, LAYERS, layers),
         "",

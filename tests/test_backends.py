@@ -226,6 +226,16 @@ def test_write_and_restore(backend: str) -> None:
     assert bits(layer) == start
 
 
+def test_a_quantized_layer_of_another_kind_is_refused_by_name() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    layer = nn.Embedding(12, 64).requires_grad_(False)
+    torchao.quantize_(layer, torchao.IntxWeightOnlyConfig(), filter_fn=lambda module, name: module is layer)
+    with pytest.raises(
+        TypeError, match="layer: Embedding.weight is stored as torchao, which only the forward of a linear"
+    ):
+        with_adapter("lora", layer)
+
+
 @pytest.mark.parametrize("bits_", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 import veneer
 from small import bits, scramble
 from table import METHODS, NAME, Model
+from veneer import kernels
 from veneer.backends import backend_of
+from veneer.kernels import around
 
 bnb = pytest.importorskip("bitsandbytes")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every int8 call that it casts to float16
@@ -329,3 +332,43 @@ def test_merging_where_it_cannot_be_written(monkeypatch: Any) -> None:
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.*unmerged.*dense.*Nothing was merged"):
         model.merge_adapter()
     assert bits(base) == before
+
+
+# Kernels.
+
+
+@pytest.mark.parametrize("store", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_match_the_operators(store: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    products = []
+    monkeypatch.setattr(around, "reduced", lambda x, As, of=around.reduced: products.append(len(As)) or of(x, As))
+    model = veneer.get_peft_model(llama(store, dtype), veneer.LoraConfig(r=4, target_modules="all-linear"))
+    scramble(model)
+    step(model)  # the first looks at gradients, through hooks
+    found = []
+    for kernels_run in (True, False):
+        products.clear()
+        model.zero_grad(set_to_none=True)
+        with contextlib.nullcontext() if kernels_run else kernels.reference():
+            out = model(IDS, labels=IDS)
+            out.loss.backward()
+        found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+        # query, key and value with one product, gate and up with one.
+        assert products == ([3, 1, 2, 1] * 2 if kernels_run else [])
+    near = 1e-5 if dtype == torch.float32 else 6e-2  # bfloat16 has 8 bits, and they are rounded in another order
+    for mine, wanted in zip(*found, strict=True):
+        assert (mine - wanted).norm() <= near * wanted.norm() + 1e-9
+
+
+@pytest.mark.parametrize("store", ["int8", "nf4"])
+def test_kernels_leave_the_rest_to_the_operators(store: str) -> None:
+    model = veneer.get_peft_model(Model(linear(store)).train(), veneer.LoraConfig(r=4, target_modules=[NAME]))
+    scramble(model)
+    x = torch.randn(2, 3, 64)
+    y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(x) - y).norm() < 0.05 * y.norm()
+    for p in (*x.shape[:2], 1):
+        torch.testing.assert_close(model(x[:p]), y[:p])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), y)

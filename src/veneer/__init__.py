@@ -12,7 +12,6 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .codec import get_peft_model_state_dict as get_peft_model_state_dict
     from .codec import load_peft_weights as load_peft_weights
     from .codec import set_peft_model_state_dict as set_peft_model_state_dict
-    from .interop.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
     from .method import TaskType as TaskType
@@ -68,7 +67,6 @@ _HOMES = {
         "inject_adapter_in_model",
     ),
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
-    "veneer.interop.kbit": ("prepare_model_for_kbit_training",),
     "veneer.router": ("Average", "Parallel"),
     "veneer.runtime": ("AdapterLoadError",),
 }

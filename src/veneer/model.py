@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import codec
-from .interop import adapterhub, checkpointing, kbit
+from .interop import adapterhub, checkpointing
 from .method import Method, registry
 from .router import Item, Rows, flat, stack
 from .runtime import PREFIX, LoadReport, Runtime
@@ -147,22 +147,17 @@ class PeftModel(nn.Module):
         """
         with self._by_row(args, kwargs):
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return self._trained(args, kwargs)
+                self._checkpointed()
             return self.base_model.model(*args, **kwargs)
 
-    def _trained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a training step, and once a look at whether gradients arrive."""
-        training = self.__dict__.get("_training")
-        if training is None:
-            training = self.__dict__["_training"] = kbit.Training()
-        root, router = self.get_base_model(), self.runtime.router
-        training.before(root)
-        if training.done or router.rows() is not None:
-            return self.base_model.model(*args, **kwargs)
-        training.watch(root, frozenset(flat(router.live())))
-        outputs = self.base_model.model(*args, **kwargs)
-        training.after(outputs)
-        return outputs
+    def _checkpointed(self) -> None:
+        """See that gradient checkpointing passes gradients on, which a Trainer may have turned on after attaching."""
+        root = self.get_base_model()
+        if "_carrier" not in self.__dict__:
+            self.__dict__["_carrier"] = checkpointing.carrier(root)
+        block = self.__dict__["_carrier"]
+        if block is not None and block.gradient_checkpointing:
+            checkpointing.enter(root, block)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""

@@ -146,7 +146,18 @@ class PeftModel(nn.Module):
         task of each row (batch,) for adapters that hold several.
         """
         with self._by_row(args, kwargs):
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._checkpointed()
             return self.base_model.model(*args, **kwargs)
+
+    def _checkpointed(self) -> None:
+        """See that gradient checkpointing passes gradients on, which a Trainer may have turned on after attaching."""
+        root = self.get_base_model()
+        if "_carrier" not in self.__dict__:
+            self.__dict__["_carrier"] = checkpointing.carrier(root)
+        block = self.__dict__["_carrier"]
+        if block is not None and block.gradient_checkpointing:
+            checkpointing.enter(root, block)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""

@@ -625,7 +625,8 @@ class Runtime:
 
     def arrange(self, sites: Iterable[Site]) -> None:
         """See which layers can run together, among those of `sites` and beside them."""
-        names = dict.fromkeys(s.name.rpartition(".")[0] for s in sites if s.kind.own_forward() is not None)
+        linear = [s for s in sites if s.kind.own_forward() is not None or s.kind.packable]
+        names = dict.fromkeys(s.name.rpartition(".")[0] for s in linear)
         parents = {n: self.root.get_submodule(n) for n in names if n in self.named or not self.named}
         found = arrange(parents.values())
         for parent in parents.values():

@@ -39,3 +39,18 @@ def recall(root: nn.Module, router: Router) -> None:
         function = module.__dict__.get(ATTRIBUTE)
         if function is not None and not (isinstance(function, Recalling) and function.router is router):
             module.__dict__[ATTRIBUTE] = Recalling(function, router)
+
+
+def carrier(root: nn.Module) -> Any:
+    """The first module that says whether transformers checkpoints it, or None."""
+    return next((m for m in root.modules() if "gradient_checkpointing" in m.__dict__), None)
+
+
+def enter(root: Any, block: Any) -> None:
+    """Let the input of the blocks need a gradient where checkpointing is reentrant: it passes none on without."""
+    if root.__dict__.get("_require_grads_hooks") or not hasattr(root, "enable_input_require_grads"):
+        return
+    function = block.__dict__.get(ATTRIBUTE)
+    function = getattr(function, "function", function)  # within what recalls adapters
+    if getattr(function, "keywords", {}).get("use_reentrant", True):
+        root.enable_input_require_grads()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import structure
+from .around import Around, AroundOne, AroundTogether
 from .gated import GatedNetwork
 from .linear import Alone, Member, Sibling, Together
 
@@ -35,7 +36,8 @@ class Group:
             members = [(one, member) for one, member in found if member is not None]
             ends = {}
             if len(members) > 1:
-                together = Together([member for _, member in members], structure.code(self.base))
+                kind: Any = AroundTogether if isinstance(members[0][1], Around) else Together
+                together = kind([member for _, member in members], structure.code(self.base))
                 ends = {one: end for (one, _), end in zip(members, together.ends, strict=True)}
             # Another thread may do the same for other adapters, so what was found is returned and not looked up.
             made = {k: v for k, v in self.made.items() if k[1] is version}
@@ -49,9 +51,11 @@ class Group:
 def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
     """A layer's part in a kernel, or None where a kernel cannot say all that happens there."""
     state: Takeover | None = layer.__dict__.get("_veneer")
-    if state is None or state.main is None or not state.only_main or not runs_as_linear(state):
+    if state is None or state.main is None or not state.only_main:
         return None
-    member = Member(state.main, live)
+    if not runs_as_linear(state) and not runs_itself(state):
+        return None
+    member = Member(state.main, live) if runs_as_linear(state) else Around(state.main, live)
     return member if member.plan() else None
 
 
@@ -59,7 +63,14 @@ def runs_as_linear(state: Takeover) -> bool:
     """Whether the layer's own forward is x W^T + b and nothing more."""
     assert state.main is not None
     own = state.main.kind.own_forward()
-    return own is not None and state.instance_forward is None and state.base.forward is own
+    plain = own is not None and state.instance_forward is None and state.base.forward is own
+    return plain and not state.main.backend.packed
+
+
+def runs_itself(state: Takeover) -> bool:
+    """Whether the layer is a linear one whose weight only its own forward can use."""
+    assert state.main is not None
+    return state.main.backend.packed and state.main.kind.packable and state.instance_forward is None
 
 
 def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
@@ -72,6 +83,8 @@ def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version
             if found is not None:
                 return found
         member = member_of(layer, live)
+        if isinstance(member, Around):
+            return AroundOne(member)
         return None if member is None else Alone(member)
     if state.gated is not None:
         names = state.gated
@@ -90,14 +103,16 @@ def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]
         states = {n: c.__dict__["_veneer"] for n, c in children.items() if c is not None and "_veneer" in c.__dict__}
         linear = {n for n, s in states.items() if s.main is not None and runs_as_linear(s)}
         base = getattr(type(parent), "_veneer_base", type(parent))
-        for name in linear:
+        around = {n for n, s in states.items() if s.main is not None and runs_itself(s)}
+        for name in linear | around:
             states[name].group = None
-        for names in structure.siblings(base) if len(linear) > 1 else ():
-            together = [n for n in names if n in linear]
-            if len(together) > 1:
-                group = Group([children[n] for n in together], base)  # type: ignore[misc]
-                for name in together:
-                    states[name].group = group
+        for names in structure.siblings(base) if len(linear | around) > 1 else ():
+            for alike in (linear, around):
+                together = [n for n in names if n in alike]
+                if len(together) > 1:
+                    group = Group([children[n] for n in together], base)  # type: ignore[misc]
+                    for name in together:
+                        states[name].group = group
         network = structure.gated(base) if len(linear) > 2 and not replaced(parent) else None
         if network is None or children.get(network.act) is None:
             continue

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +38,52 @@ def resident(field: str) -> int:
 def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool) -> int:
     """Train in this process; bytes of its peak that the model and its steps brought."""
     import torch
-    import transformers.models.bert.modeling_bert
-    import transformers.models.llama.modeling_llama  # noqa: F401  (before the baseline)
+    import transformers
+    from transformers import AutoConfig
 
-    import veneer
-    from veneer.cli.models import load_model
+    from veneer.cli.models import AUTO, load_model, locate
 
     torch.set_num_threads(1)
     task = "classification" if name.startswith("minilm") else "causal-lm"
-    warm = torch.nn.Linear(8, 8)
-    optimizer = torch.optim.AdamW(warm.parameters(), fused=True)
-    warm(torch.randn(2, 8)).sum().backward()  # libraries start here, and not in what is measured
-    optimizer.step()
-    del warm, optimizer
+    # The libraries start in a small model of the same kind, and not in what is measured.
+    config = AutoConfig.from_pretrained(locate(name), num_hidden_layers=1, vocab_size=1024)
+    config.pad_token_id = config.pad_token_id or 0
+    small = getattr(transformers, AUTO[task]).from_config(config, dtype=getattr(torch, dtype))
+    # In a thread of its own, whose scratch memory goes with it.
+    thread = threading.Thread(target=train, args=(small, task, rows, tokens, checkpointing))
+    thread.start()
+    thread.join()
+    del small, thread
     gc.collect()
     before = resident("VmRSS")
     base = load_model(name, task, dtype)
+    base.config.pad_token_id = base.config.pad_token_id or 0
     for p in base.parameters():  # out of the file's pages, which come and go as the system likes
         p.data = p.data.clone()
-    base.config.pad_token_id = base.config.pad_token_id or 0
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: loading is not training
+    train(base, task, rows, tokens, checkpointing)
+    return resident("VmHWM") - before
+
+
+def train(base: Any, task: str, rows: int, tokens: int, checkpointing: bool) -> None:
+    """Some steps of LoRA on all linears."""
+    import torch
+
+    import veneer
+
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = veneer.get_peft_model(base, veneer.LoraConfig(r=8, target_modules="all-linear", task_type=TASK[task]))
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     ids = torch.randint(100, 1000, (rows, tokens))
     labels = ids if task == "causal-lm" else torch.zeros(rows, dtype=torch.long)
     extra = {"use_cache": False} if task == "causal-lm" else {}
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew: loading is not training
     for _ in range(STEPS):
         model(input_ids=ids, labels=labels, **extra).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return resident("VmHWM") - before
 
 
 TASK = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}

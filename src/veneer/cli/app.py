@@ -166,7 +166,9 @@ def methods(name: str | None) -> None:
 @click.option("--target-length", type=int, help="tokens of a row's labels, for a model with a decoder [default: 32]")
 @click.option("--dtype", metavar="NAME", help="dtype of the frozen model [default: float32]")
 @click.option("--optimizer", metavar="NAME", help="adamw, adamw-8bit or sgd [default: adamw]")
-@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="compute blocks again in backward")
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="compute blocks again in backward"
+)
 @click.option("--gradient-accumulation", type=int, help="micro-batches of an optimizer step [default: 1]")
 @click.option("--quantize", metavar="KIND", help="int8 or nf4")
 @click.option("--zero", type=int, metavar="STAGE", help="DeepSpeed's stage 2 or 3")

@@ -10,11 +10,14 @@ from ..planning import Peak, Plan, plan, size
 from .errors import user_input
 
 
-def start(model: str, method: str, options: dict[str, Any], gpu: str | None, as_json: bool, settings: dict[str, Any]) -> None:
+def start(
+    model: str, method: str, options: dict[str, Any], gpu: str | None, as_json: bool, settings: dict[str, Any]
+) -> None:
     """Make a plan and print it."""
     from ..planning import skeleton
     from ..planning.estimate import FULL
-    from .recipe import Run, suggest
+    from ..targets import suggest
+    from .recipe import Run
 
     with user_input():
         if gpu is not None:
@@ -42,7 +45,7 @@ def show(found: Plan) -> None:
     """Print a plan as tables."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     share = 100 * found.trained / found.total
@@ -51,12 +54,12 @@ def show(found: Plan) -> None:
     console.print(f"trains {found.trained:,} of {found.total:,} numbers ({share:.3g}%); {what} is {mb(found.file)}")
 
     if found.adapted:
-        table = Table("adapted", "shape (out, in)", "count", title_justify="left")
+        table = Table(Column("adapted", overflow="fold"), "shape (out, in)", "count")
         for g in found.adapted:
             table.add_row(escape(g.name), f"{g.shape[0]} x {g.shape[1]}", str(g.count))
         console.print(table)
     if found.missed:
-        table = Table("not adapted", "shape (out, in)", "count", "looks alike")
+        table = Table(Column("not adapted", overflow="fold"), "shape (out, in)", "count", "looks alike")
         for g in found.missed:
             table.add_row(escape(g.name), f"{g.shape[0]} x {g.shape[1]}", str(g.count), g.why)
         console.print(table)
@@ -69,7 +72,9 @@ def show(found: Plan) -> None:
         fits = "[green]fits[/]" if found.fits else "[red]does not fit[/]"
         console.print(f"a device of {gb(found.gpu)}: it needs {gb(found.peak.card)} and {fits}")
     if found.changes:
-        table = Table("change", "device", "host", "", title="what would make it fit, cheapest first", title_justify="left")
+        table = Table(
+            "change", "device", "host", "", title="what would make it fit, cheapest first", title_justify="left"
+        )
         for c in found.changes:
             table.add_row(c.name, gb(c.peak.card), gb(c.peak.host), "[green]fits[/]" if c.fits else "too much")
         console.print(table)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codec, layers, targets
-from ..method import METHODS, Method
+from ..method import Method, registry
 from ..model import get_peft_model
 from ..runtime import runtime_of
 from . import ledger, skeleton
@@ -113,9 +113,7 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def plan(
-    model: str, method: str | Method | None = "lora", *, gpu: str | int | None = None, **settings: Any
-) -> Plan:
+def plan(model: str, method: str | Method | None = "lora", *, gpu: str | int | None = None, **settings: Any) -> Plan:
     """Say what a run needs, without loading the model.
 
     Args:
@@ -127,12 +125,16 @@ def plan(
     Raises:
         ValueError: an unknown model, method, setting or size; targets that the model does not have.
     """
-    room = size(gpu) if isinstance(gpu, str) else gpu
+    room = None if gpu is None else size(gpu)
     fields = {f.name for f in dataclasses.fields(Settings)}
     for key in settings:
         if key not in fields:
-            raise ValueError(f"plan has no setting {key!r}{targets.suggest(key, fields)}; settings are {', '.join(sorted(fields))}")
+            raise ValueError(
+                f"plan has no setting {key!r}{targets.suggest(key, fields)}; settings are {', '.join(sorted(fields))}"
+            )
     chosen = Settings(**settings)
+    if room is not None and chosen.device == "cpu":
+        raise ValueError(f"gpu={gpu!r} goes with device='cuda'; leave one of them out")
     config, untied, source = skeleton.configuration(model)
     chosen = chosen.replace(task=chosen.task or skeleton.task_of(config))
     found = named(method, chosen.task)
@@ -177,10 +179,12 @@ def named(method: str | Method | None, task: str | None) -> Method | None:
         return method
     if method is None or method.lower() == FULL:
         return None
-    known = {key.lower(): cls for key, cls in METHODS.items()}
+    known: dict[str, type[Method]] = {key.lower(): cls for key, cls in registry().items() if not cls.internal}
     if method.lower() not in known:
         names = [*sorted(known), FULL]
-        raise ValueError(f"method={method!r}: must be one of {', '.join(names)}{targets.suggest(method.lower(), names)}")
+        raise ValueError(
+            f"method={method!r}: must be one of {', '.join(names)}{targets.suggest(method.lower(), names)}"
+        )
     try:
         return known[method.lower()](task_type=TASKS[str(task)])
     except TypeError as error:
@@ -214,17 +218,26 @@ class Bench:
     def step(self, s: Settings) -> Counter[str]:
         """What one step holds at its peak."""
         earlier = s.gradient_accumulation > 1
-        key = (s.task, s.dtype, s.attention, s.batch_size, s.length, s.target_length, s.gradient_checkpointing, earlier)
+        key = s.replace(
+            optimizer="adamw", gradient_accumulation=1 + earlier, quantize=None, zero=None, fsdp=False, offload=None,
+            processes=1,
+        )  # fmt: skip
         if key not in self.steps:
             model = self.model(s)
             labels = s.target_length if s.task == "seq2seq-lm" else 0
             inputs = ledger.batch(str(s.task), s.batch_size, s.length, labels)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.steps[key] = ledger.step(
-                    model, inputs, checkpointing=s.gradient_checkpointing, accumulates=earlier
-                )
-            gc.collect()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self.steps[key] = ledger.step(
+                        model, inputs, checkpointing=s.gradient_checkpointing, accumulates=earlier, device=s.device
+                    )
+            except NotImplementedError as error:  # an operation whose result's shape depends on values
+                kind = FULL if self.method is None else str(self.method.peft_type).lower()
+                raise ValueError(
+                    f"method {kind!r} on {self.config.model_type}: a step cannot run on shapes alone "
+                    f"({str(error).splitlines()[0][:90]}); measure one step with the weights instead"
+                ) from error
         return self.steps[key]
 
     def count(self, s: Settings) -> Counted:
@@ -235,7 +248,7 @@ class Bench:
         per = QUANTIZED.get(str(s.quantize), 0.0)
         inside = blocks(base_of(model))
         in_block: Counter[str] = Counter()
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             size = p.numel() * p.element_size()
             if id(p) in dense:
                 c.dequantized = max(c.dequantized, size)
@@ -260,19 +273,22 @@ class Bench:
 
 
 def base_of(model: Any) -> Any:
+    """A model without the face that `get_peft_model` gives it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def quantized_layers(model: Any) -> set[int]:
-    """Ids of the weights that bitsandbytes would store: of linear layers but the output head."""
-    base = base_of(model)
-    head = base.get_output_embeddings()
+    """Ids of the weights that bitsandbytes would store: of frozen linear layers but the output head."""
+    head = head_of(base_of(model))
     kinds = targets.linear_kinds()
-    return {
-        id(m.weight)
-        for m in base.modules()
-        if isinstance(m, kinds) and m is not head and not m.weight.requires_grad
-    }
+    found: list[Any] = [m for m in base_of(model).modules() if isinstance(m, kinds) and m is not head]
+    return {id(m.weight) for m in found if not m.weight.requires_grad}
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """The layer that makes the logits; a classifier has none among its embeddings."""
+    head: nn.Module | None = model.get_output_embeddings()
+    return head
 
 
 def blocks(model: nn.Module) -> dict[int, str]:
@@ -288,7 +304,7 @@ def blocks(model: nn.Module) -> dict[int, str]:
 
 def places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """What is adapted, and linear layers that look like it and are not."""
-    base = base_of(model)
+    base: nn.Module = base_of(model)
     runtime = runtime_of(base)
     if runtime is None:
         return (), ()
@@ -296,8 +312,8 @@ def places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     adapted = grouped((n, (s.fan_out, s.patch), "") for n, s in sites.items() if s.fan_in)
     shapes = {g.shape for g in adapted}
     leaves = {n.rpartition(".")[2] for n in sites}
-    head = base.get_output_embeddings()
-    kinds = targets.linear_kinds()
+    head = head_of(base)
+    kinds: Any = targets.linear_kinds()
     missed = []
     for name, module in base.named_modules():
         if name in sites or module is head or not isinstance(module, kinds) or not layers.supported(module):
@@ -324,7 +340,7 @@ def grouped(found: Any) -> tuple[Group, ...]:
 def file_size(model: Any) -> int:
     """Bytes of the adapter's safetensors file, or of the whole model's."""
     pairs = codec.named_tensors(model) if hasattr(model, "peft_config") else model.named_parameters()
-    tensors = {key: t for key, t in pairs}
+    tensors = dict(pairs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for key, t in sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])):
@@ -360,8 +376,9 @@ def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change |
     if s.dtype == "float32":
         ladder.append(("bfloat16 weights", {"dtype": "bfloat16"}))
     if bench.method is not None:
-        for kind in ("int8", "nf4")[("int8", "nf4").index(s.quantize) + 1 if s.quantize else 0 :]:
-            ladder.append((f"{kind} weights", {"quantize": kind}))
+        kinds = list(QUANTIZED)
+        smaller_kinds = kinds[kinds.index(s.quantize) + 1 :] if s.quantize else kinds
+        ladder += [(f"{kind} weights", {"quantize": kind}) for kind in smaller_kinds]
     if s.zero != 3 and s.processes > 1:
         ladder.append((f"ZeRO-3 over {s.processes} processes", {"zero": 3, "fsdp": False}))
     if s.offload is None:
@@ -370,25 +387,32 @@ def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change |
         one = attempt(name, s.replace(**change))
         if one.fits:
             return tried, one
-    together: dict[str, Any] = {}
-    names: list[str] = []
+    together: dict[str, dict[str, Any]] = {}
     for name, change in ladder:
-        if set(change) & set(together):  # int8 gives way to nf4
-            names = [n for n, c in ladder if n in names and not set(c) & set(change)]
-        together |= change
-        names.append(name)
-        if len(names) > 1:
-            one = attempt(" + ".join(names), s.replace(**together))
-            if one.fits:
-                return tried, one
+        together = {n: c for n, c in together.items() if not set(c) & set(change)} | {
+            name: change
+        }  # int8 yields to nf4
+        if len(together) > 1 and attempt(" + ".join(together), joined(s, together)).fits:
+            for extra in list(together)[-2::-1]:  # what the last change made needless, the dearest first
+                fewer = {n: c for n, c in together.items() if n != extra}
+                if len(fewer) > 1 and bench.peak(joined(s, fewer)).card <= room:
+                    together = fewer
+                    attempt(" + ".join(together), joined(s, together))
+            return tried, tried[-1]
     for processes in (2, 4, 8, 16, 32, 64):
         if processes > s.processes:
-            rest = " + ".join(n for n in names if not n.startswith("ZeRO"))
-            settings = s.replace(**{**together, "zero": 3, "fsdp": False, "offload": None, "processes": processes})
-            one = attempt(f"ZeRO-3 over {processes} processes" + (f" + {rest}" if rest else ""), settings)
+            rest = [n for n in together if not n.startswith("ZeRO")]
+            more = {"zero": 3, "fsdp": False, "offload": None, "processes": processes}
+            settings = joined(s, {n: together[n] for n in rest}).replace(**more)
+            one = attempt(" + ".join([f"ZeRO-3 over {processes} processes", *rest]), settings)
             if one.fits:
                 return tried, one
     return tried, None
+
+
+def joined(s: Settings, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The settings with all the changes."""
+    return s.replace(**{key: value for change in changes.values() for key, value in change.items()})
 
 
 def smaller(bench: Bench, s: Settings, room: int) -> int:
@@ -424,6 +448,8 @@ def assumptions(s: Settings, source: str) -> tuple[str, ...]:
             f"{s.quantize}: {QUANTIZED[s.quantize]:g} bytes a weight of a linear layer"
             + (" (absmax in blocks of 64, without double quantization)" if s.quantize == "nf4" else ", a float32 a row")
         )
+    if s.quantize == "nf4" and (s.zero == 3 or s.fsdp):
+        said.append("sharded nf4 weights are stored in a float dtype (bnb_4bit_quant_storage)")
     if s.zero == 3:
         said.append(
             "DeepSpeed's defaults: reduce_bucket_size 5e8, stage3_max_live_parameters 1e9; with one process, recent "

@@ -104,7 +104,9 @@ def peak(c: Counted, s: Settings) -> Peak:
         else:
             note = "the largest block: in use, prefetched, and the buffer it is gathered in; all outside of blocks"
             whole = c.outside_blocks + 3 * c.block
-            gathered.append(Part("gathered weights", min(whole, 3 * (c.frozen + c.trained)) if n > 1 or offload else 0, note))
+            gathered.append(
+                Part("gathered weights", min(whole, 3 * (c.frozen + c.trained)) if n > 1 or offload else 0, note)
+            )
     else:
         stay.append(Part("frozen weights", c.frozen, label(s)))
         stay.append(Part("trained weights", c.trained, "kept in float32 where it is an adapter"))
@@ -115,7 +117,9 @@ def peak(c: Counted, s: Settings) -> Peak:
             stay.append(Part("reduce bucket", BUCKET * c.itemsize, "DeepSpeed's reduce_bucket_size of 5e8 numbers"))
             waiting = 0
         else:
-            stay.append(Part("optimizer state", state, f"{s.optimizer}: {OPTIMIZERS[s.optimizer]:g} bytes a trained number"))
+            stay.append(
+                Part("optimizer state", state, f"{s.optimizer}: {OPTIMIZERS[s.optimizer]:g} bytes a trained number")
+            )
             if n > 1:
                 stay.append(Part("DDP's buckets", c.trained, "a copy of all gradients"))
     if c.buffers:

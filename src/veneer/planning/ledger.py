@@ -19,7 +19,7 @@ from .. import kernels
 ACTIVATIONS, LOGITS, BACKWARD, GRADIENTS = "activations", "logits and loss", "workspace", "gradients"
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations make, until they are freed.
 
     Attributes:
@@ -29,7 +29,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kind = ACTIVATIONS
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -97,19 +97,21 @@ class Fused(torch.autograd.Function):
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(device: str) -> Iterator[None]:
     """Run attention as a device does, not by the sum of parts that meta tensors get.
 
-    A mode for torch functions would not do: it is off where a block is computed again in the backward.
+    A CPU has no fused attention with dropout, and runs those parts too. A mode for torch functions would not do: it is off where a block is computed again in the backward.
     """
     own = F.scaled_dot_product_attention
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Any:
-        if query.device.type != "meta":
-            return own(query, key, value, attn_mask, *rest, **more)
-        return Fused.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
+    ) -> Tensor:
+        if query.device.type != "meta" or (device == "cpu" and dropout_p > 0):
+            return own(query, key, value, attn_mask, dropout_p, **more)
+        return Fused.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call,no-any-return]
 
-    F.scaled_dot_product_attention = attend
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -133,7 +135,12 @@ def accumulated(ledger: Ledger, trained: list[nn.Parameter], earlier: bool) -> I
             p.grad = torch.empty_like(p)
             ledger.note(p.grad)
     ledger.kind = ACTIVATIONS
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.rename(p.grad, GRADIENTS)) for p in trained]
+
+    def made(p: Tensor) -> None:
+        assert p.grad is not None
+        ledger.rename(p.grad, GRADIENTS)
+
+    hooks = [p.register_post_accumulate_grad_hook(made) for p in trained]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -143,7 +150,7 @@ def accumulated(ledger: Ledger, trained: list[nn.Parameter], earlier: bool) -> I
             p.grad = None
 
 
-def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumulates: bool) -> Counter[str]:
+def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumulates: bool, device: str) -> Counter[str]:
     """Bytes of each kind that one forward and backward hold at their peak, beside parameters and buffers.
 
     Args:
@@ -151,6 +158,7 @@ def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumula
         inputs: what its forward takes, with labels.
         checkpointing: compute the blocks again in the backward.
         accumulates: whether gradients of an earlier batch are there.
+        device: "cuda" or "cpu", whose attention is meant.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     switched = base.gradient_checkpointing_enable if checkpointing else base.gradient_checkpointing_disable
@@ -172,13 +180,12 @@ def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumula
             stack.callback(head.register_forward_pre_hook(at_head).remove)
         stack.enter_context(kernels.shapes())
         stack.enter_context(accumulated(ledger, trained, accumulates))
-        stack.enter_context(fused_attention())
+        stack.enter_context(fused_attention(device))
         stack.enter_context(ledger)
-        out = model(**inputs, **({"use_cache": False} if "use_cache" in taken(base) else {}))
-        loss = out.loss
+        loss = model(**inputs, **({"use_cache": False} if "use_cache" in taken(base) else {})).loss
         ledger.kind = BACKWARD
         loss.backward()
-        del out, loss
+        del loss
     return ledger.peak
 
 

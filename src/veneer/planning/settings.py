@@ -102,12 +102,14 @@ class Settings:
         return shown if shown == "one process" else f"{shown}, {self.processes} process{'es' * (self.processes > 1)}"
 
 
-def size(text: str) -> int:
-    """Bytes of "11GB" (11 * 10^9) or "11GiB".
+def size(text: str | int) -> int:
+    """Bytes of "11GB" (11 * 10^9) or "11GiB"; a number is bytes already.
 
     Raises:
         ValueError: no number, no unit, or nothing that a device could have.
     """
+    if isinstance(text, int):
+        text = f"{text / 10**6:f}MB"
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if found is None:
         raise ValueError(f"gpu={text!r} is no size; write it as 11GB or 24GiB")

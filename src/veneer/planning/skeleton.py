@@ -26,12 +26,12 @@ def table() -> dict[str, Any]:
         return tomllib.load(file)
 
 
-def known(name: str) -> tuple[str, dict[str, Any]] | None:
+def known(name: str) -> dict[str, Any] | None:
     """The table's entry for a name or hub id, whatever its case."""
     key = name.lower()
     for entry, content in table().items():
         if key == entry or key in (hub.lower() for hub in content["hub"]):
-            return entry, content
+            return content  # type: ignore[no-any-return]
     return None
 
 
@@ -45,9 +45,8 @@ def configuration(name: str) -> tuple[Any, bool, str]:
 
     from ..cli import models as embedded
 
-    found = known(name)
-    if found is not None and not Path(name).is_dir():
-        entry, content = found
+    content = known(name)
+    if content is not None and not Path(name).is_dir():
         made = transformers.AutoConfig.for_model(content["model_type"], **content["config"])
         return made, bool(content.get("untied")), f"shapes of {content['hub'][0]}, shipped with veneer"
     names = [*table(), *embedded.EMBEDDED]
@@ -71,10 +70,10 @@ def task_of(config: Any) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq-lm"
     architectures = getattr(config, "architectures", None) or ["ForCausalLM"]
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+    from transformers.models.auto import modeling_auto
 
     masked = config.model_type in ("bert", "roberta", "distilbert", "electra", "albert", "deberta", "deberta-v2")
-    speaks = config.model_type in causal and not masked
+    speaks = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked
     return "causal-lm" if speaks or any("CausalLM" in a for a in architectures) else "classification"
 
 

@@ -200,6 +200,8 @@ def test_layouts() -> None:
     assert two["frozen weights"] == c.frozen and moved["optimizer state"] == 2 * 10**8
     fsdp, _ = parts(fsdp=True, processes=4)
     assert fsdp["frozen weights"] == 10**10 and fsdp["gathered weights"] == 5 * 10**9
+    near, far = parts(fsdp=True, processes=4, offload="cpu")
+    assert "frozen weights" not in near and far["gradient shards"] == 10**8 and far["optimizer state"] == 2 * 10**8
     alone, _ = parts(zero=3)  # one process holds all: nothing is gathered
     assert alone["frozen weights"] == c.frozen and "gathered weights" not in alone
 

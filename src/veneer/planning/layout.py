@@ -107,6 +107,9 @@ def peak(c: Counted, s: Settings) -> Peak:
             gathered.append(
                 Part("gathered weights", min(whole, 3 * (c.frozen + c.trained)) if n > 1 or offload else 0, note)
             )
+            if offload:
+                host.append(Part("gradient shards", c.trained // n, f"{share}what was reduced"))
+                waiting = 0
     else:
         stay.append(Part("frozen weights", c.frozen, label(s)))
         stay.append(Part("trained weights", c.trained, "kept in float32 where it is an adapter"))

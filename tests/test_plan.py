@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
-from bench.plan import MODELS, SHAPES, measured, predicted
+from bench.plan import CASES, measured, predicted
 from veneer.cli.app import app
 from veneer.planning import Settings, ledger, size, skeleton
 from veneer.planning.estimate import Bench
@@ -95,12 +95,9 @@ def test_measured_peak() -> None:
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", MODELS)
-def test_measured_peaks(name: str, shape: tuple[int, int], dtype: str, checkpointing: bool) -> None:
-    close((name, *shape, dtype, checkpointing))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_measured_peaks(case: tuple[Any, ...]) -> None:
+    close(case)
 
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}

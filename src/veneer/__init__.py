@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .model import get_model_status as get_model_status
     from .model import get_peft_model as get_peft_model
     from .model import inject_adapter_in_model as inject_adapter_in_model
+    from .planning import plan as plan
     from .router import Average as Average
     from .router import Parallel as Parallel
     from .runtime import AdapterLoadError as AdapterLoadError
@@ -71,6 +72,7 @@ _HOMES = {
     ),
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
     "veneer.dense": ("DenseReport", "export_dense"),
+    "veneer.planning": ("plan",),
     "veneer.router": ("Average", "Parallel"),
     "veneer.kbit": ("prepare_model_for_kbit_training",),
     "veneer.runtime": ("AdapterLoadError",),

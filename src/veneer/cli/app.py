@@ -167,3 +167,43 @@ def methods(name: str | None) -> None:
 
     with user_input():
         start(name)
+
+
+@app.command(cls=LazyMethodFlags)
+@click.argument("model")
+@click.option("--method", metavar="NAME", default="lora", show_default=True, help="the method, or full")
+@click.option("--gpu", metavar="SIZE", help="memory of the device, such as 11GB; says whether it fits and what would")
+@click.option("--task", metavar="NAME", help="causal-lm, seq2seq-lm or classification [default: what the model is]")
+@click.option("--batch-size", type=int, help="rows of a micro-batch [default: 8]")
+@click.option("--length", type=int, help="tokens of a row [default: 128]")
+@click.option("--target-length", type=int, help="tokens of a row's labels, for a model with a decoder [default: 32]")
+@click.option("--dtype", metavar="NAME", help="dtype of the frozen model [default: float32]")
+@click.option("--optimizer", metavar="NAME", help="adamw, adamw-8bit or sgd [default: adamw]")
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="compute blocks again in backward"
+)
+@click.option("--gradient-accumulation", type=int, help="micro-batches of an optimizer step [default: 1]")
+@click.option("--quantize", metavar="KIND", help="int8 or nf4")
+@click.option("--zero", type=int, metavar="STAGE", help="DeepSpeed's stage 2 or 3")
+@click.option("--fsdp/--no-fsdp", default=None, help="PyTorch's FSDP2")
+@click.option("--offload", metavar="WHERE", help="cpu: what is sharded lives in host memory; needs --zero or --fsdp")
+@click.option("--processes", type=int, help="processes of the run, one a device [default: 1]")
+@click.option("--device", metavar="KIND", help="cuda or cpu [default: cuda]")
+@click.option("--attention", metavar="KIND", help="sdpa or eager [default: the model's]")
+@click.option("--json", "as_json", is_flag=True, help="print JSON, sizes in bytes")
+def plan(model: str, method: str, gpu: str | None, as_json: bool, **given: Any) -> None:
+    """Say what fine-tuning MODEL needs, without loading it.
+
+    MODEL is a folder with a config.json, an embedded model, a hub id, or a name whose shapes are shipped, such as
+    t0_3b or llama-3-8b.
+    """
+    import yaml
+
+    from .plan import start
+
+    own = {
+        k.removeprefix("method__"): yaml.safe_load(v) if isinstance(v, str) else v
+        for k, v in given.items()
+        if k.startswith("method__") and v is not None
+    }
+    start(model, method, own, gpu, as_json, {k: v for k, v in given.items() if not k.startswith("method__")})

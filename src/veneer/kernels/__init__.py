@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _ENABLED = True
+_SHAPES = False
 
 
 def enabled() -> bool:
@@ -41,3 +42,19 @@ def reference() -> Iterator[None]:
         yield
     finally:
         _ENABLED = before
+
+
+def shaped() -> bool:
+    """Whether kernels take tensors of the meta device, to count what a step would hold."""
+    return _SHAPES
+
+
+@contextmanager
+def shapes() -> Iterator[None]:
+    """Within the block kernels run on the meta device too, where otherwise the operators' own `apply` does."""
+    global _SHAPES
+    before, _SHAPES = _SHAPES, True
+    try:
+        yield
+    finally:
+        _SHAPES = before

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from ..operators import Diagonal, Factored, Sum, terms
 from ..site import Link
-from . import decode, dropout, ready, scratch
+from . import decode, dropout, ready, scratch, shaped
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -318,8 +318,8 @@ def accepted(x: Tensor, W: Tensor) -> torch.dtype | None:
     if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not ready():
         return None
     kind = x.device.type
-    if kind == "meta":
-        return None
+    if kind == "meta":  # autocast knows no such device
+        return x.dtype if shaped() and x.dtype == W.dtype else None
     if torch.is_autocast_enabled(kind):
         floats = (torch.float32, torch.bfloat16, torch.float16)
         return torch.get_autocast_dtype(kind) if x.dtype in floats and W.dtype in floats else None

@@ -50,6 +50,6 @@ def like(name: str, x: Tensor) -> Tensor:
 def chunks(x: Tensor) -> Iterator[slice]:
     """Runs of the rows of x (rows, columns) that fit a cache; all of them where x is not on a CPU."""
     rows = x.shape[0]
-    step = max(16, CHUNK // (x.shape[1] * x.element_size())) if x.device.type == "cpu" else max(rows, 1)
+    step = max(16, CHUNK // (x.shape[1] * x.element_size())) if x.device.type in ("cpu", "meta") else max(rows, 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)

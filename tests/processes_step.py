@@ -109,6 +109,7 @@ def zero(model: nn.Module, *, stage: int, offload: bool = False) -> list[float]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,  # its default is 1
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

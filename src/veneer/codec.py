@@ -491,16 +491,20 @@ def set_peft_model_state_dict(
     return report
 
 
-def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
-    """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
-    from safetensors.torch import save
-
+def training_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What is trained of an adapter by its own names, whole and copied. Every process calls it where it is sharded."""
     own = attached(model).training_state(adapter)
     with sharding.available(own.values()):
-        state = {k: whole(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
-    if sharding.writes(own.values()):
-        write_atomic(folder_to_write(folder) / TRAINING_NAME, lambda p: write_bytes(p, save(state)))
-    sharding.wait(own.values())
+        return {k: whole(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
+
+
+def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
+    """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
+    own = attached(model).training_state(adapter).values()
+    state = training_tensors(model, adapter)
+    if sharding.writes(own):
+        save_weights(state, folder, name=TRAINING_NAME)
+    sharding.wait(own)
 
 
 def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:

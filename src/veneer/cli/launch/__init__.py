@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ...targets import suggest
 from ..errors import InputError
+from ..recipe import Run
 
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 
@@ -23,6 +25,39 @@ def command(processes: int, layout: str, arguments: list[str], port: int = 0) ->
     """
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[layout])]
     return [*start, "--num_processes", str(processes), "--main_process_port", str(port), "-m", "veneer", *arguments]
+
+
+def check(run: Run, processes: int | None, layout: str | None) -> None:
+    """Raise InputError for a number of processes or a layout that a run cannot have."""
+    if layout is not None and layout not in CONFIGS:
+        raise InputError(f"--launch {layout!r}: must be one of {', '.join(CONFIGS)}{suggest(layout, CONFIGS)}")
+    if processes is None:
+        raise InputError(f"--launch {layout}: say on how many processes, with --processes N")
+    if layout in (None, "ddp") and processes < 2:
+        raise InputError("--processes 1: leave it out to run in this process; --launch zero3-offload runs on 1 too")
+    check_rows(run, processes)
+
+
+def check_rows(run: Run, processes: int) -> None:
+    """Raise InputError where the processes cannot have equal parts of a batch."""
+    if run.batch_size % processes:
+        allowed = [n for n in range(1, run.batch_size + 1) if run.batch_size % n == 0]
+        raise InputError(
+            f"{processes} processes cannot share batch_size={run.batch_size} rows a step evenly; use "
+            f"{', '.join(map(str, allowed))} processes, or another --batch-size"
+        )
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    """A command's arguments without some options that take a value."""
+    kept: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        if argument in names:
+            next(left, None)
+        elif not argument.startswith(tuple(f"{n}=" for n in names)):
+            kept.append(argument)
+    return kept
 
 
 def launch(processes: int, layout: str, arguments: list[str]) -> None:

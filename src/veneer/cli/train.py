@@ -240,6 +240,10 @@ def make_trainer(
             """Left to `_prepare_for_training`: the parameters are sharded by then."""
 
         def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            if self.is_deepspeed_enabled:  # it wants to hear of one process's rows
+                settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+                settings["train_micro_batch_size_per_gpu"] = run.batch_size // self.args.world_size
+                settings["train_batch_size"] = per_step
             made = super()._prepare_for_training(max_steps, train_dataloader, None)
             if resume_from_checkpoint is not None:
                 self.restore(Path(resume_from_checkpoint))
@@ -258,7 +262,9 @@ def make_trainer(
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)
     else:
         collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # accelerate runs it on CPUs only if not told of them
+    cpu, processes = not torch.accelerator.is_available(), place()[1]
+    # accelerate runs these on CPUs only where it is not told that they are what it runs on
+    sharding = "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
     per_step = run.batch_size * run.gradient_accumulation
     total = run.steps or math.ceil(math.ceil(len(train_rows) / per_step) * run.epochs)
     arguments = TrainingArguments(
@@ -266,7 +272,8 @@ def make_trainer(
         max_steps=total,
         per_device_train_batch_size=run.batch_size,  # of all processes, which split it
         accelerator_config={"split_batches": True},
-        use_cpu=not (torch.accelerator.is_available() or deepspeed),
+        use_cpu=cpu and not sharding,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
         per_device_eval_batch_size=run.batch_size,
         gradient_accumulation_steps=run.gradient_accumulation,
         learning_rate=run.learning_rate,

@@ -25,7 +25,7 @@ from .report import Report, peak_memory, plot, show
 OURS = (codec.CONFIG_NAME, codec.WEIGHTS_NAME, "metrics.jsonl", "loss.png", "report.json", "report.md", "recipe.yaml")
 
 
-OPTIMIZER = "adapter_optimizer.safetensors"  # in checkpoints
+OPTIMIZER, SCHEDULE = "adapter_optimizer.safetensors", "adapter_schedule.json"  # in checkpoints
 
 
 def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
@@ -234,7 +234,7 @@ def make_trainer(
             state = optimizers.read(self.optimizer, parameters)
             if self.args.process_index == 0:
                 codec.save_weights(state, output_dir, name=OPTIMIZER)
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+                (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": self.lr_scheduler.last_epoch}))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             """Left to `_prepare_for_training`: the parameters are sharded by then."""
@@ -251,12 +251,19 @@ def make_trainer(
 
         def restore(self, checkpoint: Path) -> None:
             """Parameters, optimizer and schedule of a checkpoint that any number of processes wrote."""
+            if not (checkpoint / OPTIMIZER).is_file():
+                raise InputError(f"{checkpoint} has no {OPTIMIZER}: an earlier version wrote it; start the run again")
             with user_input():
                 codec.load_training_state(adapted, "default", checkpoint)
                 parameters = trained_by_name(adapted)
                 optimizers.put_master(parameters, codec.read_tensors(checkpoint / codec.TRAINING_NAME))
                 optimizers.write(self.optimizer, parameters, codec.read_tensors(checkpoint / OPTIMIZER))
-            self.lr_scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+            # A schedule is a function of the step; how many groups the optimizer has differs between layouts.
+            schedule, steps = self.lr_scheduler, json.loads((checkpoint / SCHEDULE).read_text())["steps"]
+            rates = [rate * of(steps) for rate, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, rates
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     if run.task == "classification":
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,20 @@ def innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def make_room(optimizer: Any, keys: Iterable[str]) -> None:
+    """Let ZeRO's flat partitions have state, as after a first step; until one it has none to set."""
+    zero = optimizer
+    while hasattr(zero.optimizer, "optimizer"):
+        zero = zero.optimizer
+    flats = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    for flat in flats:
+        held = zero.optimizer.state[flat]
+        for key in keys:
+            held.setdefault(key, torch.zeros((), dtype=torch.float32) if key == STEP else torch.zeros_like(flat.detach()))
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # of stages 1 and 2
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def by_deepspeed(parameter: Tensor) -> bool:
@@ -58,6 +72,8 @@ def write(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, 
         ValueError: the state of a parameter is missing.
     """
     inner = innermost(optimizer)
+    if any(map(by_deepspeed, parameters.values())):
+        make_room(optimizer, dict.fromkeys(k.rpartition("|")[2] for k in state))
     for name, parameter in parameters.items():
         own = {k.rpartition("|")[2]: v for k, v in state.items() if k.rpartition("|")[0] == name}
         if not own:

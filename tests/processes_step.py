@@ -1,6 +1,6 @@
 """One of the processes of tests/test_processes.py: every method in one layout, and what came of it as JSON.
 
-    python -m torch.distributed.run --nproc_per_node 2 processes_step.py LAYOUT FOLDER
+python -m torch.distributed.run --nproc_per_node 2 processes_step.py LAYOUT FOLDER
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 12, 64
 TASK = "CAUSAL_LM"
 EVERY = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, Any] = {
-    "lora": lambda: veneer.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]),
+    "lora": lambda: veneer.LoraConfig(
+        r=4, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    ),
     "dora": lambda: veneer.LoraConfig(r=4, use_dora=True, target_modules=EVERY),
-    "ia3": lambda: veneer.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": lambda: veneer.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "oft": lambda: veneer.OFTConfig(oft_block_size=4, target_modules=EVERY),
     "vera": lambda: veneer.VeraConfig(r=8, target_modules=EVERY),
     "prefix": lambda: veneer.PrefixTuningConfig(num_virtual_tokens=4, task_type=TASK),

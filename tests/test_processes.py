@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_cli import made  # noqa: F401  (a fixture)
 
 import veneer
+from test_cli import made  # noqa: F401  (a fixture)
 from veneer.cli.errors import InputError
 from veneer.cli.launch import CONFIGS, check, command, without
 from veneer.cli.recipe import build

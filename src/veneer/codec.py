@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .method import Method, refuse_foreign, registry, suggest
 from .interop import sharding
 from .interop.sharding import fill, shape_of, whole
+from .method import Method, refuse_foreign, registry, suggest
 from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runtime_of
 
 CONFIG_NAME = "adapter_config.json"

@@ -83,7 +83,10 @@ def run_flags(command: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
 @click.option("--processes", type=click.IntRange(1), metavar="N", help="run on N processes of this machine")
 @click.option(
-    "--launch", "layout", metavar="LAYOUT", help="how they share the work: ddp, fsdp2, zero2, zero3 or zero3-offload [default: ddp]"
+    "--launch",
+    "layout",
+    metavar="LAYOUT",
+    help="how they share the work: ddp, fsdp2, zero2, zero3 or zero3-offload [default: ddp]",
 )
 def train(
     recipe: str | None, resume: bool, overwrite: bool, processes: int | None, layout: str | None, **flags: Any

@@ -244,6 +244,8 @@ def make_trainer(
                 settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
                 settings["train_micro_batch_size_per_gpu"] = run.batch_size // self.args.world_size
                 settings["train_batch_size"] = per_step
+                if cpu or shutil.which("c++") is None:  # its own Adam has to be compiled, and pays beside a GPU only
+                    settings["zero_force_ds_cpu_optimizer"] = False
             made = super()._prepare_for_training(max_steps, train_dataloader, None)
             if resume_from_checkpoint is not None:
                 self.restore(Path(resume_from_checkpoint))

@@ -30,7 +30,9 @@ def make_room(optimizer: Any, keys: Iterable[str]) -> None:
     for flat in flats:
         held = zero.optimizer.state[flat]
         for key in keys:
-            held.setdefault(key, torch.zeros((), dtype=torch.float32) if key == STEP else torch.zeros_like(flat.detach()))
+            held.setdefault(
+                key, torch.zeros((), dtype=torch.float32) if key == STEP else torch.zeros_like(flat.detach())
+            )
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # of stages 1 and 2
         zero._lazy_init_hp_params_optimizer_state()
 

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .interop import sharding
+from .interop.sharding import fill, shape_of, whole
 from .method import Method, refuse_foreign, registry, suggest
 from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runtime_of
 
@@ -252,11 +254,32 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], 
 
 
 def save_adapter(
-    runtime: Runtime, adapter: str, folder: str | os.PathLike[str], *, embeddings: bool | str = "auto", **fields: Any
+    runtime: Runtime,
+    adapter: str,
+    folder: str | os.PathLike[str],
+    *,
+    embeddings: bool | str = "auto",
+    write: bool = True,
+    **fields: Any,
 ) -> None:
-    """Write one adapter's two files and, where there is none, a model card."""
+    """Write one adapter's two files and, where there is none, a model card.
+
+    Where its parameters are sharded, every process calls it: all of them gather, rank 0 writes, the others wait.
+    """
     config = runtime.known(adapter)
     tensors = adapter_tensors(runtime, adapter, embeddings=embeddings)
+    own = list(runtime.parameters(adapter))
+    try:
+        if write and sharding.writes(own):
+            write_adapter(runtime, config, tensors, folder, **fields)
+    finally:
+        sharding.wait(own)
+
+
+def write_adapter(
+    runtime: Runtime, config: Method, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], **fields: Any
+) -> None:
+    """Write an adapter's files from its whole tensors."""
     if config.task_type is None and config.auto_mapping is None:
         base = type(runtime.root)
         base = getattr(base, "_veneer_base", base)
@@ -322,13 +345,6 @@ def model_card(config: Method) -> str:
 # State dicts.
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be one rank's shard (DTensor)."""
-    full = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if full is None else full()
-    return whole
-
-
 def prefix_of(model: nn.Module) -> str:
     """What keys begin with: peft's prefix for a PeftModel, nothing for a model adapted in place."""
     return PREFIX if hasattr(model, "get_base_model") else ""
@@ -366,8 +382,9 @@ def adapter_tensors(
         embeddings: True adds the model's embeddings and output head, "auto" only where their number of rows is not
             the base config's (a vocabulary that was resized), False never.
     """
-    found = {k: gathered(t.detach()) for k, t in runtime.named_tensors(adapter, prefix)}
     config = runtime.known(adapter)
+    with sharding.available(runtime.parameters(adapter)):
+        found = {k: copied(t) for k, t in runtime.named_tensors(adapter, prefix)}
     if embeddings is True or (embeddings == "auto" and resized(runtime.root, config)):
         for get in ("get_input_embeddings", "get_output_embeddings"):
             module = getattr(runtime.root, get, lambda: None)()
@@ -378,8 +395,14 @@ def adapter_tensors(
                 and not any(k.startswith(f"{prefix}{name}.weight") for k in found)
             ):
                 inner = ".base_layer" if name in runtime.sites else ""
-                found[f"{prefix}{name}{inner}.weight"] = gathered(module.weight.detach())
+                with sharding.available([module.weight]):
+                    found[f"{prefix}{name}{inner}.weight"] = copied(module.weight)
     return found
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; a copy where ZeRO-3 lends it for a while."""
+    return tensor.detach().clone() if sharding.is_partitioned(tensor) else whole(tensor.detach())
 
 
 def resized(root: nn.Module, config: Method) -> bool:
@@ -417,7 +440,7 @@ def get_peft_model_state_dict(
         return dict(found)
     names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
     own = {k: names.get(id(t), "") for k, t in runtime.named_tensors(adapter_name, prefix)}
-    return {k: gathered(state_dict[n]) if (n := own.get(k, "")) in state_dict else t for k, t in found.items()}
+    return {k: whole(state_dict[n]) if (n := own.get(k, "")) in state_dict else t for k, t in found.items()}
 
 
 def set_peft_model_state_dict(
@@ -451,7 +474,7 @@ def set_peft_model_state_dict(
     loader = Loader(peft_model_state_dict)
     pairs = []
     for key, own in runtime.named_tensors(adapter_name, "" if bare else PREFIX):
-        value = loader.take(key, own.shape)
+        value = loader.take(key, shape_of(own))
         if value is not None:
             pairs.append((own, value))
     report = loader.report
@@ -464,20 +487,24 @@ def set_peft_model_state_dict(
         if strict:
             raise AdapterLoadError(text, report)
         warnings.warn(text, stacklevel=2)
-    with torch.no_grad():
-        for own, value in pairs:
-            own.copy_(value)
+    put(pairs)
     return report
+
+
+def training_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What is trained of an adapter by its own names, whole and copied. Every process calls it where it is sharded."""
+    own = attached(model).training_state(adapter)
+    with sharding.available(own.values()):
+        return {k: whole(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
 
 
 def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
     """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
-    from safetensors.torch import save
-
-    state = {
-        k: gathered(t.detach()).cpu().contiguous().clone() for k, t in attached(model).training_state(adapter).items()
-    }
-    write_atomic(folder_to_write(folder) / TRAINING_NAME, lambda p: write_bytes(p, save(state)))
+    own = attached(model).training_state(adapter).values()
+    state = training_tensors(model, adapter)
+    if sharding.writes(own):
+        save_weights(state, folder, name=TRAINING_NAME)
+    sharding.wait(own)
 
 
 def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
@@ -489,15 +516,20 @@ def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLik
     """
     state = attached(model).training_state(adapter)
     loader = Loader(read_tensors(Path(folder) / TRAINING_NAME))
-    pairs = [(own, loader.take(key, own.shape)) for key, own in state.items()]
+    pairs = [(own, loader.take(key, shape_of(own))) for key, own in state.items()]
     loader.report.unexpected = sorted(loader.left)
     if not loader.report.clean:
         raise AdapterLoadError(
             f"{folder}: does not fit adapter {adapter!r}:\n  {loader.report.describe()}", loader.report
         )
-    with torch.no_grad():
+    put(pairs)  # type: ignore[arg-type]  # nothing is missing
+
+
+def put(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy whole values into tensors, in place."""
+    with torch.no_grad(), sharding.available([own for own, _ in pairs], change=True):
         for own, value in pairs:
-            own.copy_(value)  # type: ignore[arg-type]
+            fill(own, value)
 
 
 def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:

@@ -519,10 +519,11 @@ class PeftModel(nn.Module):
             safe_serialization: must be True; Veneer writes safetensors only.
             selected_adapters: which; None for all.
             save_embedding_layers: True adds the embeddings, "auto" where the vocabulary was resized.
-            is_main_process: whether this process writes.
+            is_main_process: whether this process writes. Where parameters are sharded (FSDP2, ZeRO-3) every process
+                calls this: all of them gather, rank 0 writes, the others wait.
 
         Raises:
-            ValueError: `safe_serialization` is False, an unknown name, or parameters that were not gathered.
+            ValueError: `safe_serialization` is False, an unknown name, or a tensor without data.
         """
         if not safe_serialization:
             raise ValueError(
@@ -541,10 +542,9 @@ class PeftModel(nn.Module):
             fields = {}
             if self.peft_config[name].base_model_name_or_path is None:
                 fields["base_model_name_or_path"] = base_name(self.get_base_model())
-            if is_main_process:
-                codec.save_adapter(self.runtime, name, folder, embeddings=save_embedding_layers, **fields)
-            else:
-                codec.adapter_tensors(self.runtime, name, embeddings=save_embedding_layers)  # takes part in gathering
+            codec.save_adapter(
+                self.runtime, name, folder, embeddings=save_embedding_layers, write=is_main_process, **fields
+            )
         listed = selected_adapters is None and (Path(save_directory) / codec.SET_NAME).exists()  # of an earlier save
         if (len(names) > 1 or listed) and is_main_process:
             codec.save_set(names, [n for n in self.active_adapters if n in names], save_directory)

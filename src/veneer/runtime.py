@@ -17,7 +17,7 @@ from . import door, layers, targets
 from .backends import backend_of, settle
 from .backends.plain import PLAIN
 from .door import DOOR, Door
-from .interop import offload, torch_fastpath
+from .interop import offload, sharding, torch_fastpath
 from .kernels.plan import arrange
 from .layers.kind import LayerKind
 from .method import Method
@@ -197,7 +197,7 @@ class Runtime:
             RuntimeError: the model's parameters are already sharded.
         """
         check_name(adapter, self.configs)
-        refuse_sharded(self.root)
+        sharding.refuse_attaching(self.root)
         rules: dict[str, Any] = {"prefix": prefix, "strict": strict, "autocast": autocast, "meta": meta}
         with self.looking():
             draft = self.draft(adapter, config, tensors=tensors, **rules)
@@ -1077,20 +1077,6 @@ def check_name(adapter: str, taken: Iterable[str]) -> None:
         raise ValueError("adapter name '__base__' is reserved for rows that use the base model")
     if adapter in taken:
         raise ValueError(f"adapter {adapter!r} exists already; delete it first or choose another name")
-
-
-def refuse_sharded(root: nn.Module) -> None:
-    """Raise RuntimeError if parameters were sharded before attaching."""
-    for name, parameter in root.named_parameters():
-        if ":" in name:
-            continue
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):
-            how = "fully_shard" if hasattr(parameter, "device_mesh") else "DeepSpeed ZeRO"
-            raise RuntimeError(
-                f"{name} is already sharded by {how}; attach adapters before sharding: "
-                "get_peft_model(model, config) first, then shard the result"
-            )
-        return  # sharding covers a model whole; one parameter tells
 
 
 def short_names(names: Sequence[str], root: nn.Module) -> set[str]:

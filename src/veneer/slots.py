@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from . import codec, layers, targets
 from .backends import backend_of
+from .interop import sharding
 from .kernels.mixed import Batch
 from .kernels.slots import A_NAME, B_NAME, COUNT, INDEX, Slotted
 from .operators import Factored, Sum, terms
-from .runtime import ATTRIBUTE, PREFIX, check_name, refuse_sharded
+from .runtime import ATTRIBUTE, PREFIX, check_name
 from .site import Link, Takeover, give_back, link, take_over
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Slots:
                 raise ValueError(f"reserve_slots({what}={number!r}): must be a whole number of 1 or more")
         if runtime.slots is not None:
             raise ValueError("this model has slots already; call their release() first")
-        refuse_sharded(runtime.root)
+        sharding.refuse_attaching(runtime.root)
         self.runtime, self.root = runtime, runtime.root
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.held: dict[str, int] = {}  # adapter -> slot

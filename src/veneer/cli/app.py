@@ -81,7 +81,16 @@ def run_flags(command: Any) -> Any:
 @run_flags
 @click.option("--resume", is_flag=True, help="continue an interrupted run from its last checkpoint")
 @click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
-def train(recipe: str | None, resume: bool, overwrite: bool, **flags: Any) -> None:
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="run on N processes of this machine")
+@click.option(
+    "--launch",
+    "layout",
+    metavar="LAYOUT",
+    help="how they share the work: ddp, fsdp2, zero2, zero3 or zero3-offload [default: ddp]",
+)
+def train(
+    recipe: str | None, resume: bool, overwrite: bool, processes: int | None, layout: str | None, **flags: Any
+) -> None:
     """Fine-tune a model.
 
     RECIPE is a YAML file, or the name of a packaged recipe such as demo-en-es. Flags win over it.
@@ -89,6 +98,12 @@ def train(recipe: str | None, resume: bool, overwrite: bool, **flags: Any) -> No
     with user_input():
         given = read_recipe(recipe) if recipe else {}
         run = build(given, flags)
+    if processes is not None or layout is not None:
+        from .launch import check, launch, without
+
+        check(run, processes, layout)
+        launch(processes or 1, layout or "ddp", without(sys.argv[1:], "--processes", "--launch"))
+        return
     from .train import train as start
 
     start(run, resume=resume, overwrite=overwrite)

@@ -53,7 +53,7 @@ class Run:
     limit: int | None = setting(None, "use this many training rows at most", low=1)
     epochs: float = setting(1.0, "passes over the data, unless --steps is given", low=0)
     steps: int | None = setting(None, "optimizer steps", low=1)
-    batch_size: int = setting(8, "rows a step and device", low=1)
+    batch_size: int = setting(8, "rows a step, shared among the processes", low=1)
     gradient_accumulation: int = setting(1, "batches an optimizer step", low=1)
     learning_rate: float | None = setting(None, "peak learning rate [default: the method's]", low=0)
     warmup: int | None = setting(None, "steps of linear warm-up [default: the method's]", low=0)

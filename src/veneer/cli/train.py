@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import codec
-from ..interop import liger
+from ..interop import liger, optimizers
 from . import data as rows_of
 from .errors import InputError, user_input
 from .generate import complete
+from .launch import check_rows
 from .models import load_model, load_tokenizer
 from .recipe import Run
 from .report import Report, peak_memory, plot, show
 
 OURS = (codec.CONFIG_NAME, codec.WEIGHTS_NAME, "metrics.jsonl", "loss.png", "report.json", "report.md", "recipe.yaml")
+
+
+OPTIMIZER, SCHEDULE = "adapter_optimizer.safetensors", "adapter_schedule.json"  # in checkpoints
 
 
 def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
@@ -31,8 +36,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     """
     from rich.console import Console
 
-    console = Console()
-    folder = prepare_folder(run, resume, overwrite)
+    rank, processes = place()
+    check_rows(run, processes)
+    console = Console(quiet=rank > 0)
+    folder = prepare_folder(run, resume, overwrite, write=rank == 0)
     found = rows_of.load(run)
     import transformers
 
@@ -60,10 +67,13 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         config = run.config().replace(base_model_name_or_path=run.model)
         model = veneer.get_peft_model(base, config)
         fused = liger.loss_only(base) if run.liger else None
+    trained, total = model.get_nb_trainable_parameters()
+    model_bytes = sum(p.numel() * p.element_size() for n, p in base.named_parameters() if ":" not in n)
     console.print(
         f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}"
     )
-    model.print_trainable_parameters()
+    if rank == 0:
+        model.print_trainable_parameters()
 
     trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console, fused)
     prompts = [rows_of.prompt_text(run.chat, str(r[run.prompt_column]), tokenizer) for r in found.held_out
@@ -77,16 +87,17 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     if checkpoint is not None:
         before = json.loads((folder / "before.json").read_text())
         console.print(f"resuming from {checkpoint}")
-    else:
+    elif rank == 0:
         codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with console.status("measuring after training"):
         after = trainer.evaluate()
         says_after = complete(base, tokenizer, prompts, run.max_new_tokens)
     with user_input():
-        model.save_pretrained(folder)
-    plot(folder)
-    trained, total = model.get_nb_trainable_parameters()
+        model.save_pretrained(folder, is_main_process=rank == 0)
+    trainer.accelerator.wait_for_everyone()
+    if rank == 0:
+        plot(folder)
     report = Report(
         run=dataclasses.asdict(run),
         loss_before=before["eval_loss"],
@@ -99,19 +110,29 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         trained_parameters=trained,
         all_parameters=total,
         adapter_bytes=(folder / codec.WEIGHTS_NAME).stat().st_size,
-        model_bytes=sum(p.numel() * p.element_size() for n, p in base.named_parameters() if ":" not in n),
+        model_bytes=model_bytes,
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_memory(),
     )
-    report.save(folder)
-    (folder / "before.json").unlink(missing_ok=True)
-    show(console, report, folder)
+    if rank == 0:
+        report.save(folder)
+        (folder / "before.json").unlink(missing_ok=True)
+        show(console, report, folder)
+    if processes > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
     return report
 
 
-def prepare_folder(run: Run, resume: bool, overwrite: bool) -> Path:
-    """The run's folder, without anything of another run in it."""
+def place() -> tuple[int, int]:
+    """This process's rank and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def prepare_folder(run: Run, resume: bool, overwrite: bool, write: bool = True) -> Path:
+    """The run's folder, without anything of another run in it; made by the process that is to `write`."""
     import yaml
 
     folder = run.folder
@@ -136,6 +157,8 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool) -> Path:
                 f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe"
             )
         return folder
+    if not write:  # the first process complains, and may have made its files by now
+        return folder
     if (started or finished) and not overwrite:
         what = "a finished run" if finished else "an unfinished run"
         remedy = "" if finished else "--resume to continue it, "
@@ -154,6 +177,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
     found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def trained_by_name(adapted: Any) -> dict[str, Any]:
+    """The parameters that an optimizer has, by the names they have in `adapter_training.safetensors`."""
+    return {k: p for k, p in codec.attached(adapted).training_state("default").items() if p.requires_grad}
 
 
 def make_trainer(
@@ -175,41 +203,92 @@ def make_trainer(
             """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
             if run.task == "classification":
                 return dict(super().evaluate(*args, **kwargs))
-            base, summed, tokens = self.model, 0.0, 0
+            base = self.model
+            totals = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
             was_training = base.training
             base.eval()
-            for batch in self.get_eval_dataloader():
-                inputs = self._prepare_inputs(batch)
+            rank, processes = self.args.process_index, self.args.world_size
+            batches = [held_out[i : i + run.batch_size] for i in range(0, len(held_out), run.batch_size)]
+            # Every process runs as many batches, as sharded layers want it; those too many do not count.
+            for i in range(rank, -(-len(batches) // processes) * processes, processes):
+                inputs = self._prepare_inputs(collator(list(batches[i % len(batches)])))
                 labels = inputs["labels"]
                 scored = labels if base.config.is_encoder_decoder else labels[:, 1:]
-                n = int((scored != -100).sum())
                 with torch.no_grad():
-                    summed += float(base(**inputs).loss) * n
-                tokens += n
+                    loss = float(base(**inputs).loss)
+                if i < len(batches):
+                    n = int((scored != -100).sum())
+                    totals += torch.tensor([loss * n, n], dtype=torch.float64)
+            summed, tokens = self.accelerator.reduce(totals.to(self.args.device)).tolist()
             base.train(was_training)
             metrics = {"eval_loss": summed / max(tokens, 1)}
             self.log(dict(metrics))
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            target = output_dir or self.args.output_dir
-            adapted.save_pretrained(target)
-            codec.save_training_state(adapted, "default", target)
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            """Every process takes part, as tensors may be sharded; the first writes."""
+            target, first = Path(output_dir or self.args.output_dir), self.args.process_index == 0
+            adapted.save_pretrained(target, is_main_process=first)
+            state = codec.training_tensors(adapted, "default")
+            if first:
+                codec.save_weights(state, target, name=codec.TRAINING_NAME)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            """Whole tensors by name, whatever the layout, so that a run can go on in another."""
+            parameters = trained_by_name(adapted)
+            state = optimizers.read(self.optimizer, parameters)
+            if self.args.process_index == 0:
+                codec.save_weights(state, output_dir, name=OPTIMIZER)
+                (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": self.lr_scheduler.last_epoch}))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            codec.load_training_state(adapted, "default", resume_from_checkpoint)
+            """Left to `_prepare_for_training`: the parameters are sharded by then."""
+
+        def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+            if self.is_deepspeed_enabled:  # it wants to hear of one process's rows
+                settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+                settings["train_micro_batch_size_per_gpu"] = run.batch_size // self.args.world_size
+                settings["train_batch_size"] = per_step
+                if cpu or shutil.which("c++") is None:  # its own Adam has to be compiled, and pays beside a GPU only
+                    settings["zero_force_ds_cpu_optimizer"] = False
+            made = super()._prepare_for_training(max_steps, train_dataloader, None)
+            if resume_from_checkpoint is not None:
+                self.restore(Path(resume_from_checkpoint))
+            return made
+
+        def restore(self, checkpoint: Path) -> None:
+            """Parameters, optimizer and schedule of a checkpoint that any number of processes wrote."""
+            if not (checkpoint / OPTIMIZER).is_file():
+                raise InputError(f"{checkpoint} has no {OPTIMIZER}: an earlier version wrote it; start the run again")
+            with user_input():
+                codec.load_training_state(adapted, "default", checkpoint)
+                parameters = trained_by_name(adapted)
+                optimizers.put_master(parameters, codec.read_tensors(checkpoint / codec.TRAINING_NAME))
+                optimizers.write(self.optimizer, parameters, codec.read_tensors(checkpoint / OPTIMIZER))
+            # A schedule is a function of the step; how many groups the optimizer has differs between layouts.
+            schedule, steps = self.lr_scheduler, json.loads((checkpoint / SCHEDULE).read_text())["steps"]
+            rates = [rate * of(steps) for rate, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+            schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, rates
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     if run.task == "classification":
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)
     else:
         collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    cpu, processes = not torch.accelerator.is_available(), place()[1]
+    # accelerate runs these on CPUs only where it is not told that they are what it runs on
+    sharding = "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
     per_step = run.batch_size * run.gradient_accumulation
     total = run.steps or math.ceil(math.ceil(len(train_rows) / per_step) * run.epochs)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=total,
-        per_device_train_batch_size=run.batch_size,
+        per_device_train_batch_size=run.batch_size,  # of all processes, which split it
+        accelerator_config={"split_batches": True},
+        use_cpu=cpu and not sharding,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
         per_device_eval_batch_size=run.batch_size,
         gradient_accumulation_steps=run.gradient_accumulation,
         learning_rate=run.learning_rate,
@@ -249,7 +328,7 @@ def make_trainer(
             eval_dataset=held_out,
             data_collator=collator,
             compute_metrics=accuracy if run.task == "classification" else None,
-            callbacks=[Bar(console, total), Metrics(folder / "metrics.jsonl")],
+            callbacks=[Bar(console, total), Metrics(folder / "metrics.jsonl")] if place()[0] == 0 else [],
         )
     del base._hf_peft_config_loaded
     trainer.remove_callback(transformers.PrinterCallback)

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ..operators import Diagonal, Factored, Sum, terms
+from ..router import flat
 from ..site import Link
 from . import decode, dropout, ready, scratch, shaped
 
@@ -79,6 +80,8 @@ class Member:
         """Whether a kernel can say what the adapters do here."""
         if "_hf_hook" in self.layer.__dict__:  # accelerate may keep the weight elsewhere
             return False
+        if not self.here():
+            return False
         with torch.no_grad():
             links = self.site.links(self.live)
         if not self.says(links):
@@ -92,6 +95,12 @@ class Member:
                     self.names = held[id(op.A)], held[id(op.B)]
                     self.scale, self.dropout = float(op.scale), op.dropout
         return True
+
+    def here(self) -> bool:
+        """Whether the layer's adapters can be read now. Where each layer gathers its own shards, its siblings' are away."""
+        entries = self.site.entries
+        return all(type(self.layer._parameters[attr]) in PLAIN
+                   for name in flat(self.live) if name in entries for _, attr in entries[name].trained)  # fmt: skip
 
     def says(self, links: Sequence[Any]) -> bool:
         for link in links:
@@ -142,6 +151,11 @@ def stored_in(layer: nn.Module, site: Site) -> tuple[Tensor, Tensor | None] | No
     if W is None or type(W) not in PLAIN or W.requires_grad or W.ndim != 2 or (b is not None and b.requires_grad):
         return None
     return site.kind.canonical(site, W), b
+
+
+def gathers_alone(layer: nn.Module) -> bool:
+    """Whether a layer's weights are there only while it runs: ZeRO-3 puts a dict of its own in the place of parameters."""
+    return type(layer._parameters) is not dict
 
 
 def factored(op: Any) -> bool:
@@ -210,7 +224,7 @@ class Together:
                     pending.x = None
                 return y
         pending.x = None
-        if layer is not self.members[at].layer or type(x) is not Tensor:
+        if layer is not self.members[at].layer or type(x) is not Tensor or gathers_alone(layer):
             return None
         # Writes to a tensor of inference mode are not counted, so nothing would tell that x is still the same.
         members = self.members[at:] if called and not x.is_inference() else self.members[at : at + 1]

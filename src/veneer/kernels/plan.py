@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import structure
 from .around import Around, AroundOne, AroundTogether
 from .gated import GatedNetwork
-from .linear import Alone, Member, Sibling, Together
+from .linear import Alone, Member, Sibling, Together, gathers_alone
 
 if TYPE_CHECKING:
     from ..router import Item
@@ -30,6 +30,8 @@ class Group:
 
     def kernel(self, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
         """The kernel of one of them, for the adapters of `live`; None where no other has any of them."""
+        if gathers_alone(layer):
+            return None
         ends = self.made.get((live, version))
         if ends is None:
             found = [(one, member_of(one, live)) for one in self.layers]
@@ -89,7 +91,7 @@ def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version
     if state.gated is not None:
         names = state.gated
         children = [layer._modules.get(name) for name in (names.gate, names.up, names.down)]
-        members = [None if c is None else member_of(c, live) for c in children]
+        members = [None if c is None or gathers_alone(c) else member_of(c, live) for c in children]
         if all(m is not None for m in members):
             return GatedNetwork(names, members, state)  # type: ignore[arg-type]
     return None

@@ -48,7 +48,8 @@ def carrier(root: nn.Module) -> Any:
 
 def enter(root: Any, block: Any) -> None:
     """Let the input of the blocks need a gradient where checkpointing is reentrant: it passes none on without."""
-    if root.__dict__.get("_require_grads_hooks") or not hasattr(root, "enable_input_require_grads"):
+    # transformers leaves an empty list where somebody turned it off, whose word counts.
+    if "_require_grads_hooks" in root.__dict__ or not hasattr(root, "enable_input_require_grads"):
         return
     function = block.__dict__.get(ATTRIBUTE)
     function = getattr(function, "function", function)  # within what recalls adapters

@@ -121,8 +121,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and how many there are, as the launcher says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The rank of this process and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def prepare_folder(run: Run, resume: bool, overwrite: bool, write: bool = True) -> Path:

@@ -179,7 +179,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(made: Path, one: Path, tmp_
     import psutil
 
     folder, whole = tmp_path / "killed", tmp_path / "whole"
-    more = ["--steps", "400", "--save-every", "20", "--eval-every", "0"]
+    more = ["--steps", "150", "--save-every", "20", "--eval-every", "0"]
     run([sys.executable, "-m", "veneer", *train(made, whole, *more)])
     started = subprocess.Popen(
         [sys.executable, "-m", "veneer", *train(made, folder, *more, "--processes", "2")], env=ENVIRONMENT,

@@ -127,7 +127,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
 
 
 def place() -> tuple[int, int]:
-    """Rank of the process and how many there are, as the launcher says."""
+    """The rank of this process and how many there are, as the launcher says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -11,7 +11,7 @@ from ...targets import suggest
 from ..errors import InputError
 from ..recipe import Run
 
-CONFIGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+CONFIGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def command(processes: int, layout: str, arguments: list[str], port: int = 0) -> list[str]:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from test_cli import SMALL, made, veneer  # noqa: F401
 from veneer.cli.models import locate
@@ -29,8 +35,9 @@ def test_opt_in_few_bits(storage: str, made: Path, tmp_path: Path) -> None:  # n
     report = reported(out)
     assert report["loss_after"] < report["loss_before"]
     assert report["model_bytes"] < (made / "opt" / "model.safetensors").stat().st_size
-    # The adapter is for the plain base too.
-    veneer("generate", made / "opt", "--adapter", out, "-p", "say red 1", "--max-new-tokens", 2)
+    # The adapter is for the base in any storage.
+    for more in ([], ["--quantize", storage]):
+        veneer("generate", made / "opt", "--adapter", out, "-p", "say red 1", "--max-new-tokens", 2, *more)
 
 
 def test_t0_in_one_process(made: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -38,6 +45,26 @@ def test_t0_in_one_process(made: Path, tmp_path: Path) -> None:  # noqa: F811
     veneer("train", T0, *where, *QUICK, "--steps", 20, "--learning-rate", "2e-2")
     report = reported(tmp_path / "run")
     assert report["loss_after"] < report["loss_before"]
+
+
+def test_t0_on_two_processes_in_host_memory(made: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The example's own command: ZeRO-3 with host memory; the adapter is that of one process."""
+    base = shutil.copytree(made / "seq2seq", tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "dropout_rate": 0.0}))  # drawn by each process for itself
+    where = ["--model", base, "--data", made / "pairs.jsonl", *QUICK, "--lora-dropout", 0]
+    for out, more in (("one", []), ("two", ["--processes", 2, "--launch", "zero3-offload"])):
+        command = [sys.executable, "-m", "veneer", "train", T0, *where, "--out", tmp_path / out, *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [str(c) for c in command], env=environment, timeout=300, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() and one
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, two[key], atol=1e-5), key
+    assert abs(reported(tmp_path / "one")["loss_after"] - reported(tmp_path / "two")["loss_after"]) < 1e-4
 
 
 def test_the_tweets_are_what_the_recipe_wants() -> None:

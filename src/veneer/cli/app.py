@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from .errors import InputError, user_input
+from .models import QUANTIZED
 from .recipe import FIELDS, HELP, build, read_recipe
 
 
@@ -121,6 +122,7 @@ def train(
 @click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm"]), default="causal-lm", show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
+@click.option("--quantize", type=click.Choice(QUANTIZED), help="storage of linear layers, by bitsandbytes")
 @click.option("--chat", is_flag=True, help="wrap each prompt in the model's chat template")
 @click.option("--seed", type=int, default=0, show_default=True)
 def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Path | None, **options: Any) -> None:
@@ -148,7 +150,7 @@ def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Pa
 )
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "nf4", "fp4"]),
+    type=click.Choice(QUANTIZED),
     help="storage that MODEL had when ADAPTER was trained; it is dequantized as it was, and ADAPTER merged into that",
 )
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="write a GGUF file for llama.cpp too")

@@ -39,6 +39,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     chat: bool,
+    quantize: str | None,
     seed: int,
 ) -> None:
     """Print what the model says after each prompt."""
@@ -50,7 +51,7 @@ def generate(
     console = Console()
     torch.manual_seed(seed)
     with console.status("loading the model"):
-        base, tokenizer = load_model(model, task), load_tokenizer(model)
+        base, tokenizer = load_model(model, task, quantize=quantize), load_tokenizer(model)
         if adapter:
             with user_input():
                 base = veneer.PeftModel.from_pretrained(base, adapter)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
+from veneer.cli.launch import leave
 from veneer.kernels import linear
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 12, 64
@@ -166,10 +167,8 @@ def main(layout: str, folder: Path, names: list[str]) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         (folder / f"{layout}.json").write_text(json.dumps(found))
     if dist.is_initialized():
-        # All is written. Taking gloo down can abort a process (a thread of its own is still running), once in some dozens.
         dist.barrier()
-        sys.stdout.flush()
-        os._exit(0)
+        leave()
 
 
 if __name__ == "__main__":

@@ -105,9 +105,14 @@ def train(
         check(run, processes, layout)
         launch(processes or 1, layout or "ddp", without(sys.argv[1:], "--processes", "--launch"))
         return
+    from .train import place
     from .train import train as start
 
     start(run, resume=resume, overwrite=overwrite)
+    if place()[1] > 1:
+        from .launch import leave
+
+        leave()
 
 
 @app.command()

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer.cli.launch import leave
+from veneer.interop import sharding
 from veneer.kernels import linear
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 12, 64
@@ -37,17 +38,36 @@ METHODS: dict[str, Any] = {
     "vera": lambda: veneer.VeraConfig(r=8, target_modules=EVERY),
     "prefix": lambda: veneer.PrefixTuningConfig(num_virtual_tokens=4, task_type=TASK),
     "bottleneck": lambda: veneer.BottleneckConfig(kind="houlsby", width=8),
+    "pissa": lambda: veneer.LoraConfig(r=4, init_lora_weights="pissa", target_modules=EVERY),
+    "saved": lambda: veneer.LoraConfig(
+        r=4, target_modules=[*EVERY, "embed_tokens"], modules_to_save=["lm_head"], bias="all"
+    ),
+    "rows": lambda: veneer.LoraConfig(r=4, target_modules=EVERY, trainable_token_indices=[1, 2]),
+    "norms": lambda: veneer.LNTuningConfig(target_modules=["input_layernorm"]),
+    "parameter": lambda: veneer.LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"]),
 }
 
 
-def make(name: str) -> nn.Module:
-    """A tiny Llama with one method, the same in every process."""
+def base() -> nn.Module:
+    """A tiny Llama, the same in every process."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager")  # fmt: skip
-    base = LlamaForCausalLM(config)
-    torch.manual_seed(1)
-    return veneer.get_peft_model(base, METHODS[name]())
+    return LlamaForCausalLM(config)
+
+
+def partitioned(folder: Path) -> nn.Module:
+    """The same, of which each process keeps a part of each weight while it reads them (zero.Init)."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    if dist.get_rank() == 0:
+        base().save_pretrained(folder)
+    dist.barrier()
+    settings = HfDeepSpeedConfig(zero_config(stage=3))
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    del settings
+    assert all(p.numel() == 0 for p in model.parameters())
+    return model
 
 
 def batches() -> list[Tensor]:
@@ -108,9 +128,7 @@ def fsdp(model: nn.Module, *, layers: bool = False, mixed: bool = False) -> list
     return plain(model, model)
 
 
-def zero(model: nn.Module, *, stage: int, offload: bool = False) -> list[float]:
-    import deepspeed
-
+def zero_config(stage: int, offload: bool = False) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -120,6 +138,13 @@ def zero(model: nn.Module, *, stage: int, offload: bool = False) -> list[float]:
     }
     if offload:
         config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    return config
+
+
+def zero(model: nn.Module, *, stage: int, offload: bool = False) -> list[float]:
+    import deepspeed
+
+    config = zero_config(stage, offload)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     losses = []
@@ -132,6 +157,20 @@ def zero(model: nn.Module, *, stage: int, offload: bool = False) -> list[float]:
     return losses
 
 
+def merges(model: nn.Module, folder: Path) -> None:
+    """Merging what ZeRO-3 has put away is as merging whole weights is, and brings the exact bits back."""
+    alone = veneer.PeftModel.from_pretrained(base(), folder)
+    alone.merge_adapter()
+    layer, one = (m.get_base_model().model.layers[0].mlp.down_proj for m in (model, alone))
+    before = sharding.whole(sharding.value(layer.weight))
+    model.merge_adapter()
+    merged = sharding.whole(sharding.value(layer.weight))
+    torch.testing.assert_close(merged, one.weight)
+    assert not torch.equal(merged, before)
+    model.unmerge_adapter()
+    assert torch.equal(sharding.whole(sharding.value(layer.weight)), before)
+
+
 LAYOUTS: dict[str, Any] = {
     "single": lambda m: plain(m, m),
     "ddp": ddp,
@@ -141,6 +180,7 @@ LAYOUTS: dict[str, Any] = {
     "fsdp-mixed-layers": lambda m: fsdp(m, layers=True, mixed=True),
     "zero2": lambda m: zero(m, stage=2),
     "zero3": lambda m: zero(m, stage=3),
+    "zero3-init": lambda m: zero(m, stage=3),
     "zero3-offload": lambda m: zero(m, stage=3, offload=True),
 }
 
@@ -158,10 +198,14 @@ def main(layout: str, folder: Path, names: list[str]) -> None:
     found: dict[str, Any] = {}
     for name in names or METHODS:
         try:
-            model = make(name)
+            given = partitioned(folder / "base") if layout == "zero3-init" else base()
+            torch.manual_seed(1)
+            model = veneer.get_peft_model(given, METHODS[name]())
             losses = LAYOUTS[layout](model)
             model.save_pretrained(folder / layout / name)
             found[name] = losses
+            if layout in ("zero3-init", "fsdp") and name == "lora":
+                merges(model, folder / layout / name)
         except Exception:
             found[name] = traceback.format_exc()
     if not dist.is_initialized() or dist.get_rank() == 0:

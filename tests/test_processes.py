@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                "TOKENIZERS_PARALLELISM": "false",
                "PYTHONPATH": os.pathsep.join([str(Path(veneer.__file__).parents[1]), str(HERE)])}  # fmt: skip
-METHODS = ["lora", "dora", "ia3", "oft", "vera", "prefix", "bottleneck"]
+METHODS = [
+    "lora", "dora", "ia3", "oft", "vera", "prefix", "bottleneck", "pissa", "saved", "rows", "norms", "parameter"]  # fmt: skip
 
 
 def free_port() -> int:
@@ -70,11 +71,11 @@ def alone(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     return folder, step("single", folder)
 
 
-SLOW = ["ddp", "fsdp", "zero2", "zero3"]
+SLOW = ["ddp", "fsdp", "zero2", "zero3", "zero3-offload"]
 
 
 @pytest.mark.parametrize(
-    "layout", ["fsdp-layers", "zero3-offload", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "layout", ["fsdp-layers", "zero3-init", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_every_method_trains_as_in_one_process(layout: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, wanted = alone
@@ -93,8 +94,8 @@ def test_every_method_trains_as_in_one_process(layout: str, alone: tuple[Path, d
 def test_mixed_precision(layout: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, wanted = alone
     found = step(layout, folder)
-    for name in METHODS:  # bfloat16 has 8 bits
-        assert found[name] == pytest.approx(wanted[name], abs=5e-3), name
+    for name in METHODS:  # bfloat16 has 8 bits; the most is rounded where whole matrices are trained
+        assert found[name] == pytest.approx(wanted[name], abs=2e-2 if name == "saved" else 5e-3), name
 
 
 # The command.
@@ -236,6 +237,8 @@ def test_attaching_to_a_partitioned_model_is_refused() -> None:
     model = llama()
     for parameter in model.parameters():
         parameter.ds_id = 0
+    for module in model.modules():
+        module._external_params = {}  # as deepspeed.initialize does
     with pytest.raises(RuntimeError, match=r"ZeRO-3; attach adapters before.*deepspeed.initialize"):
         veneer.get_peft_model(model, veneer.LoraConfig(target_modules=["q_proj"]))
     assert sharding.is_partitioned(parameter)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .interop.sharding import shape_of
 from .layers.kind import LayerKind
 from .router import flat
 from .site import CARRIED, Geometry, Site, give_back, take_over, take_over_carrier
@@ -49,7 +50,7 @@ class DoorKind(LayerKind):
         table = embedding_of(owner)
         if table is None:
             return Geometry(0, 0)
-        rows, width = cast(Tensor, table.weight).shape
+        rows, width = shape_of(cast(Tensor, table.weight))
         return Geometry(rows, width, lookup=True)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from .backends import linear_of
+from .interop.sharding import shape_of
 
 ROLES = ("attention", "cross_attention", "feed_forward")
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "n_embed")
@@ -136,19 +137,19 @@ def measured(module: nn.Module) -> tuple[int, int] | None:
     if (packed := linear_of(module)) is not None:
         return packed[1:]
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim > 2:
-        return None
-    if weight.ndim == 1:
-        return weight.shape[0], weight.shape[0]
-    return (weight.shape[0], weight.shape[1]) if type(module).__name__ == "Conv1D" else None
+    shape = () if weight is None else shape_of(weight)
+    if len(shape) == 1:
+        return shape[0], shape[0]
+    return (shape[0], shape[1]) if len(shape) == 2 and type(module).__name__ == "Conv1D" else None
 
 
 def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) -> int:
     """Size of the residual stream: of a norm of it, of the layer that feeds it, or as the config says."""
     for path in norms:
         weight = block.get_submodule(path)._parameters.get("weight") if path else None
-        if weight is not None and weight.ndim == 1:
-            return int(weight.shape[0])
+        shape = () if weight is None else shape_of(weight)
+        if len(shape) == 1:
+            return shape[0]
     module = block.get_submodule(out)
     if (width := config_width(config)) and measured(module) is None:
         return width

@@ -777,7 +777,8 @@ class Runtime:
             for site in sites:
                 if site.original is not None:
                     restore(site)
-                merge_site(site, wanted, uses, check)
+                with sharding.available(site.owner._parameters.values(), change=True):
+                    merge_site(site, wanted, uses, check)
                 done.append(site)
                 if not keep:
                     site.original = None
@@ -1020,7 +1021,10 @@ def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
             if found is not None:
                 device = offload.execution_device(module)
                 double._parameters[name] = nn.Parameter(found.to(device, copy=True), requires_grad=False)
-    copied = copy.deepcopy(double)
+    # A copy begins as an ordinary parameter also where ZeRO-3 partitions what it is of.
+    put_away = {id(p): nn.Parameter(sharding.value(p).detach().clone(), p.requires_grad) for p in double.parameters()
+                if sharding.is_partitioned(p)}  # fmt: skip
+    copied = copy.deepcopy(double, put_away)
     if loader is not None:
         for name, value in copied.state_dict().items():
             found = loader.take(f"{prefix}{place.entry.key}.{name}", value.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..interop import offload
+from ..interop import offload, sharding
 from . import Backend, held
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,10 +26,15 @@ class Plain(Backend):
             value = offload.fetch(owner, param)
             if value is not None:
                 return value
-        return weight
+        return sharding.value(weight)
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         weight = self.storage(owner, param)
+        if sharding.is_sharded(weight):
+            with sharding.available([weight], change=True):
+                before = weight.detach().clone()
+                sharding.fill(weight, value)
+            return before
         if weight.device.type == "meta" and (old := offload.fetch(owner, param)) is not None:
             offload.store(owner, param, value.to(old.dtype))
             return old
@@ -42,7 +47,10 @@ class Plain(Backend):
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         assert isinstance(token, Tensor)
         weight = self.storage(owner, param)
-        if weight.device.type == "meta":
+        if sharding.is_sharded(weight):
+            with sharding.available([weight], change=True):
+                sharding.fill(weight, token)
+        elif weight.device.type == "meta":
             offload.store(owner, param, token)
         else:
             weight.data = token.to(weight.device)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+
+class Before(TrainerCallback):  # type: ignore[misc]
+    """Calls something when everything is ready for the first step."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run()
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]

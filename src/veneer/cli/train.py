@@ -9,11 +9,13 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import codec
 from ..interop import liger, optimizers
+from ..interop.sharding import shape_of
 from . import data as rows_of
 from .errors import InputError, user_input
 from .generate import complete
@@ -49,6 +51,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     transformers.set_seed(run.seed)
     with console.status(f"loading {run.model}"):
         tokenizer = load_tokenizer(run.model)
+        train_rows = rows_of.encode(run, found.train, tokenizer, found.labels)
+        held_out = rows_of.encode(run, found.held_out, tokenizer, found.labels)
+        # Before the model: under ZeRO-3 each process then keeps its part of the weights only, as they are read.
+        arguments = settings(run, len(train_rows), folder)
         options = {"num_labels": len(found.labels), "id2label": dict(enumerate(found.labels))} if found.labels else {}
         base = load_model(run.model, run.task, run.dtype, run.quantize, **options)
         if base.config.pad_token_id is None:
@@ -61,34 +67,40 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
             )
         elif run.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        train_rows = rows_of.encode(run, found.train, tokenizer, found.labels)
-        held_out = rows_of.encode(run, found.held_out, tokenizer, found.labels)
     with user_input():
         config = run.config().replace(base_model_name_or_path=run.model)
         model = veneer.get_peft_model(base, config)
-        fused = liger.loss_only(base) if run.liger else None
+        if run.liger:
+            arguments.use_liger_kernel, arguments.liger_kernel_config = True, liger.loss_only(base)
     trained, total = model.get_nb_trainable_parameters()
-    model_bytes = sum(p.numel() * p.element_size() for n, p in base.named_parameters() if ":" not in n)
+    model_bytes = sum(shape_of(p).numel() * p.element_size() for n, p in base.named_parameters() if ":" not in n)
     console.print(
         f"{run.model}: {len(train_rows)} rows to train on, {len(held_out)} held out; adapter {config.peft_type}"
     )
     if rank == 0:
         model.print_trainable_parameters()
 
-    trainer = make_trainer(run, model, tokenizer, train_rows, held_out, folder, console, fused)
     prompts = [rows_of.prompt_text(run.chat, str(r[run.prompt_column]), tokenizer) for r in found.held_out
                if run.prompt_column in r][: run.samples if run.task != "classification" else 0]  # fmt: skip
     started = time.perf_counter()
     checkpoint = last_checkpoint(folder) if resume else None
-    with console.status("measuring before training"):
-        with model.disable_adapter():  # the base model itself, also when a run is resumed
-            says_before = complete(base, tokenizer, prompts, run.max_new_tokens)
-        before = trainer.evaluate()
-    if checkpoint is not None:
-        before = json.loads((folder / "before.json").read_text())
-        console.print(f"resuming from {checkpoint}")
-    elif rank == 0:
-        codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
+    says_before: list[str] = []
+    before: dict[str, float] = {}
+
+    def measure() -> None:
+        """When all is in place for the first step, so that sharded layers find their weights."""
+        with console.status("measuring before training"):
+            with model.disable_adapter():  # the base model itself, also when a run is resumed
+                says_before.extend(complete(base, tokenizer, prompts, run.max_new_tokens))
+            if checkpoint is None:
+                before.update(trainer.evaluate())
+        if checkpoint is not None:
+            before.update(json.loads((folder / "before.json").read_text()))
+            console.print(f"resuming from {checkpoint}")
+        elif rank == 0:
+            codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
+
+    trainer = make_trainer(run, arguments, model, tokenizer, train_rows, held_out, folder, console, measure)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with console.status("measuring after training"):
         after = trainer.evaluate()
@@ -184,17 +196,56 @@ def trained_by_name(adapted: Any) -> dict[str, Any]:
     return {k: p for k, p in codec.attached(adapted).training_state("default").items() if p.requires_grad}
 
 
+def settings(run: Run, rows: int, folder: Path) -> Any:
+    """A run with some rows to train on, as Trainer's arguments."""
+    import torch
+    from transformers import TrainingArguments
+
+    cpu, processes = not torch.accelerator.is_available(), place()[1]
+    # accelerate runs these on CPUs only where it is not told that they are what it runs on
+    sharding = "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
+    per_step = run.batch_size * run.gradient_accumulation
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=run.steps or math.ceil(math.ceil(rows / per_step) * run.epochs),
+        per_device_train_batch_size=run.batch_size,  # of all processes, which split it
+        accelerator_config={"split_batches": True},
+        use_cpu=cpu and not sharding,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        per_device_eval_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type=run.scheduler,
+        warmup_steps=run.warmup,
+        weight_decay=run.weight_decay,
+        logging_steps=run.log_every,
+        eval_strategy="steps" if run.eval_every else "no",
+        eval_steps=run.eval_every or None,
+        save_strategy="steps" if run.save_every else "no",
+        save_steps=run.save_every or 500,
+        save_total_limit=2,
+        prediction_loss_only=run.task != "classification",
+        disable_tqdm=True,
+        report_to=[],
+        seed=run.seed,
+        data_seed=run.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="group_by_length",
+    )
+
+
 def make_trainer(
-    run: Run, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path, console: Any,
-    fused: dict[str, bool] | None,
+    run: Run, arguments: Any, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path,
+    console: Any, measure: Callable[[], None],
 ) -> Any:  # fmt: skip
-    """Trainer on the adapted base model, saving and loading only the adapter. `fused` is how Liger is applied."""
+    """Trainer on the adapted base model, saving and loading only the adapter; it calls `measure` before it trains."""
     import numpy as np
     import torch
     import transformers
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
-    from .progress import Bar, Metrics
+    from .progress import Bar, Before, Metrics
 
     class AdapterTrainer(Trainer):  # type: ignore[misc]
         """The base model is trained in place; its checkpoints hold the adapter."""
@@ -247,11 +298,12 @@ def make_trainer(
 
         def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
             if self.is_deepspeed_enabled:  # it wants to hear of one process's rows
-                settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-                settings["train_micro_batch_size_per_gpu"] = run.batch_size // self.args.world_size
-                settings["train_batch_size"] = per_step
+                given = self.accelerator.state.deepspeed_plugin.deepspeed_config
+                given["train_micro_batch_size_per_gpu"] = run.batch_size // self.args.world_size
+                given["train_batch_size"] = run.batch_size * run.gradient_accumulation
+                cpu = not torch.accelerator.is_available()
                 if cpu or shutil.which("c++") is None:  # its own Adam has to be compiled, and pays beside a GPU only
-                    settings["zero_force_ds_cpu_optimizer"] = False
+                    given["zero_force_ds_cpu_optimizer"] = False
             made = super()._prepare_for_training(max_steps, train_dataloader, None)
             if resume_from_checkpoint is not None:
                 self.restore(Path(resume_from_checkpoint))
@@ -277,41 +329,6 @@ def make_trainer(
         collator: Any = transformers.DataCollatorWithPadding(tokenizer)
     else:
         collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-    cpu, processes = not torch.accelerator.is_available(), place()[1]
-    # accelerate runs these on CPUs only where it is not told that they are what it runs on
-    sharding = "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
-    per_step = run.batch_size * run.gradient_accumulation
-    total = run.steps or math.ceil(math.ceil(len(train_rows) / per_step) * run.epochs)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=total,
-        per_device_train_batch_size=run.batch_size,  # of all processes, which split it
-        accelerator_config={"split_batches": True},
-        use_cpu=cpu and not sharding,
-        ddp_backend="gloo" if cpu and processes > 1 else None,
-        per_device_eval_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.gradient_accumulation,
-        learning_rate=run.learning_rate,
-        lr_scheduler_type=run.scheduler,
-        warmup_steps=run.warmup,
-        weight_decay=run.weight_decay,
-        logging_steps=run.log_every,
-        eval_strategy="steps" if run.eval_every else "no",
-        eval_steps=run.eval_every or None,
-        save_strategy="steps" if run.save_every else "no",
-        save_steps=run.save_every or 500,
-        save_total_limit=2,
-        prediction_loss_only=run.task != "classification",
-        disable_tqdm=True,
-        report_to=[],
-        seed=run.seed,
-        data_seed=run.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        train_sampling_strategy="group_by_length",
-        use_liger_kernel=fused is not None,
-        liger_kernel_config=fused,
-    )
 
     def accuracy(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -328,7 +345,9 @@ def make_trainer(
             eval_dataset=held_out,
             data_collator=collator,
             compute_metrics=accuracy if run.task == "classification" else None,
-            callbacks=[Bar(console, total), Metrics(folder / "metrics.jsonl")] if place()[0] == 0 else [],
+            callbacks=[Metrics(folder / "metrics.jsonl"), Before(measure), Bar(console, arguments.max_steps)]
+            if place()[0] == 0
+            else [Before(measure)],
         )
     del base._hf_peft_config_loaded
     trainer.remove_callback(transformers.PrinterCallback)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+ENGINE = "_external_params"  # what deepspeed.initialize gives to every module under ZeRO-3
+
 
 def is_partitioned(tensor: Any) -> bool:
     """Whether ZeRO-3 manages a parameter."""
@@ -49,6 +51,14 @@ def whole(tensor: Tensor) -> Tensor:
     return made
 
 
+def value(tensor: Tensor) -> Tensor:
+    """A parameter, or a copy of all of it where ZeRO-3 has put it away (a collective then)."""
+    if not is_partitioned(tensor) or tensor.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+        return tensor
+    with available([tensor]):
+        return tensor.detach().clone()
+
+
 @contextmanager
 def available(tensors: Iterable[Any], *, change: bool = False) -> Iterator[None]:
     """Within the block, ZeRO-3's parameters among `tensors` hold their whole values, in every process.
@@ -68,13 +78,19 @@ def available(tensors: Iterable[Any], *, change: bool = False) -> Iterator[None]
 
 
 def fill(own: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a tensor, or each rank's part of it. Every process has the same value."""
-    if is_distributed(own):
+    """Copy a value, whole or sharded in any way, into a tensor, or each rank's part of it.
+
+    Of a whole one every process has the same.
+    """
+    if is_distributed(own) and is_distributed(value):
+        value = value.redistribute(own.device_mesh, own.placements)  # type: ignore[attr-defined]
+    elif is_distributed(own):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, places = own.device_mesh, own.placements  # type: ignore[attr-defined]
         value = distribute_tensor(value.to(own.dtype).to(own.device), mesh, places, src_data_rank=None)
-    own.copy_(value)
+    with torch.no_grad():
+        own.copy_(value)
 
 
 def writes(tensors: Iterable[Tensor]) -> bool:
@@ -93,22 +109,19 @@ def wait(tensors: Iterable[Tensor]) -> None:
 
 
 def refuse_attaching(root: nn.Module) -> None:
-    """Raise RuntimeError if the model's own parameters are sharded or flattened already.
+    """Raise RuntimeError if what shards or flattens the model's parameters has taken it over already.
 
-    Adapters come first: only then does what shards the model shard and gather theirs too. Weights that tensor
-    parallelism split are no DTensor of FSDP's and stay as they are.
+    Adapters come first: only then does it shard and gather theirs too. Weights that from_pretrained split between the
+    processes while it read them (zero.Init) are no obstacle: deepspeed.initialize comes later and finds the adapters.
     """
     for name, parameter in root.named_parameters():
-        if ":" not in name and is_sharded(parameter):
-            remedy = "get_peft_model(model, config) first, then fully_shard(model)"
+        if ":" not in name and (is_distributed(parameter) or (is_partitioned(parameter) and hasattr(root, ENGINE))):
+            remedy = "fully_shard(model)"
             if is_partitioned(parameter):
-                remedy = (
-                    "get_peft_model(model, config) first, then deepspeed.initialize(model=model, ...); a model that "
-                    "from_pretrained partitioned at once (zero.Init, made by TrainingArguments or HfDeepSpeedConfig "
-                    "before it) has to be loaded before those are made"
-                )
+                remedy = "deepspeed.initialize(model=model, ...)"
             raise RuntimeError(
-                f"{name} is already sharded by {how(parameter)}; attach adapters before sharding: {remedy}"
+                f"{name} is already sharded by {how(parameter)}; attach adapters before sharding: "
+                f"get_peft_model(model, config) first, then {remedy}"
             )
     for name, module in root.named_modules():
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backends import held, linear_of
+from ..interop import sharding
 from ..site import Geometry
 from .kind import LayerKind
 
@@ -60,7 +61,7 @@ class Conv1D(LayerKind):
         return library is not None and isinstance(module, library.Conv1D)
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:
-        shape = owner._parameters[param].shape  # type: ignore[union-attr]
+        shape = sharding.shape_of(owner._parameters[param])  # type: ignore[arg-type]
         return Geometry(shape[0], shape[1], bias=owner._parameters.get("bias") is not None)
 
     def own_forward(self) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..interop import sharding
 from ..kernels.experts import lazily
 from ..operators import Factored, Operator
 from ..site import Geometry
@@ -31,7 +32,7 @@ class Parameter(LayerKind):
         return False  # named through target_parameters only
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:
-        shape = owner._parameters[param].shape  # type: ignore[union-attr]
+        shape = sharding.shape_of(owner._parameters[param])  # type: ignore[arg-type]
         if len(shape) == 1:
             return Geometry(1, shape[0], bare=True)
         if len(shape) == 2:
@@ -86,7 +87,8 @@ class InProjection(Parameter):
                 "nn.MultiheadAttention with different query, key and value widths keeps three weights; name them in "
                 "target_parameters (q_proj_weight, k_proj_weight, v_proj_weight) instead of the module"
             )
-        return Geometry(weight.shape[1], weight.shape[0], bias=owner._parameters[self.bias] is not None, bare=True)
+        shape = sharding.shape_of(weight)
+        return Geometry(shape[1], shape[0], bias=owner._parameters[self.bias] is not None, bare=True)
 
 
 class OutProjection(Parameter):

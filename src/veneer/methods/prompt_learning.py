@@ -86,9 +86,11 @@ class PromptLearningConfig(Method):
         names = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
         heads = self.num_attention_heads or size(self, model, config, "num_attention_heads", *names)
         find = getattr(model, "get_input_embeddings", None)
-        table = None if find is None else getattr(find(), "weight", None)
-        if table is not None:
-            return heads, int(table.shape[1])
+        table = None if find is None else find()
+        if (width := getattr(table, "embedding_dim", None)) is not None:
+            return heads, int(width)
+        if (weight := getattr(table, "weight", None)) is not None:
+            return heads, int(weight.shape[1])
         return heads, size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .backends import backends, settle
+from .backends import backends, bare_of, settle
 from .runtime import runtime_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -23,6 +23,8 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """Freeze a base model, keep what is not quantized in float32, and let gradients through its checkpoints.
+
+    On a CPU what is not quantized is also copied out of the file, which is then no longer mapped into memory.
 
     It can be called before or after adapters are attached, and checkpointing can be turned on before or after it. The
     first training step is then looked at: see `FirstStep`.
@@ -45,8 +47,13 @@ def prepare_model_for_kbit_training(
         if ":" in name:  # an adapter's
             continue
         parameter.requires_grad = False
-        if quantized and id(parameter) not in packed and type(parameter) is nn.Parameter and parameter.dtype in HALF:
+        if not quantized or id(parameter) in packed or type(parameter) is not nn.Parameter:
+            continue
+        if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
+        elif type(parameter.data) is Tensor and parameter.device.type == "cpu":
+            # safetensors maps the file into memory, and one view of it keeps all the pages that quantizing read.
+            parameter.data = parameter.data.clone()
     if use_gradient_checkpointing:
         enable = getattr(root, "gradient_checkpointing_enable", None)
         if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
@@ -67,7 +74,8 @@ def quantized_layers(root: nn.Module) -> list[nn.Module]:
     found = []
     for module in root.modules():
         kind = layers.kind_of(module)
-        if kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends()):
+        mine = kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends())
+        if mine or bare_of(module):
             found.append(module)
     return found
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .backends import linear_of
+from .backends import bare_of, linear_of
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
@@ -262,8 +262,8 @@ def parameter_names(model: nn.Module, hidden: Collection[str] = ()) -> list[str]
         f"{owner}.{name}" if owner else name
         for owner, module in model.named_modules()
         if ":" not in owner and owner not in hidden
-        for name, parameter in module._parameters.items()
-        if ":" not in name and parameter is not None
+        for name in (*(n for n, p in module._parameters.items() if p is not None), *bare_of(module))
+        if ":" not in name
     ]
 
 

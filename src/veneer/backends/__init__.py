@@ -135,14 +135,37 @@ def backend_of(owner: nn.Module, param: str, name: str) -> Backend:
     for backend in backends():
         if backend.matches(owner, param):
             return backend
+    raise unknown(owner, param, name)
+
+
+def unknown(owner: nn.Module, param: str, name: str) -> TypeError:
+    """The error that a weight is stored in a way that no backend knows."""
     weight = held(owner, param)
     stored = "nothing" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
-    raise TypeError(
+    return TypeError(
         f"{name}: no weight backend reads {type(owner).__name__}.{param} (it holds {stored}); allowed are "
         f"{'; '.join(b.holds for b in backends())}; load the base model in one of these, leave the layer out of "
         "target_modules, or add a backend: one file in veneer/backends/ with a class of Backend's methods, and its line "
         "in backends()"
     )
+
+
+def unread(module: nn.Module) -> str | None:
+    """Name of a matrix of integers or of 8-bit floats in a module without children, where no backend reads any of it."""
+    if module._modules:
+        return None
+    tensors = {
+        n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and ":" not in n
+    }
+    integers = (n for n, t in tensors.items() if t.ndim > 1 and t.dtype != torch.bool and not is_float(t))
+    found = next(integers, None)
+    known = found is None or any(b.packed and b.matches(module, n) for b in backends() for n in tensors)
+    return None if known else found
+
+
+def is_float(weight: Tensor) -> bool:
+    """Whether the entries are floating-point numbers that torch computes with."""
+    return weight.is_complex() or (weight.is_floating_point() and weight.element_size() > 1)
 
 
 def linear_of(module: nn.Module) -> tuple[str, int, int] | None:

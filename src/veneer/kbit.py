@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,16 +110,19 @@ class FirstStep:
         self.release()
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled() and runtime_of(module)):
             return
+        networks = in_networks(module)
         for name, owner in module.named_modules():
             mine = [(f"{name}.{n}", p) for n, p in owner._parameters.items() if p is not None and ":" in n]
             # ZeRO-3 takes gradients away before they are here.
             if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
                 self.trained[owner] = mine
-                self.inner.append(owner.register_forward_pre_hook(self.called))
+                # A hook inside a gated network would have its kernel step aside, and keep more than any later step.
+                seen = networks.get(owner, owner)
+                self.inner.append(seen.register_forward_pre_hook(partial(self.called, owner)))
                 self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
 
-    def called(self, module: nn.Module, args: Any) -> None:
-        self.ran[module] = None
+    def called(self, owner: nn.Module, module: nn.Module, args: Any) -> None:
+        self.ran[owner] = None
 
     def marks(self, parameter: nn.Parameter) -> Any:
         key = id(parameter)
@@ -175,6 +179,18 @@ class FirstStep:
             "what these layers return; call prepare_model_for_kbit_training(model) or model.enable_input_require_grads(), "
             'and use gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+
+
+def in_networks(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The layers that run whenever a gated feed-forward network does, each with its network."""
+    found: dict[nn.Module, nn.Module] = {}
+    for module in root.modules():
+        parts = getattr(module.__dict__.get("_veneer"), "gated", None)
+        for name in () if parts is None else (parts.gate, parts.up, parts.down):
+            layer = module._modules[name]
+            assert layer is not None
+            found[layer] = module
+    return found
 
 
 def listed(parameters: list[tuple[str, nn.Parameter]]) -> str:

@@ -125,11 +125,12 @@ def page(layers: Cells, backends: Cells) -> str:
         here = row.note or "runs"
         lines.append(f"{start} {merge} | {here} |")
     lines += [
-        "| mxfp4 | transformers | refused | transformers' kernel is fetched from the hub; load with "
-        "`Mxfp4Config(dequantize=True)`, which gives plain experts |",
+        "| mxfp4 | transformers | into the dequantized weight | gpt-oss' experts and their adapters run, dequantized one by "
+        "one; the layout is that of transformers' kernels, which come from the hub and were not run |",
         "",
-        "Only linear layers are adapted where they are quantized: other kinds are refused by name. A format that has no",
-        "row here is refused too, and the error says how to add one.",
+        "Only linear layers are adapted where they are quantized, and experts in mxfp4 (by `target_parameters`, with what",
+        "takes bare parameters): other kinds are refused by name. A format that has no row here is refused too, and the",
+        "error says how to add one.",
         "",
         "## Methods and layers",
         "",

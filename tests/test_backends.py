@@ -254,11 +254,31 @@ def test_a_layout_that_cannot_be_read_says_so() -> None:
         model.merge_and_unload(dequantize=True)
 
 
-def test_experts_in_mxfp4_are_named_with_the_remedy() -> None:
-    from transformers import GptOssConfig
-    from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+class Compressed(nn.Linear):
+    """As layers of compressed-tensors: an nn.Linear without its weight."""
 
-    experts = Mxfp4GptOssExperts(GptOssConfig(hidden_size=64, intermediate_size=64, num_local_experts=2))
-    config = veneer.LoraConfig(target_modules=[], target_parameters=["layer.gate_up_proj"])
-    with pytest.raises(TypeError, match=r"(?s)gate_up_proj.*uint8"):
-        veneer.get_peft_model(Model(experts), config)
+    def __init__(self) -> None:
+        super().__init__(IN, OUT)
+        del self._parameters["weight"]
+        self.weight_packed = nn.Parameter(torch.zeros(OUT, IN // 8, dtype=torch.int32), requires_grad=False)
+
+
+def bitnet() -> nn.Module:
+    from transformers.integrations.bitnet import BitLinear
+
+    made: nn.Module = BitLinear(IN, OUT, True, dtype=torch.float32)
+    return made
+
+
+@pytest.mark.parametrize("targets", [[NAME], "all-linear"], ids=["named", "all-linear"])
+@pytest.mark.parametrize(
+    ("make", "held"), [(bitnet, "BitLinear.weight .*uint8"), (Compressed, "Compressed.weight .*nothing")]
+)
+def test_a_layer_of_a_library_that_no_backend_knows(make: Any, held: str, targets: Any) -> None:
+    model = Model(make())
+    model.head = nn.Linear(4, 4)
+    where = r"target_modules, or add a backend: one file in veneer/backends/"
+    with pytest.raises(TypeError, match=rf"layer: no weight backend reads {held}.*{where}"):
+        veneer.get_peft_model(model, veneer.LoraConfig(target_modules=targets))
+    model = veneer.get_peft_model(model, veneer.LoraConfig(target_modules="all-linear", exclude_modules=[NAME]))
+    assert model.peft_config["default"].target_modules == {"head"}

@@ -20,7 +20,8 @@ from small import bits, scramble
 from table import METHODS, NAME, Model
 from veneer import kernels
 from veneer.backends import backend_of
-from veneer.kernels import around
+from veneer.kernels import around, around_gated
+from veneer.kernels import linear as linear_kernel
 
 bnb = pytest.importorskip("bitsandbytes")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every int8 call that it casts to float16
@@ -325,3 +326,57 @@ def test_kernels_leave_the_rest_to_the_operators(store: str) -> None:
         torch.testing.assert_close(model(x[:p]), y[:p])
     with torch.inference_mode():
         torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("store", ["int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_gated_networks_match_the_operators(
+    store: str, dtype: torch.dtype, checkpointing: bool, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(linear_kernel, "SMALL", 0)
+    calls: list[int] = []
+    monkeypatch.setattr(around_gated, "shaped", lambda y, x, of=around_gated.shaped: calls.append(1) or of(y, x))
+    model = veneer.get_peft_model(llama(store, dtype), veneer.LoraConfig(r=4, target_modules="all-linear"))
+    scramble(model)
+    step(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = []
+    for kernels_run in (True, False):
+        calls.clear()
+        model.zero_grad(set_to_none=True)
+        with contextlib.nullcontext() if kernels_run else kernels.reference():
+            out = model(IDS, labels=IDS)
+            out.loss.backward()
+        found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert len(calls) in (
+            (2, 3, 4) if kernels_run else (0,)
+        )  # checkpoints stop as soon as they have what they kept
+    near = 1e-5 if dtype == torch.float32 else 6e-2
+    for mine, wanted in zip(*found, strict=True):
+        assert (mine - wanted).norm() <= near * wanted.norm() + 1e-9
+    with torch.no_grad():  # without gradients the layers run by themselves
+        calls.clear()
+        assert torch.isfinite(model(IDS).logits).all() and not calls
+
+
+def test_gated_networks_keep_two_tensors_of_their_width(monkeypatch: Any) -> None:
+    monkeypatch.setattr(linear_kernel, "SMALL", 0)
+    model = veneer.get_peft_model(llama("nf4"), veneer.LoraConfig(r=4, target_modules="all-linear"))
+    scramble(model)
+    step(model)
+    kept = []
+    for kernels_run in (True, False):
+        saved: dict[int, Tensor] = {}
+
+        def pack(t: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+            if t.shape[-1:] == (96,) and t.numel() == 12 * 96:  # (rows, tokens, width)
+                saved[t.data_ptr()] = t
+            return t
+
+        with contextlib.nullcontext() if kernels_run else kernels.reference():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                model(IDS, labels=IDS).loss.backward()
+        kept.append(len(saved))
+    assert kept == [2 * 2, 4 * 2]

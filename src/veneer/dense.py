@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from .backends import Backend, backend_of
+from .backends import Backend, backend_of, bare_of
 from .backends import held as held_by
 from .backends.plain import FLOATS
 from .router import Item
@@ -98,6 +98,8 @@ def quantized_layers(root: nn.Module) -> dict[str, Backend]:
             odd = {p: v for p, v in module._parameters.items() if v is not None and v.dtype not in FLOATS}
             for param in odd:
                 backend_of(module, param, name)
+            for param in bare_of(module):
+                found[name] = backend_of(module, param, name)
             continue
         if ":" in name:  # an adapter's copy (modules_to_save)
             continue
@@ -129,11 +131,11 @@ def merge_dense(
     if runtime is not None:
         runtime.unmerge()
     found = quantized_layers(root)
-    held: dict[nn.Module, Held] = {}
+    held: dict[tuple[nn.Module, str], Held] = {}
     if runtime is not None:
         sites = [s for s in runtime.sites.values() if s.backend is not None and s.backend.packed]
         for site in sites:
-            site.backend = held.setdefault(site.owner, Held(site.backend))
+            site.backend = held.setdefault((site.owner, site.param), Held(site.backend))
         try:
             runtime.unload(merge=names, check=check)
         except BaseException:
@@ -143,7 +145,7 @@ def merge_dense(
     made: dict[nn.Module, nn.Module] = {}
     for name in found:
         module = root.get_submodule(name)
-        made[module] = dense_layer(module, name, held.get(module), dtype)
+        made[module] = dense_layer(root, module, name, held, dtype)
     for parent in list(root.modules()):
         for leaf, child in parent._modules.items():
             if child is not None and child in made:
@@ -153,17 +155,26 @@ def merge_dense(
     return len(found)
 
 
-def dense_layer(module: nn.Module, name: str, held: Held | None, dtype: torch.dtype | None) -> nn.Module:
+def dense_layer(
+    root: Any, module: nn.Module, name: str, held: Mapping[tuple[nn.Module, str], Held], dtype: torch.dtype | None
+) -> nn.Module:
     """A plain layer with the values of a quantized one, or with those that a merge wrote for it."""
     kind = layers.kind_of(module)
-    assert kind is not None
+
+    def value_of(param: str) -> Tensor:
+        here = held.get((module, param))
+        written = None if here is None else here.written
+        return backend.read(module, param) if written is None else written
+
+    if kind is None:
+        backend = backend_of(module, next(iter(bare_of(module))), name)
+        with torch.no_grad():
+            return backend.plain(module, root.config.get_text_config(), value_of, dtype)
     param = kind.weight_of(module)
     backend = backend_of(module, param, name)
     dtype = backend.dtype(module, param) if dtype is None else dtype
     with torch.no_grad():
-        value = None if held is None else held.written
-        value = backend.read(module, param) if value is None else value
-        weight = nn.Parameter(value.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
+        weight = nn.Parameter(value_of(param).detach().to(dtype, copy=True).contiguous(), requires_grad=False)
         if not kind.packable:  # a layer of torch's own, as an embedding, that holds a quantized tensor
             module._parameters[param] = weight
             return module

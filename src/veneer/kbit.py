@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import layers
-from .backends import backends, settle
+from .backends import backends, bare_of, settle
 from .runtime import runtime_of
 
 HALF = (torch.float16, torch.bfloat16)
@@ -23,6 +24,8 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """Freeze a base model, keep what is not quantized in float32, and let gradients through its checkpoints.
+
+    On a CPU what is not quantized is also copied out of the file, which is then no longer mapped into memory.
 
     It can be called before or after adapters are attached, and checkpointing can be turned on before or after it. The
     first training step is then looked at: see `FirstStep`.
@@ -45,8 +48,13 @@ def prepare_model_for_kbit_training(
         if ":" in name:  # an adapter's
             continue
         parameter.requires_grad = False
-        if quantized and id(parameter) not in packed and type(parameter) is nn.Parameter and parameter.dtype in HALF:
+        if not quantized or id(parameter) in packed or type(parameter) is not nn.Parameter:
+            continue
+        if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
+        elif type(parameter.data) is Tensor and parameter.device.type == "cpu":
+            # safetensors maps the file into memory, and one view of it keeps all the pages that quantizing read.
+            parameter.data = parameter.data.clone()
     if use_gradient_checkpointing:
         enable = getattr(root, "gradient_checkpointing_enable", None)
         if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
@@ -67,7 +75,8 @@ def quantized_layers(root: nn.Module) -> list[nn.Module]:
     found = []
     for module in root.modules():
         kind = layers.kind_of(module)
-        if kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends()):
+        mine = kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends())
+        if mine or bare_of(module):
             found.append(module)
     return found
 
@@ -101,16 +110,19 @@ class FirstStep:
         self.release()
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled() and runtime_of(module)):
             return
+        networks = in_networks(module)
         for name, owner in module.named_modules():
             mine = [(f"{name}.{n}", p) for n, p in owner._parameters.items() if p is not None and ":" in n]
             # ZeRO-3 takes gradients away before they are here.
             if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
                 self.trained[owner] = mine
-                self.inner.append(owner.register_forward_pre_hook(self.called))
+                # A hook inside a gated network would have its kernel step aside, and keep more than any later step.
+                seen = networks.get(owner, owner)
+                self.inner.append(seen.register_forward_pre_hook(partial(self.called, owner)))
                 self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
 
-    def called(self, module: nn.Module, args: Any) -> None:
-        self.ran[module] = None
+    def called(self, owner: nn.Module, module: nn.Module, args: Any) -> None:
+        self.ran[owner] = None
 
     def marks(self, parameter: nn.Parameter) -> Any:
         key = id(parameter)
@@ -167,6 +179,18 @@ class FirstStep:
             "what these layers return; call prepare_model_for_kbit_training(model) or model.enable_input_require_grads(), "
             'and use gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
+
+
+def in_networks(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The layers that run whenever a gated feed-forward network does, each with its network."""
+    found: dict[nn.Module, nn.Module] = {}
+    for module in root.modules():
+        parts = getattr(module.__dict__.get("_veneer"), "gated", None)
+        for name in () if parts is None else (parts.gate, parts.up, parts.down):
+            layer = module._modules[name]
+            assert layer is not None
+            found[layer] = module
+    return found
 
 
 def listed(parameters: list[tuple[str, nn.Parameter]]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import door, layers, targets
-from .backends import backend_of, settle
+from .backends import backend_of, bare_of, settle
 from .backends.plain import PLAIN
 from .door import DOOR, Door
 from .interop import offload, sharding, torch_fastpath
@@ -481,7 +481,7 @@ class Runtime:
         param = param or kind.weight_of(owner)
         kind.check(owner, param, name)
         backend = backend_of(owner, param, name)
-        if backend.packed and not kind.packable:
+        if backend.packed and not kind.packable and param not in bare_of(owner):
             raise TypeError(
                 f"{name}: {type(owner).__name__}.{param} is stored as {backend.name}, which only the forward of a linear "
                 f"layer can use, and this place is a {kind.name}; name linear layers in target_modules, or leave this one "
@@ -1038,9 +1038,10 @@ def refuse_packed(module: nn.Module, name: str) -> None:
     """Raise ValueError where a module that is to be trained whole has quantized weights in it."""
     for below, layer in module.named_modules():
         kind = layers.kind_of(layer)
-        if kind is None:
+        param = next(iter(bare_of(layer)), None) if kind is None else kind.weight_of(layer)
+        if param is None:
             continue
-        backend = backend_of(layer, kind.weight_of(layer), name)
+        backend = backend_of(layer, param, name)
         if backend.packed:
             raise ValueError(
                 f"modules_to_save: {'.'.join(filter(None, (name, below)))!r} is stored as {backend.name}, and a copy of it "

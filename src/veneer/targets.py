@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .backends import linear_of
+from .backends import bare_of, linear_of, unknown, unread
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
@@ -65,7 +65,8 @@ def resolve(
     Raises:
         ValueError: nothing matches, or exclusion removes all that matches; a match cannot be adapted; a bad regular
             expression; no default for the architecture; layer indices that do not exist.
-        TypeError: a field is neither a string nor a collection of strings.
+        TypeError: a field is neither a string nor a collection of strings; a match is a quantized layer that no
+            backend reads.
     """
     spec, source = wanted(model, config)
     modules = {n: m for n, m in model.named_modules() if n and ":" not in n}  # ":" marks what an adapter added
@@ -103,6 +104,9 @@ def resolve(
     kept = not_copied(kept, said, getattr(config, "modules_to_save", None), hidden)
     for name in kept:
         if not supported(modules[name]):
+            packed = unread(modules[name])
+            if packed is not None:
+                raise unknown(modules[name], packed, name)
             raise ValueError(
                 f"{said} matches {name!r}, a {type(modules[name]).__name__}, which cannot be adapted; allowed are "
                 f"{allowed}: name the layers inside it, exclude it with exclude_modules, or train it whole with "
@@ -219,7 +223,9 @@ def all_linear(
         if module is head or isinstance(modules.get(parent), nn.MultiheadAttention):
             continue
         named = isinstance(module, kinds) or "Linear" in type(module).__name__
-        if (named or linear_of(module) is not None) and supported(module):
+        # One of a library that no backend knows is among them, so that it is an error unless it is excluded.
+        odd = named and unread(module) is not None
+        if (named or linear_of(module) is not None) and (odd or supported(module)):
             found.append(name)
     return found
 
@@ -262,8 +268,8 @@ def parameter_names(model: nn.Module, hidden: Collection[str] = ()) -> list[str]
         f"{owner}.{name}" if owner else name
         for owner, module in model.named_modules()
         if ":" not in owner and owner not in hidden
-        for name, parameter in module._parameters.items()
-        if ":" not in name and parameter is not None
+        for name in (*(n for n, p in module._parameters.items() if p is not None), *bare_of(module))
+        if ":" not in name
     ]
 
 

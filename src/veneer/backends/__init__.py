@@ -6,8 +6,9 @@ A format is added by a file here with a `Backend` in it, and a line in `backends
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,29 @@ class Backend(ABC):
         """
         return None
 
+    def bare(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Names and shapes, (experts, out, in), of weights that the module's forward takes as effective weights.
+
+        Empty for a linear layer, and where only a kernel of the library can use them. The names need not be parameters.
+        """
+        return {}
+
+    def used(self, owner: nn.Module, param: str) -> Tensor:
+        """The weight for one call's products; a backend may dequantize it only there."""
+        return self.read(owner, param)
+
+    def plain(
+        self, module: nn.Module, config: Any, value: Callable[[str], Tensor], dtype: torch.dtype | None
+    ) -> nn.Module:
+        """A module of plain weights in place of one that has `bare` ones.
+
+        Args:
+            config: the model's.
+            value: gives the weight of a name, (experts, out, in).
+            dtype: of its tensors; None for that in which the module computes.
+        """
+        raise NotImplementedError(f"{self.name} has no bare weights")
+
     def settle(self, module: nn.Module) -> None:
         """What a module of the library needs so that a gradient goes through it; each is shown when adapters come."""
 
@@ -85,11 +109,12 @@ def backends() -> tuple[Backend, ...]:
     from .fp8 import FP8
     from .gptq import GPTQ
     from .hqq import HQQ
+    from .mxfp4 import MXFP4
     from .plain import PLAIN
     from .quanto import Quanto
     from .torchao import TorchAO
 
-    return FourBit(), EightBit(), HQQ(), TorchAO(), Quanto(), GPTQ(), AWQ(), FP8(), PLAIN
+    return FourBit(), EightBit(), HQQ(), TorchAO(), Quanto(), GPTQ(), AWQ(), FP8(), MXFP4(), PLAIN
 
 
 def held(owner: nn.Module, name: str) -> Tensor | None:
@@ -110,14 +135,37 @@ def backend_of(owner: nn.Module, param: str, name: str) -> Backend:
     for backend in backends():
         if backend.matches(owner, param):
             return backend
+    raise unknown(owner, param, name)
+
+
+def unknown(owner: nn.Module, param: str, name: str) -> TypeError:
+    """The error that a weight is stored in a way that no backend knows."""
     weight = held(owner, param)
     stored = "nothing" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
-    raise TypeError(
+    return TypeError(
         f"{name}: no weight backend reads {type(owner).__name__}.{param} (it holds {stored}); allowed are "
         f"{'; '.join(b.holds for b in backends())}; load the base model in one of these, leave the layer out of "
         "target_modules, or add a backend: one file in veneer/backends/ with a class of Backend's methods, and its line "
         "in backends()"
     )
+
+
+def unread(module: nn.Module) -> str | None:
+    """Name of a matrix of integers or of 8-bit floats in a module without children, where no backend reads any of it."""
+    if module._modules:
+        return None
+    tensors = {
+        n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and ":" not in n
+    }
+    integers = (n for n, t in tensors.items() if t.ndim > 1 and t.dtype != torch.bool and not is_float(t))
+    found = next(integers, None)
+    known = found is None or any(b.packed and b.matches(module, n) for b in backends() for n in tensors)
+    return None if known else found
+
+
+def is_float(weight: Tensor) -> bool:
+    """Whether the entries are floating-point numbers that torch computes with."""
+    return weight.is_complex() or (weight.is_floating_point() and weight.element_size() > 1)
 
 
 def linear_of(module: nn.Module) -> tuple[str, int, int] | None:
@@ -127,6 +175,11 @@ def linear_of(module: nn.Module) -> tuple[str, int, int] | None:
         if found is not None:
             return found
     return None
+
+
+def bare_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's quantized weights that can be adapted by name; see `Backend.bare`."""
+    return {name: shape for backend in backends() for name, shape in backend.bare(module).items()}
 
 
 def settle(root: nn.Module) -> None:

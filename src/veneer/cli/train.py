@@ -20,6 +20,7 @@ from . import data as rows_of
 from .errors import InputError, user_input
 from .generate import complete
 from .launch import check_rows
+from .malloc import give_back
 from .models import load_model, load_tokenizer
 from .recipe import Run
 from .report import Report, peak_memory, plot, show
@@ -43,10 +44,13 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     console = Console(quiet=rank > 0)
     folder = prepare_folder(run, resume, overwrite, write=rank == 0)
     found = rows_of.load(run)
+    import torch
     import transformers
 
     import veneer
 
+    if run.quantize is not None and not torch.accelerator.is_available():
+        give_back()
     transformers.utils.logging.set_verbosity_error()
     transformers.set_seed(run.seed)
     with console.status(f"loading {run.model}"):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ..operators import Factored, terms
 from . import ready
+from .deferred import READ, Deferred
 
 if TYPE_CHECKING:
     from ..layers.kind import Links
@@ -34,14 +35,14 @@ def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | N
     """`weight` with the adapters of `links`, not formed; None where it has to be.
 
     Args:
-        weight: (out, in), or (experts, out, in).
+        weight: (out, in), or (experts, out, in); a `Deferred` stays one.
         links: what the adapters say, in order. Each may only add factored matrices.
         flipped: `weight` is stored as (in, out), or (experts, in, out).
     """
     factors = factors_of(links)
     if not factors or weight.ndim not in (2, 3) or any(B.ndim != weight.ndim for B, _, _ in factors):
         return None
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+    if type(weight) not in (Tensor, nn.Parameter, Deferred) or not weight.is_floating_point():
         return None  # sharded, quantized
     if torch.compiler.is_compiling() or not ready():  # `Formed` has a backward only
         return None
@@ -403,17 +404,6 @@ def transpose(func: Any, weight: Any, *axes: Any) -> Any:
 
 FLAT = {Tensor.T.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PERMUTES = {Tensor.permute, torch.permute}
-
-# What is read off the tensor itself.
-READ: set[Any] = {
-    *(getattr(Tensor, name).__get__ for name in (
-        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn", "is_cuda", "is_cpu",
-        "is_meta", "is_quantized", "is_sparse",
-    )),
-    Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.get_device,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
-    torch.numel, torch.is_floating_point, torch.is_complex,
-}  # fmt: skip
 
 USES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), product),

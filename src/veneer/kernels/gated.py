@@ -42,7 +42,8 @@ class GatedNetwork:
         self.act: nn.Module | None = None  # the activation, once it is known to be one that we can compute twice
         self.local = members[0].site.router.local
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def activation(self, layer: nn.Module) -> nn.Module | None:
+        """The activation, or None where the network is not what it was or somebody watches what is inside it."""
         modules, names = layer._modules, self.names
         if self.state.base.forward is not self.forward:  # replaced on the class
             return None
@@ -57,6 +58,13 @@ class GatedNetwork:
             self.act = act
         if watched(act) or watched(gate.layer) or watched(up.layer) or watched(down.layer) or any_global():
             return None
+        return act
+
+    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        act = self.activation(layer)
+        if act is None:
+            return None
+        gate, up, down = self.members
         held = self.local.decoding
         if held is not None and self not in held and decode.is_token(x):
             above, below = decode.Tokens((gate, up), x), decode.Tokens((down,), x)

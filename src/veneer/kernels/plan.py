@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import structure
 from .around import Around, AroundOne, AroundTogether
+from .around_gated import AroundGated
 from .gated import GatedNetwork
 from .linear import Alone, Member, Sibling, Together, gathers_alone
 
@@ -92,8 +93,10 @@ def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version
         names = state.gated
         children = [layer._modules.get(name) for name in (names.gate, names.up, names.down)]
         members = [None if c is None or gathers_alone(c) else member_of(c, live) for c in children]
-        if all(m is not None for m in members):
-            return GatedNetwork(names, members, state)  # type: ignore[arg-type]
+        around = [isinstance(m, Around) for m in members]
+        if all(m is not None for m in members) and all(around) == any(around):
+            kind = AroundGated if all(around) else GatedNetwork
+            return kind(names, members, state)  # type: ignore[arg-type]
     return None
 
 
@@ -115,10 +118,11 @@ def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]
                     group = Group([children[n] for n in together], base)  # type: ignore[misc]
                     for name in together:
                         states[name].group = group
-        network = structure.gated(base) if len(linear) > 2 and not replaced(parent) else None
+        network = structure.gated(base) if max(len(linear), len(around)) > 2 and not replaced(parent) else None
         if network is None or children.get(network.act) is None:
             continue
-        if {network.gate, network.up, network.down} <= linear:
+        parts = {network.gate, network.up, network.down}
+        if parts <= linear or parts <= around:
             found[parent] = network
     return found
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backends import bare_of
 from ..interop import sharding
 from ..kernels.experts import lazily
 from ..operators import Factored, Operator
@@ -32,7 +33,8 @@ class Parameter(LayerKind):
         return False  # named through target_parameters only
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:
-        shape = sharding.shape_of(owner._parameters[param])  # type: ignore[arg-type]
+        found = owner._parameters.get(param)
+        shape = bare_of(owner)[param] if found is None else tuple(sharding.shape_of(found))
         if len(shape) == 1:
             return Geometry(1, shape[0], bare=True)
         if len(shape) == 2:
@@ -68,7 +70,7 @@ class Parameter(LayerKind):
     def lazy(self, site: Site, links: Links) -> Tensor | None:
         if not self.by_parameter:  # nn.MultiheadAttention needs the weight itself
             return None
-        stored = site.backend.read(site.owner, site.param)
+        stored = site.backend.used(site.owner, site.param)
         return lazily(stored, links, flipped=stored.ndim == 3 and self.transposed(site.owner))
 
 

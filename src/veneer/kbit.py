@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,9 +82,9 @@ class FirstStep:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.ran: dict[nn.Module, None] = {}  # in the order of the calls
+        self.ran: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}  # in the order of the calls
         self.reached: set[int] = set()
-        self.trained: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+        self.trained: dict[nn.Module, dict[str, str]] = {}  # names of their own, and in the model
         self.inner: list[Any] = []
         self.outer = [
             root.register_forward_pre_hook(self.before),
@@ -99,18 +100,33 @@ class FirstStep:
 
     def before(self, module: nn.Module, args: Any) -> None:
         self.release()
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled() and runtime_of(module)):
+        if torch.compiler.is_compiling():
             return
         for name, owner in module.named_modules():
-            mine = [(f"{name}.{n}", p) for n, p in owner._parameters.items() if p is not None and ":" in n]
+            if owner._parameters.get("weight") is not None:
+                self.inner.append(owner.register_forward_pre_hook(partial(self.gathered, name)))
+        if not (module.training and torch.is_grad_enabled() and runtime_of(module)):
+            return
+        for name, owner in module.named_modules():
+            mine = {n: p for n, p in owner._parameters.items() if p is not None and ":" in n}
             # ZeRO-3 takes gradients away before they are here.
-            if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
+            if mine := {n: f"{name}.{n}" for n, p in mine.items() if p.requires_grad and not hasattr(p, "ds_id")}:
                 self.trained[owner] = mine
                 self.inner.append(owner.register_forward_pre_hook(self.called))
-                self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
+
+    def gathered(self, name: str, module: nn.Module, args: Any) -> None:
+        for backend in backends():
+            try:
+                backend.gathered(module, "weight")
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {error}") from None
 
     def called(self, module: nn.Module, args: Any) -> None:
-        self.ran[module] = None
+        """Mark what gets a gradient: of sharded parameters those that are here while the layer runs."""
+        if module not in self.ran:
+            named = [(name, module._parameters[n]) for n, name in self.trained[module].items()]
+            self.ran[module] = [(name, p) for name, p in named if p is not None]
+            self.inner += [p.register_hook(self.marks(p)) for _, p in self.ran[module]]
 
     def marks(self, parameter: nn.Parameter) -> Any:
         key = id(parameter)
@@ -128,7 +144,7 @@ class FirstStep:
         last = next((t for t in tensors if t.requires_grad), None)
         if last is None:
             if tensors:
-                self.complain([p for found in self.trained.values() for p in found])
+                self.complain([name for found in self.trained.values() for name in found.values()])
             return
         self.inner.append(last.register_hook(self.at_the_end))  # type: ignore[no-untyped-call]
 
@@ -138,8 +154,8 @@ class FirstStep:
 
     def check(self) -> None:
         """At the end of the first backward."""
-        ran = [self.trained[owner] for owner in self.ran]
-        lacking = [(name, p) for found in ran for name, p in found if id(p) not in self.reached]
+        ran = list(self.ran.values())
+        lacking = [name for found in ran for name, p in found if id(p) not in self.reached]
         cut = bool(ran) and not any(id(p) in self.reached for _, p in ran[0])
         self.release()
         for hook in self.outer:
@@ -158,7 +174,7 @@ class FirstStep:
             hook.remove()
         self.inner, self.trained, self.ran, self.reached = [], {}, {}, set()
 
-    def complain(self, lacking: list[tuple[str, nn.Parameter]]) -> None:
+    def complain(self, lacking: list[str]) -> None:
         total = sum(p.requires_grad for n, p in self.root.named_parameters() if ":" in n)
         self.release()
         raise RuntimeError(
@@ -169,6 +185,6 @@ class FirstStep:
         )
 
 
-def listed(parameters: list[tuple[str, nn.Parameter]]) -> str:
-    """The names of some parameters."""
-    return ", ".join(n for n, _ in parameters[:NAMED]) + (", ..." if len(parameters) > NAMED else "")
+def listed(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

@@ -23,7 +23,11 @@ from processes_step import METHODS, VOCABULARY, plain
 from veneer.cli.launch import leave
 from veneer.kernels import linear
 
-SIZES = {"uint8": (34, 51), "float32": (36, 50), "bfloat16": (36, 51)}  # down_proj packs into an odd number of entries: uneven shards
+SIZES = {
+    "uint8": (34, 51),
+    "float32": (36, 50),
+    "bfloat16": (36, 51),
+}  # down_proj packs into an odd number of entries: uneven shards
 
 
 def in_nf4(model: nn.Module, storage: torch.dtype, nested: bool = True) -> nn.Module:
@@ -43,8 +47,16 @@ def dense(storage: str) -> nn.Module:
     hidden, inner = SIZES[storage]
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2, head_dim=8,
-                    num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager")  # fmt: skip
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=2,
+            head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            attn_implementation="eager",
+        )  # fmt: skip
     )
 
 

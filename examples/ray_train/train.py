@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> None:
     recipe, *rest = arguments
     overwrite = "--overwrite" in rest
     rest = [a for a in rest if a != "--overwrite"]
-    flags: dict[str, Any] = {k.removeprefix("--").replace("-", "_"): v for k, v in zip(rest[::2], rest[1::2], strict=True)}
+    flags: dict[str, Any] = {
+        k.removeprefix("--").replace("-", "_"): v for k, v in zip(rest[::2], rest[1::2], strict=True)
+    }
     workers, storage = int(flags.pop("workers", 2)), flags.pop("storage", None)
     trainer = TorchTrainer(
         worker,

@@ -90,9 +90,9 @@ class FirstStep:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.ran: dict[nn.Module, None] = {}  # in the order of the calls
+        self.ran: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}  # in the order of the calls
         self.reached: set[int] = set()
-        self.trained: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {}
+        self.trained: dict[nn.Module, dict[str, str]] = {}  # names of their own, and in the model
         self.inner: list[Any] = []
         self.outer = [
             root.register_forward_pre_hook(self.before),
@@ -108,21 +108,37 @@ class FirstStep:
 
     def before(self, module: nn.Module, args: Any) -> None:
         self.release()
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled() and runtime_of(module)):
+        if torch.compiler.is_compiling():
             return
         networks = in_networks(module)
         for name, owner in module.named_modules():
-            mine = [(f"{name}.{n}", p) for n, p in owner._parameters.items() if p is not None and ":" in n]
-            # ZeRO-3 takes gradients away before they are here.
-            if mine := [(n, p) for n, p in mine if p.requires_grad and not hasattr(p, "ds_id")]:
-                self.trained[owner] = mine
+            if owner._parameters.get("weight") is not None:
                 # A hook inside a gated network would have its kernel step aside, and keep more than any later step.
                 seen = networks.get(owner, owner)
+                self.inner.append(seen.register_forward_pre_hook(partial(self.gathered, name, owner)))
+        if not (module.training and torch.is_grad_enabled() and runtime_of(module)):
+            return
+        for name, owner in module.named_modules():
+            mine = {n: p for n, p in owner._parameters.items() if p is not None and ":" in n}
+            # ZeRO-3 takes gradients away before they are here.
+            if mine := {n: f"{name}.{n}" for n, p in mine.items() if p.requires_grad and not hasattr(p, "ds_id")}:
+                self.trained[owner] = mine
+                seen = networks.get(owner, owner)
                 self.inner.append(seen.register_forward_pre_hook(partial(self.called, owner)))
-                self.inner += [p.register_hook(self.marks(p)) for _, p in mine]
+
+    def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: Any) -> None:
+        for backend in backends():
+            try:
+                backend.gathered(owner, "weight")
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}: {error}") from None
 
     def called(self, owner: nn.Module, module: nn.Module, args: Any) -> None:
-        self.ran[owner] = None
+        """Mark what gets a gradient: of sharded parameters those that are here while the layer runs."""
+        if owner not in self.ran:
+            named = [(name, owner._parameters[n]) for n, name in self.trained[owner].items()]
+            self.ran[owner] = [(name, p) for name, p in named if p is not None]
+            self.inner += [p.register_hook(self.marks(p)) for _, p in self.ran[owner]]  # type: ignore[no-untyped-call]
 
     def marks(self, parameter: nn.Parameter) -> Any:
         key = id(parameter)
@@ -140,7 +156,7 @@ class FirstStep:
         last = next((t for t in tensors if t.requires_grad), None)
         if last is None:
             if tensors:
-                self.complain([p for found in self.trained.values() for p in found])
+                self.complain([name for found in self.trained.values() for name in found.values()])
             return
         self.inner.append(last.register_hook(self.at_the_end))  # type: ignore[no-untyped-call]
 
@@ -150,8 +166,8 @@ class FirstStep:
 
     def check(self) -> None:
         """At the end of the first backward."""
-        ran = [self.trained[owner] for owner in self.ran]
-        lacking = [(name, p) for found in ran for name, p in found if id(p) not in self.reached]
+        ran = list(self.ran.values())
+        lacking = [name for found in ran for name, p in found if id(p) not in self.reached]
         cut = bool(ran) and not any(id(p) in self.reached for _, p in ran[0])
         self.release()
         for hook in self.outer:
@@ -170,7 +186,7 @@ class FirstStep:
             hook.remove()
         self.inner, self.trained, self.ran, self.reached = [], {}, {}, set()
 
-    def complain(self, lacking: list[tuple[str, nn.Parameter]]) -> None:
+    def complain(self, lacking: list[str]) -> None:
         total = sum(p.requires_grad for n, p in self.root.named_parameters() if ":" in n)
         self.release()
         raise RuntimeError(
@@ -182,17 +198,19 @@ class FirstStep:
 
 
 def in_networks(root: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The layers that run whenever a gated feed-forward network does, each with its network."""
+    """The layers that run whenever a gated feed-forward network does, each with its network.
+
+    Not those that have hooks: their network calls them, and what shards them brings their weights only then.
+    """
     found: dict[nn.Module, nn.Module] = {}
     for module in root.modules():
         parts = getattr(module.__dict__.get("_veneer"), "gated", None)
-        for name in () if parts is None else (parts.gate, parts.up, parts.down):
-            layer = module._modules[name]
-            assert layer is not None
-            found[layer] = module
+        inside = [module._modules[n] for n in (() if parts is None else (parts.gate, parts.up, parts.down))]
+        if not any(layer is None or layer._forward_pre_hooks or layer._forward_hooks for layer in inside):
+            found |= {layer: module for layer in inside if layer is not None}
     return found
 
 
-def listed(parameters: list[tuple[str, nn.Parameter]]) -> str:
-    """The names of some parameters."""
-    return ", ".join(n for n, _ in parameters[:NAMED]) + (", ..." if len(parameters) > NAMED else "")
+def listed(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")

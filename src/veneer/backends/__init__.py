@@ -100,6 +100,12 @@ class Backend(ABC):
     def settle(self, module: nn.Module) -> None:
         """What a module of the library needs so that a gradient goes through it; each is shown when adapters come."""
 
+    def gathered(self, owner: nn.Module, param: str) -> None:
+        """Raise RuntimeError, with the remedy, if a layer cannot run on what fully_shard made of its weight.
+
+        Shown in the first step are all layers when they run, whatever they hold.
+        """
+
 
 @cache
 def backends() -> tuple[Backend, ...]:

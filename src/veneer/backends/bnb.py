@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..interop.sharding import whole
 from . import Backend
 from .plain import FLOATS
 
@@ -32,10 +33,22 @@ class FourBit(Backend):
         return bnb is not None and isinstance(owner._parameters.get(param), bnb.Params4bit)
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        weight: Any = owner._parameters[param]
-        if not weight.bnb_quantized:
-            return weight.data  # type: ignore[no-any-return]
-        return self.dense(owner, weight.data, weight.quant_state)
+        weight, state = owner._parameters[param], self.state(owner, param)
+        assert weight is not None
+        packed = whole(weight.data)
+        if state is None:
+            return packed
+        self.gathered(owner, param)
+        return self.dense(owner, packed, state)
+
+    def state(self, owner: nn.Module, param: str) -> Any:
+        """Statistics of the blocks, or None of a weight that is not quantized yet.
+
+        Where fully_shard splits the packed entries it puts a plain parameter in place of the library's, which knows
+        none; every process has all of them in the layer.
+        """
+        found = getattr(owner._parameters[param], "quant_state", None)
+        return owner.__dict__.get("quant_state") if found is None else found
 
     def dense(self, owner: nn.Module, packed: Tensor, state: Any) -> Tensor:
         """The weight as the layer evaluates it: in the dtype in which it computes, (out, in)."""
@@ -71,15 +84,16 @@ class FourBit(Backend):
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
         weight: Any = owner._parameters[param]
-        return computes_in(owner, weight.quant_state) if weight.bnb_quantized else weight.dtype
+        state = self.state(owner, param)
+        return weight.dtype if state is None else computes_in(owner, state)
 
     def can_write(self, owner: nn.Module, param: str) -> bool:
         weight: Any = owner._parameters[param]
-        return bool(weight.bnb_quantized) and weight.device.type != "meta"
+        return self.matches(owner, param) and bool(weight.bnb_quantized) and weight.device.type != "meta"
 
     def storage(self, owner: nn.Module, param: str) -> Tensor:
         weight: Any = owner._parameters[param]
-        state = weight.quant_state
+        state = self.state(owner, param)
         found: Tensor = weight if state is None else state.absmax  # one with each weight that is written
         return found
 
@@ -93,10 +107,24 @@ class FourBit(Backend):
         if bnb is None or not isinstance(module, bnb.Linear4bit):
             return
         state: Any = getattr(module.weight, "quant_state", None)
+        if module.quant_state is None:
+            module.quant_state = state  # which fully_shard takes from the weight
         if getattr(state, "packing_format_for_cpu", False):
             undo = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
             put(module, module.weight, *undo(module.weight.data, state))
         module.support_avx512bf16_for_cpu = False
+
+    def gathered(self, owner: nn.Module, param: str) -> None:
+        bnb = library()
+        if bnb is None or not isinstance(owner, bnb.Linear4bit) or self.state(owner, param) is None:
+            return
+        weight: Any = owner._parameters[param]
+        if not self.matches(owner, param) and weight.dtype != owner.quant_storage:
+            raise RuntimeError(
+                f"the 4-bit entries of a {type(owner).__name__} are packed as {owner.quant_storage} and came as "
+                f"{weight.dtype}: fully_shard's mixed precision rounded them, as if they were numbers; quantize with "
+                f"bnb_4bit_quant_storage=torch.uint8, or one of {weight.dtype} as MixedPrecisionPolicy's param_dtype"
+            )
 
 
 def computes_in(owner: nn.Module, state: Any) -> torch.dtype:
@@ -167,6 +195,17 @@ class EightBit(Backend):
     def can_write(self, owner: nn.Module, param: str) -> bool:
         parts = self.parts(owner, param)
         return parts is not None and parts[0].device.type != "meta"
+
+    def gathered(self, owner: nn.Module, param: str) -> None:
+        bnb = library()
+        if bnb is None or not isinstance(owner, bnb.Linear8bitLt) or owner.state.has_fp16_weights:
+            return
+        if not isinstance(owner._parameters[param], bnb.Int8Params):
+            raise RuntimeError(
+                f"fully_shard split the int8 weight of a {type(owner).__name__}, and the layer needs the library's own; "
+                "quantize to nf4, or keep these weights whole in every process: fully_shard(module, "
+                "ignored_params={p for p in model.parameters() if p.dtype == torch.int8}), on each module"
+            )
 
     def storage(self, owner: nn.Module, param: str) -> Tensor:
         parts = self.parts(owner, param)

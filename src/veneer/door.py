@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .interop import tensor_parallel
 from .interop.sharding import shape_of
 from .layers.kind import LayerKind
 from .router import flat
@@ -459,7 +460,8 @@ class Passage:
         found: list[tuple[Tensor, Tensor]] = []
         if self.front.prefix is not None:
             # (batch or 1, layers, 2, heads, P, head width) -> a pair (batch or 1, heads, P, head width) a layer
-            found = [(layer[:, 0], layer[:, 1]) for layer in self.front.prefix.unbind(1)]
+            prefix = tensor_parallel.own_heads(self.stack, self.front.prefix, 3)
+            found = [(layer[:, 0], layer[:, 1]) for layer in prefix.unbind(1)]
         if memory is None or not memory.front:
             return found
         if not found:

@@ -233,6 +233,14 @@ class Method:
         """Return tensors that all sites of the adapter share; `p` holds them at every site."""
         return {}
 
+    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
+        """Which dimensions of a tensor are the layer's own: "in" or "out" for those, "" for others.
+
+        Where processes split the layer's weight along one of them, they split the tensor with it; tensors that are not
+        named are the same in every process.
+        """
+        return {}
+
     def delta(self, p: Tensors, site: Site) -> Operator | None:
         """Delta in W' = L (W R + Delta)."""
 

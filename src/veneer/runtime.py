@@ -17,7 +17,7 @@ from . import door, layers, targets
 from .backends import backend_of, bare_of, settle
 from .backends.plain import PLAIN
 from .door import DOOR, Door
-from .interop import offload, sharding, torch_fastpath
+from .interop import offload, sharding, tensor_parallel, torch_fastpath
 from .kernels.plan import arrange
 from .layers.kind import LayerKind
 from .method import Method
@@ -199,7 +199,7 @@ class Runtime:
         check_name(adapter, self.configs)
         sharding.refuse_attaching(self.root)
         rules: dict[str, Any] = {"prefix": prefix, "strict": strict, "autocast": autocast, "meta": meta}
-        with self.looking():
+        with self.looking(), tensor_parallel.mixing():
             draft = self.draft(adapter, config, tensors=tensors, **rules)
             self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
         if trainable and any(p.site.backend is not None and p.site.backend.packed for p in draft.places):
@@ -592,7 +592,7 @@ class Runtime:
             else:
                 state.opaque = site
             frozen = {attr for _, attr in place.entry.frozen}
-            for attr, value in place.values.items():
+            for attr, value in site.split(place.values, place.entry).items():
                 if attr in frozen:
                     site.owner._buffers[attr] = value
                     site.owner._non_persistent_buffers_set.add(attr)
@@ -601,6 +601,8 @@ class Runtime:
                     site.owner._parameters[attr] = value
                 else:
                     site.owner._parameters[attr] = nn.Parameter(value, requires_grad=trainable)
+                    if sharding.is_distributed(value):
+                        tensor_parallel.gather_gradients(site.owner._parameters[attr])  # type: ignore[arg-type]
             if place.whole is not None:
                 place.whole.requires_grad_(trainable)
                 layer._modules[copy_name(adapter)] = place.whole
@@ -777,7 +779,7 @@ class Runtime:
             for site in sites:
                 if site.original is not None:
                     restore(site)
-                with sharding.available(site.owner._parameters.values(), change=True):
+                with sharding.available(site.owner._parameters.values(), change=True), tensor_parallel.mixing():
                     merge_site(site, wanted, uses, check)
                 done.append(site)
                 if not keep:
@@ -1010,6 +1012,11 @@ def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
     """A deep copy of a module without anything of ours on it, filled from the file if there is one."""
     module = place.layer
     refuse_packed(module, place.site.name)
+    if any(tensor_parallel.style_of(m) is not None for m in module.modules()):
+        raise ValueError(
+            f"{place.site.name}: tensor parallelism splits it between the processes, and a copy that is trained whole "
+            "(modules_to_save) is not supported there; name it in target_modules, or load the model without tp_plan"
+        )
     double = stand_in(module)
     double.__dict__["_buffers"] = dict(double._buffers)
     for table in (double._parameters, double._modules, double._buffers):

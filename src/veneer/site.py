@@ -24,7 +24,8 @@ from torch.compiler import is_compiling
 from . import kernels
 from .backends import held
 from .inits import START
-from .interop import offload
+from .interop import offload, tensor_parallel
+from .interop.sharding import is_distributed, whole
 from .kept import Kept
 from .operators import Operator
 from .router import Combined, Item, flat
@@ -204,6 +205,11 @@ class Site:
         found: Tensor = self.backend.read(self.owner, self.param) if stored is None else stored
         return found
 
+    def stored_rows(self, index: Tensor) -> Tensor:
+        """Some rows of `stored()`, (k, ...), whole in every process also where it is split."""
+        weight = self.stored()
+        return whole(weight.index_select(0, index.to(weight.device)))
+
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor in the layer's own layout as a matrix, as `weight()` is of `stored()`."""
         return self.kind.canonical(self, stored)
@@ -273,6 +279,15 @@ class Site:
             device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
+    def split(self, values: Mapping[str, Tensor], entry: Entry) -> dict[str, Tensor]:
+        """An adapter's whole tensors by attribute, each split as tensor parallelism splits the layer's weight."""
+        if self.backend is None or not is_distributed(self.reference):
+            return dict(values)
+        weight, axes = self.current_weight().detach(), entry.method.axes(self)
+        keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
+        keep = {"in"} if self.lookup else set()  # ids are looked up in every process
+        return {a: tensor_parallel.distribute(t, weight, axes.get(keys[a], ()), keep) for a, t in values.items()}
+
     # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
 
     @property
@@ -307,12 +322,12 @@ class Site:
         """`make()` cast to the adapter's dtype, or only its shape where a file brings the values."""
         if self.meta:
             return self.empty(*shape)
-        made = make().detach().reshape(shape)
+        made = whole(make().detach()).reshape(shape)
         return made.to(device=self.device, dtype=self.dtype, copy=True).contiguous()  # never the base's storage
 
     def start(self, how: str, r: int, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
         """Starting factors (B, A) computed from the base weight, scale * B A being their share of it."""
-        weight = self.weight()
+        weight = whole(self.weight().detach())
         device = self.home
         if weight.device.type == "meta":  # a skeleton: shapes are all there is
             return self.empty(weight.shape[0], r), self.empty(r, weight.shape[1])
@@ -445,6 +460,7 @@ class Takeover:
         self.opaque: Site | None = None  # a module with full copies
         self.tapped: list[Site] = []  # sites that want to know what goes into this module
         self.instance_forward: Callable[..., Any] | None = None
+        self.split: tuple[Any, Any] | None = None  # how transformers' tensor parallelism splits it, and the mesh
         self.group: Group | None = None  # the layers that see the same input
         self.gated: Gated | None = None  # a gated feed-forward network, whose layers can run as one
         self.planned = NO_PLAN
@@ -717,6 +733,13 @@ def take_over(layer: nn.Module, router: Router) -> Takeover:
         return state
     state = Takeover(layer, router)
     own = layer.__dict__.get("forward")
+    split = tensor_parallel.style_of(layer)
+    if split is not None:
+        state.split = split
+        layer.__dict__["_veneer"] = state
+        layer.__class__ = adapted_class(state.base)
+        tensor_parallel.put_around(layer, *split)
+        return state
     if own is not None and "_old_forward" not in layer.__dict__:
         if not isinstance(own, types.MethodType):
             raise TypeError(
@@ -741,6 +764,8 @@ def give_back(layer: nn.Module) -> None:
     """Undo `take_over`."""
     state: Takeover = layer.__dict__.pop("_veneer")
     layer.__class__ = state.base
+    if state.split is not None:
+        tensor_parallel.put_back(layer, *state.split)
     if state.instance_forward is not None:
         layer.__dict__["forward"] = types.MethodType(state.instance_forward, layer)
     if "_old_forward" in layer.__dict__:

@@ -112,10 +112,13 @@ def refuse_attaching(root: nn.Module) -> None:
     """Raise RuntimeError if what shards or flattens the model's parameters has taken it over already.
 
     Adapters come first: only then does it shard and gather theirs too. Weights that from_pretrained split between the
-    processes while it read them (zero.Init) are no obstacle: deepspeed.initialize comes later and finds the adapters.
+    processes while it read them are no obstacle: by zero.Init, as deepspeed.initialize comes later and finds the adapters;
+    by tensor parallelism, into which adapters go as they are.
     """
+    fully = any(hasattr(m, "_get_fsdp_state") for m in root.modules())
     for name, parameter in root.named_parameters():
-        if ":" not in name and (is_distributed(parameter) or (is_partitioned(parameter) and hasattr(root, ENGINE))):
+        taken = fully and is_distributed(parameter)
+        if ":" not in name and (taken or (is_partitioned(parameter) and hasattr(root, ENGINE))):
             remedy = "fully_shard(model)"
             if is_partitioned(parameter):
                 remedy = "deepspeed.initialize(model=model, ...)"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..interop.sharding import is_distributed
 from ..operators import Diagonal, Factored, Hadamard, Operator, Rows, Sum
 from ..site import Fork, Geometry, every, stand_in
 from .kind import LayerKind
@@ -42,7 +43,7 @@ class Embedding(LayerKind):
             if link.right is not None and not isinstance(link.right, Diagonal):
                 raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
         ids = args[0] if args else next(iter(kwargs.values()))
-        return self.along(site, state, target, links, ids, state.call(target, ids))
+        return self.along(site, state, target, links, ids, summed(state.call(target, ids)))
 
     def along(self, site: Site, state: Takeover, target: nn.Module, links: Links, ids: Tensor, y: Tensor) -> Tensor:
         """The embedding's output after `links`."""
@@ -94,3 +95,13 @@ class Embedding(LayerKind):
         n = rows.shape[-1]
         own = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         return self.look_up(target, state, rows.reshape(-1, n), own)
+
+
+def summed(y: Tensor) -> Tensor:
+    """A lookup in a table that processes split by its rows, as the sum of what each has found."""
+    if not is_distributed(y):
+        return y
+    from torch.distributed.tensor import Replicate
+
+    made: Tensor = y.redistribute(placements=[Replicate()] * y.device_mesh.ndim)  # type: ignore[attr-defined]
+    return made

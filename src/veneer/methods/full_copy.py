@@ -118,8 +118,7 @@ class TrainableTokensConfig(Method):
         return {"rows": site.computed(shape, lambda: self.base_rows(site, index)), "index": index}
 
     def base_rows(self, site: Site, index: Tensor) -> Tensor:
-        weight = site.stored()  # (vocabulary, width) in embeddings and in linear heads
-        return weight.index_select(0, index.to(weight.device))
+        return site.stored_rows(index)
 
     def delta(self, p: Tensors, site: Site) -> Operator:
         rows = p["rows"]

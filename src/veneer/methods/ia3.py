@@ -6,7 +6,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,9 @@ class IA3Config(Method):
         for p, weight in zip(parts[1:], weights[1:], strict=True):
             total = total + p["l"] * weight
         return {"l": total}
+
+    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
+        return {"l": ("", "in") if self.on_input(site) else ("out", "")}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         n = site.fan_in if self.on_input(site) else site.fan_out

@@ -140,6 +140,10 @@ class LoraConfig(Method):
             return {**self.names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
         return self.names
 
+    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
+        factors = {"A": ("", "in"), "B": ("out", ""), "A0": ("", "in"), "B0": ("out", "")}
+        return {**factors, "m": ("out",), "B_bias": ("out",), "bias": ("out",)}
+
     def init(self, site: Site) -> dict[str, Tensor]:
         r, taps = self.r, (1,) * len(site.kernel)
         if site.groups > 1 and r % site.groups:

@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,9 @@ class VeraConfig(Method):
             bound = math.sqrt(6 / shape[1])  # Kaiming uniform, fan in, gain sqrt(2)
             drawn[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return drawn
+
+    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
+        return {"b": ("out",), "bias": ("out",)}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         if self.init_weights:

@@ -1,0 +1,174 @@
+"""Tensor parallelism of transformers (`from_pretrained(..., tp_plan="auto")`): adapters inside layers that are split.
+
+Such a layer holds DTensors, and an instance-level `forward` around its own brings the input into the layout that the
+layer wants and the output into the one that the model wants. Adapters run in between, where input, weight and output
+are DTensors: an operator's products then are split as the layer's are, and what is partial is summed, by DTensor's own
+rules, in the backward too. Nothing here imports transformers: a layer is known by the closure of its forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import sharding
+
+KEYS = ("k_proj", "qkv_proj", "query_key_value")  # projections whose output has the keys' heads
+
+
+def style_of(module: nn.Module) -> tuple[Any, Any] | None:
+    """How a layer is split, and the mesh of processes, or None of a layer that is whole."""
+    forward = module.__dict__.get("forward")
+    forward = getattr(forward, "veneer_around", forward)
+    if not isinstance(forward, types.FunctionType) or forward.__closure__ is None:
+        return None
+    held = inspect.getclosurevars(forward).nonlocals
+    style, mesh = held.get("self"), held.get("mesh")
+    return (style, mesh) if hasattr(style, "install_forward") and hasattr(mesh, "get_group") else None
+
+
+class Mode(threading.local):
+    """Whether the caller of a split layer wants gradients; one a thread."""
+
+    grad = True
+
+
+def put_around(module: nn.Module, style: Any, mesh: Any) -> None:
+    """Let `style` install its forward around the class's own.
+
+    Without gradients it would hand the layer local tensors, whose sum over the processes it takes later: right for a
+    product, and wrong for whatever else an adapter does. So it is told that there are gradients.
+    """
+    module.__dict__.pop("forward", None)
+    inner, mode = module.forward, Mode()
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(mode.grad), Replicated():
+            return inner(*args, **kwargs)
+
+    module.__dict__["forward"] = inside
+    style.install_forward(module, mesh)
+    around: Callable[..., Any] = module.__dict__["forward"]
+
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        before, mode.grad = mode.grad, torch.is_grad_enabled()
+        try:
+            with torch.enable_grad():
+                return around(*args, **kwargs)
+        finally:
+            mode.grad = before
+
+    outside.veneer_around = around  # type: ignore[attr-defined]
+    module.__dict__["forward"] = outside
+
+
+def put_back(module: nn.Module, style: Any, mesh: Any) -> None:
+    """As it was before adapters came."""
+    module.__dict__.pop("forward", None)
+    style.install_forward(module, mesh)
+
+
+class Replicated(TorchFunctionMode):
+    """Where they meet DTensors, ordinary tensors are the same in every process.
+
+    torch's own `implicit_replication` does so below autograd, which would keep the ordinary tensors for the backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, spec = tree_flatten((args, kwargs or {}))
+        first = next((t for t in given if sharding.is_distributed(t)), None)
+        if first is None or all(sharding.is_distributed(t) for t in given if isinstance(t, Tensor)):
+            return func(*args, **(kwargs or {}))
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = first.device_mesh
+        places = [Replicate()] * mesh.ndim
+        given = [
+            DTensor.from_local(t, mesh, places, run_check=False)
+            if isinstance(t, Tensor) and not sharding.is_distributed(t)
+            else t
+            for t in given
+        ]
+        args, kwargs = tree_unflatten(given, spec)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def mixing() -> Iterator[None]:
+    """`Replicated`, where there may be DTensors at all."""
+    if "torch.distributed.tensor" not in sys.modules or not torch.distributed.is_initialized():
+        yield
+        return
+    with Replicated():
+        yield
+
+
+def split(weight: Tensor) -> dict[str, int]:
+    """The mesh dimensions that split a weight (out, in): {"out": 0}, {"in": 0}, or none."""
+    found = {}
+    for dimension, place in enumerate(weight.placements):  # type: ignore[attr-defined]
+        if place.is_shard():
+            found["out" if place.dim % weight.ndim == 0 else "in"] = dimension
+    return found
+
+
+def distribute(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Collection[str] = ()) -> Tensor:
+    """An adapter's whole tensor, the same in every process, split as the weight it belongs to is.
+
+    Args:
+        value: the tensor.
+        weight: the layer's weight (out, in), a DTensor.
+        keep: axes along which it stays whole.
+        axes: of each of the value's dimensions: "out" or "in" where it is that of the weight, else "".
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    places: list[Any] = [Replicate()] * mesh.ndim
+    for axis, dimension in split(weight).items():
+        if axis in axes and axis not in keep:
+            places[dimension] = Shard(axes.index(axis))
+    made: Tensor = distribute_tensor(value.detach(), mesh, places, src_data_rank=None)
+    return made
+
+
+def own_heads(stack: nn.Module, t: Tensor, dim: int) -> Tensor:
+    """Of keys and values of all heads, along `dim`, those of this process, where the stack's key heads are split."""
+    if t.shape[dim] == 1 or "torch.distributed.tensor" not in sys.modules:
+        return t
+    for name, module in stack.named_modules():
+        weight = module._parameters.get("weight") if name.endswith(KEYS) else None
+        if weight is None or not sharding.is_distributed(weight) or "out" not in split(weight):
+            continue
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        mesh = weight.device_mesh
+        whole = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        places = [Shard(dim) if i == split(weight)["out"] else Replicate() for i in range(mesh.ndim)]
+        return whole.redistribute(placements=places).to_local()
+    return t
+
+
+def gather_gradients(parameter: nn.Parameter) -> None:
+    """Sum what each process has of the gradient of a parameter that all hold."""
+
+    def whole(gradient: Tensor) -> Tensor:
+        if not sharding.is_distributed(gradient):
+            return gradient
+        made: Tensor = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+        return made
+
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # a hook asks for it, and stays
+    parameter.register_hook(whole)  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(trained)

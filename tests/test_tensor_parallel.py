@@ -1,0 +1,49 @@
+"""transformers' tensor parallelism on two real processes: adapters train, save, load and merge as on one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tensor_parallel_step import CASES
+from test_processes import HERE, free_port, run
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("split")
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    run([*start, str(HERE / "tensor_parallel_step.py"), str(folder)], limit=180)
+    return folder, json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_of_split_layers_are_those_of_whole_ones(name: str, found: tuple[Path, dict[str, Any]]) -> None:
+    folder, all_found = found
+    one = all_found[name]
+    assert isinstance(one, dict), one
+    assert one["split"] == pytest.approx(one["alone"], abs=1e-4)
+    assert one["same words"]
+    for what, difference in one["differences"].items():
+        assert difference <= (0 if what == "unmerged" else 1e-5), what
+    a, b = (load_file(folder / how / name / "adapter_model.safetensors") for how in ("alone", "split"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], atol=2e-5, rtol=0, msg=key)
+
+
+def test_factors_are_split_with_the_weight(found: tuple[Path, dict[str, Any]]) -> None:
+    """B of a layer split by its outputs, A of one split by its inputs; the other factor is whole."""
+    places = {n.partition("layers.0.")[2]: p for n, p in found[1]["lora"]["placements"].items() if "layers.0." in n}
+    assert places["self_attn.q_proj.lora_A:default"] == "R" and places["self_attn.q_proj.lora_B:default"] == "S(0)"
+    assert places["mlp.down_proj.lora_A:default"] == "S(1)" and places["mlp.down_proj.lora_B:default"] == "R"
+
+
+def test_copies_of_split_modules_are_refused(found: tuple[Path, dict[str, Any]]) -> None:
+    assert "lm_head" in found[1]["refused"] and "tensor parallelism" in found[1]["refused"]

@@ -148,7 +148,12 @@ def own_heads(stack: nn.Module, t: Tensor, dim: int) -> Tensor:
         return t
     for name, module in stack.named_modules():
         weight = module._parameters.get("weight") if name.endswith(KEYS) else None
-        if weight is None or not sharding.is_distributed(weight) or "out" not in split(weight):
+        if (
+            weight is None
+            or style_of(module) is None
+            or not sharding.is_distributed(weight)
+            or "out" not in split(weight)
+        ):
             continue
         from torch.distributed.tensor import DTensor, Replicate, Shard
 

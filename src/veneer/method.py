@@ -284,19 +284,30 @@ class Method:
         """What is written to the file where that is not what is trained, under the keys of `names`."""
         return None
 
-    def combine(self, parts: Sequence[Tensors], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
-        """The tensors at `site` of a weighted combination of adapters, those of `parts`, which are at this site.
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The tensors at `site` of a weighted combination of adapters, which this is the config of.
 
-        Further arguments are what the method lets a caller choose.
+        `parts` are those that are at this site: the method of each there, and its tensors.
         """
         raise ValueError(
             f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
             'set_adapter(["a", "b"]) instead'
         )
 
-    def combined(self, others: Sequence[Method]) -> Method:
-        """The config of a weighted combination of an adapter with this one and adapters with `others`."""
-        changes: dict[str, Any] = {"target_modules": self.union("target_modules", others)}
+    def combined(self, others: Sequence[Method], **options: Any) -> Method:
+        """The config of a weighted combination of an adapter with this one and adapters with `others`.
+
+        `options` are what the method lets a caller choose.
+        """
+        if options:
+            raise ValueError(
+                f"{self.peft_name}: combining adapters of this method takes weights only; leave {', '.join(options)} out"
+            )
+        changes: dict[str, Any] = {}
+        if hasattr(self, "target_modules"):
+            changes["target_modules"] = self.union("target_modules", others)
         self.same("exclude_modules", others)
         if copied := [m for c in (self, *others) for m in getattr(c, "modules_to_save", None) or ()]:
             changes["modules_to_save"] = list(dict.fromkeys(copied))
@@ -364,13 +375,16 @@ class Method:
             return None
         return p["bias"] - own.to(device=p["bias"].device, dtype=p["bias"].dtype)
 
-    def union(self, field: str, others: Sequence[Method]) -> set[str] | str:
+    def union(self, field: str, others: Sequence[Method]) -> set[str] | str | None:
         """What a field means for several configs together: names, or one regular expression for all of them."""
         values = [getattr(c, field) for c in (self, *others)]
+        if all(v is None for v in values):
+            return None
+        if not any(isinstance(v, str) for v in values):
+            values = [v or () for v in values]  # attached adapters without targets of their own
+            return set().union(*values)
         if all(isinstance(v, str) for v in values):
             return "|".join(f"({v})" for v in dict.fromkeys(values)) if len(set(values)) > 1 else str(values[0])
-        if all(isinstance(v, (set, list)) for v in values):
-            return set().union(*values)
         raise ValueError(
             f"{field} is a regular expression for some of these adapters and a list for others ({values!r}); adapters "
             "can be combined where it is the same for all"

@@ -182,6 +182,20 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
 
 
 @app.command()
+@click.argument("adapter")
+@click.option("--to", type=click.Choice(["lora"]), default="lora", show_default=True, help="what it becomes")
+@click.option("--rank", metavar="N", required=True, help="rank; or a fraction such as 0.95 of each change to keep")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="where it is written")
+@click.option("--model", metavar="MODEL", help="base model [default: the one that ADAPTER names]")
+@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm", "classification"]), help="default: the adapter's")
+def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None) -> None:
+    """Write ADAPTER, of any method that changes weights, as a LoRA, and say how near it comes."""
+    from .convert import convert as start
+
+    start(adapter, out, rank, model, task)
+
+
+@app.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or the fields of the method NAME."""

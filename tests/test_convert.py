@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from models import MODELS
-from small import bits, scramble
 from torch import Tensor, nn
 
 import veneer
+from models import MODELS
+from small import bits, scramble
 from veneer.cli.app import app
 
 
@@ -188,7 +188,7 @@ CANNOT: list[Any] = [
     (lambda: adapted("llama", "LoHaConfig", **ATTENTION), 17, ValueError, r"v_proj: rank=17 is above .*, 16"),
     (lambda: adapted("llama", "LoHaConfig", **ATTENTION), 0, ValueError, "rank=0: must be 1 or more"),
     (lambda: adapted("llama", "LoHaConfig", **ATTENTION), 1.5, ValueError, r"must be in \(0, 1\]"),
-    (lambda: MODELS["llama"].make(), 4, ValueError, "has no adapters"),
+    (MODELS["llama"].make, 4, ValueError, "has no adapters"),
 ]
 
 

@@ -46,7 +46,7 @@ class Converted(tuple[LoraConfig, dict[str, Tensor]]):
     quality: dict[str, Quality]
 
     def __new__(cls, config: LoraConfig, tensors: dict[str, Tensor], quality: dict[str, Quality]) -> Converted:
-        made = super().__new__(cls, (config, tensors))  # type: ignore[arg-type]
+        made = super().__new__(cls, (config, tensors))
         made.quality = quality
         return made
 
@@ -271,7 +271,7 @@ def shortened(names: set[str], root: nn.Module) -> set[str]:
 
 
 def shown(sites: list[Site]) -> Iterable[Site]:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     found: Iterable[Site] = tqdm(sites, desc="converting to LoRA")
     return found

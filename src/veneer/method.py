@@ -176,6 +176,7 @@ class Method:
     peft_name: ClassVar[str] = ""
     recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
     names: ClassVar[Mapping[str, str]] = {}  # tensor -> its name in the file, below the module's path
+    aliases: ClassVar[Mapping[str, str]] = {}  # other names that files have for a tensor; read, never written
     shared_names: ClassVar[Mapping[str, str]] = {}  # the same for state shared between sites
     frozen: ClassVar[frozenset[str]] = frozenset()  # tensors that are neither trained nor saved
     foreign: ClassVar[dict[str, Any]] = {}

@@ -294,7 +294,11 @@ class Runtime:
         for key, shape in fresh.items():
             if key not in entry.names:
                 continue
-            found = loader.take(file_key(prefix, entry, key), shape.shape)
+            wanted = file_key(prefix, entry, key)
+            if wanted not in loader.left and key in entry.method.aliases:
+                other = wanted.removesuffix(entry.names[key]) + entry.method.aliases[key]
+                wanted = other if other in loader.left else wanted
+            found = loader.take(wanted, shape.shape)
             if found is not None:
                 device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
                 fresh[key] = found.to(device=device, dtype=site.dtype)

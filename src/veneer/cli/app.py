@@ -196,6 +196,32 @@ def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task
 
 
 @app.command()
+@click.argument("adapter", metavar="PATH")
+@click.option(
+    "--for", "targets", metavar="NAMES", help="of vllm,transformers,diffusers,peft [default: those it could be for]"
+)
+@click.option("--fix", is_flag=True, help="write a copy without what has an exact cure")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="where --fix writes [default: PATH-fixed]"
+)
+@click.option("--in-place", is_flag=True, help="let --fix replace the files of PATH")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="dtype that the tensors are to have"
+)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def doctor(
+    adapter: str, targets: str | None, fix: bool, out: Path | None, in_place: bool, dtype: str | None, as_json: bool
+) -> None:
+    """Say whether the adapter in PATH loads elsewhere, why not, and what to do.
+
+    Exits with 0 where it does, 1 where it does not, 2 where PATH holds no adapter.
+    """
+    from .doctor import doctor as start
+
+    start(adapter, targets, fix, out, in_place, dtype, as_json)
+
+
+@app.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or the fields of the method NAME."""

@@ -105,6 +105,7 @@ class LoraConfig(Method):
         "m": "lora_magnitude_vector",
         "bias": "base_layer.bias",
     }
+    aliases = {"m": "lora_magnitude_vector.weight"}
     frozen = frozenset({"A0", "B0"})
     recipe = {"learning_rate": 2e-3, "warmup": 10, "target_modules": "all-linear", "lora_alpha": 16}
 

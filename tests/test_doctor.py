@@ -221,6 +221,15 @@ def test_what_has_no_exact_cure(
     assert found[0]["source"] and not found[0]["fixable"]
 
 
+def test_a_computed_start_keeps_its_rank(tmp_path: Path) -> None:
+    """Zeros would not be exact: peft takes out of the base what a start of the config's rank is."""
+    saved(tmp_path / "a", init_lora_weights="pissa", r=4)
+    said, status = told(tmp_path / "a", "--for", "vllm,peft", "--fix", "--out", tmp_path / "out")
+    assert status == 1 and said["written"] is None and not (tmp_path / "out").exists()
+    saved(tmp_path / "b", r=4)
+    assert told(tmp_path / "b", "--for", "vllm,peft", "--fix", "--out", tmp_path / "out")[0]["written"]
+
+
 def test_the_remedies_it_names_work(tmp_path: Path) -> None:
     """Convert at the rank it says, then nothing is minded, and the outputs are the same."""
     base("llama").save_pretrained(tmp_path / "base")

@@ -81,7 +81,7 @@ def convert_to_lora(
         error of each layer.
 
     Raises:
-        TypeError: the method acts on activations, or on weights that no LoRA can name.
+        TypeError: the method acts on activations, or on weights that no LoRA can name; or the model is sharded.
         ValueError: a rank out of range, or above what a layer has.
     """
     check_rank(rank)
@@ -150,6 +150,12 @@ def check_rank(rank: float) -> None:
 def refuse(site: Site, adapter: str) -> None:
     """Raise TypeError where an adapter says more at a site than a change of a matrix that LoRA can name."""
     method = site.entries[adapter].method
+    split = next((p for p in site.owner._parameters.values() if p is not None and sharding.is_distributed(p)), None)
+    if split is not None:
+        raise TypeError(
+            f"{site.name}: its weights are sharded by {sharding.how(split)}; save the adapter and convert it in one process, with "
+            "veneer convert"
+        )
     if site.backend is None or set(method.hooks) & {"post", "prompt", "prefix", "objective"}:
         raise TypeError(
             f"adapter {adapter!r} ({method.peft_name}) acts on activations and makes no change of a weight; no LoRA equals it"
@@ -192,7 +198,9 @@ def stacked(op: Factored, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def decompose(parts: Parts, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best rank-r factors of a change, and its singular values; see `low_rank`."""
-    return low_rank(*parts, r) if len(parts) == 2 else best_rank(parts[0], r)
+    if len(parts) == 2:
+        return low_rank(*parts, r)
+    return best_rank(parts[0].float(), r)  # the difference was taken in float64; its factors need no more than float32
 
 
 def cut(site: Site, parts: Parts, rank: float, compute: Callable[..., Any]) -> tuple[Tensor, Tensor, Quality]:
@@ -213,12 +221,12 @@ def cut(site: Site, parts: Parts, rank: float, compute: Callable[..., Any]) -> t
     else:
         r = full
     B, A, s = compute(parts, r)
-    energy = s.square().sum(0).cumsum(0) if s.ndim > 1 else s.square().cumsum(0)  # (k,)
-    total = float(energy[-1])
+    energy = s.double().square().reshape(-1, s.shape[-1]).sum(0)  # (k,), of all stacks
+    total = float(energy.sum())
     if isinstance(rank, float):
-        r = min(int(torch.searchsorted(energy, rank * total)) + 1, full) if total else 1
+        r = min(int(torch.searchsorted(energy.cumsum(0), rank * total)) + 1, full) if total else 1
         B, A = B[..., :r], A[..., :r, :]
-    left = max(0.0, total - float(energy[min(r, energy.numel()) - 1]))
+    left = float(energy[r:].sum())
     return B, A, Quality(r * groups, math.sqrt(left / total) if total else 0.0)
 
 

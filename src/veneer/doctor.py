@@ -678,7 +678,11 @@ def stabilized(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     experts = p.config.get("target_parameters") or any(".experts" in m for m in p.factors())
     plain = not p.config.get("rank_pattern") and not p.config.get("alpha_pattern")  # else all scales are folded
     if plain:
-        why = "experts get alpha / r instead of alpha / sqrt(r)" if experts else "versions without pull request 6909 use alpha / r"
+        why = (
+            "experts get alpha / r instead of alpha / sqrt(r)"
+            if experts
+            else "versions without pull request 6909 use alpha / r"
+        )
         yield Finding(target, "error" if experts else "note", "rsLoRA", "use_rslora", why, "--fix: the scale goes into lora_alpha",
                       a.source("stabilized"), fold_rslora)  # fmt: skip
 

@@ -11,7 +11,7 @@ import click
 
 from .errors import InputError, user_input
 from .models import QUANTIZED
-from .recipe import FIELDS, HELP, build, read_recipe
+from .recipe import FIELDS, HELP, TASKS, build, read_recipe
 
 
 class LazyMethodFlags(click.Command):
@@ -187,7 +187,7 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
 @click.option("--rank", metavar="N", required=True, help="rank; or a fraction such as 0.95 of each change to keep")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="where it is written")
 @click.option("--model", metavar="MODEL", help="base model [default: the one that ADAPTER names]")
-@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm", "classification"]), help="default: the adapter's")
+@click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's")
 def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None) -> None:
     """Write ADAPTER, of any method that changes weights, as a LoRA, and say how near it comes."""
     from .convert import convert as start

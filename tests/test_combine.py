@@ -310,3 +310,41 @@ def test_trained_biases_alone_are_added_up() -> None:
     for key, value in of["mix"].items():
         want = start[key] + 0.5 * (of["a"][key] - start[key]) - 2 * (of["b"][key] - start[key])
         assert torch.allclose(value, want, atol=1e-6), key
+
+
+DIFFERENT: list[Any] = [  # what decision 5 lists, and how peft 0.21.2 fails at it
+    ("llama", {"use_rslora": True}, {"use_rslora": True}, "cat", None),
+    (
+        "bert",
+        {"target_modules": ["query"], "lora_bias": True},
+        {"target_modules": ["query"], "lora_bias": True},
+        "cat",
+        None,
+    ),
+    (
+        "bert",
+        {"target_modules": ["query"], "bias": "lora_only"},
+        {"target_modules": ["query"]},
+        "cat",
+        "only 1 adapter with bias",
+    ),
+    ("llama", {"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 3}}, "linear", "equal size"),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "second", "kind", "message"), DIFFERENT)
+def test_where_peft_differs(tmp_path: Path, name: str, first: Any, second: Any, kind: str, message: str | None) -> None:
+    ours = adapted(name, first, second)
+    ours.save_pretrained(tmp_path)
+    ours.add_weighted_adapter(["a", "b"], [50.0, 200.0], "mix", kind)
+    ours.set_adapter("mix")
+    theirs = peft.PeftModel.from_pretrained(MODELS[name].make(), tmp_path / "a", "a")
+    if message is None:
+        theirs.load_adapter(tmp_path / "b", "b")
+        theirs.add_weighted_adapter(["a", "b"], [50.0, 200.0], "mix", kind)
+        theirs.set_adapter("mix")
+        assert not torch.allclose(says(theirs.eval(), name), says(ours, name), atol=1e-5)
+    else:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            theirs.load_adapter(tmp_path / "b", "b")
+            theirs.add_weighted_adapter(["a", "b"], [50.0, 200.0], "mix", kind)

@@ -209,6 +209,26 @@ TARGETS: dict[str, Accepts] = {
 }
 
 
+# What to do where there is no exact cure.
+MERGE = "veneer merge MODEL ADAPTER OUT, and serve the merged model"
+LOSSY = "veneer convert ADAPTER --to lora --rank N --out FOLDER, which says the error it makes"
+CONVERT = "veneer convert ADAPTER --to lora --rank N --out FOLDER, for methods that change weights; else veneer merge"
+UNREAD: dict[str, tuple[str, str]] = {  # attribute of `Accepts` -> why a part is minded, and what to do
+    "dora": ("magnitudes are not read", LOSSY),
+    "computed_start": (
+        "the share that it takes out of the base weight is not in the file, and is not computed on loading",
+        "veneer convert ADAPTER --to lora --rank N --out FOLDER, which is exact",
+    ),
+    "copies": ("a full copy is no low-rank change, and is not read", MERGE),
+    "rows": ("rows are not read", MERGE),
+    "biases": ("biases are not read", MERGE),
+    "lora_bias": ("biases are not read", MERGE),
+    "convolutions": ("only linear layers and embeddings are adapted", MERGE),
+    "embeddings": ("factors of embeddings are not read", MERGE),
+    "parameters": ("bare parameters are not adapted", MERGE),
+}
+
+
 @dataclass
 class Patient:
     """An adapter's files.
@@ -437,10 +457,6 @@ def method_known(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
         )
 
 
-CONVERT = "veneer convert ADAPTER --to lora --rank N --out FOLDER, for methods that change weights; else veneer merge"
-MERGE = "veneer merge MODEL ADAPTER OUT, and serve the merged model"
-
-
 def file_safe(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     if not p.safe:
 
@@ -526,108 +542,77 @@ def factors_whole(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
 
 def features_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     """Parts of a LoRA that some programs do not read."""
-    c = p.config
     if p.method != "LORA":
         return
+    c, factors, copies = p.config, p.factors(), copied_modules(p)
+
+    def unread(fact: str, what: str, where: str) -> Finding:
+        return Finding(target, "error", what, where, *UNREAD[fact], a.source(fact))
+
     if c.get("use_dora") and not a.dora:
-        yield Finding(target, "error", "DoRA", "use_dora", "magnitudes are not read",
-                      "veneer convert ADAPTER --to lora --rank N --out FOLDER; it says the error it makes", a.source("dora"))  # fmt: skip
+        yield unread("dora", "DoRA", "use_dora")
     if p.computed_start and not a.computed_start:
-        rank = 2 * p.largest
-        yield Finding(target, "error", f"start {p.computed_start!r}", "init_lora_weights", "the share that the start takes out of the base "
-                      f"weight is not in the file, and {target} does not compute it",
-                      f"veneer convert ADAPTER --to lora --rank {rank} --out FOLDER, which is exact", a.source("computed_start"))  # fmt: skip
-    copies = copied_modules(p)
-    if c.get("modules_to_save") and not a.copies:
-        if copies:
-            yield Finding(target, "error", "full copies of modules", ", ".join(copies), "a copy is no low-rank change, and is not read",
-                          MERGE, a.source("copies"))  # fmt: skip
-        else:
-
-            def drop_copies(p: Patient) -> None:
-                p.config["modules_to_save"] = None
-
-            level = "error" if target == "vllm" else "note"
-            yield Finding(target, level, f"modules_to_save={c['modules_to_save']}", "modules_to_save",
-                          "the config names copies, though the file has none", "--fix: taken out of the config",
-                          a.source("copies"), drop_copies)  # fmt: skip
+        found = unread("computed_start", f"start {p.computed_start!r}", "init_lora_weights")
+        yield replace(found, remedy=found.remedy.replace("rank N", f"rank {2 * p.largest}"))
+    if copies and not a.copies:
+        yield unread("copies", "full copies of modules", ", ".join(copies))
     if any("trainable_tokens_delta" in k for k in p.tensors) and not a.rows:
-        yield Finding(
-            target,
-            "error",
-            "trained token rows",
-            "trainable_token_indices",
-            "rows are not read",
-            MERGE,
-            a.source("rows"),
-        )
+        yield unread("rows", "trained token rows", "trainable_token_indices")
     biases = [k for k in p.tensors if k.endswith(".bias") and parsed(k) is None and not any(m in k for m in copies)]
     if biases and not a.biases:
-        yield Finding(
-            target,
-            "error",
-            f"{len(biases)} trained biases",
-            biases[0],
-            "biases are not read",
-            MERGE,
-            a.source("biases"),
-        )
-    elif str(c.get("bias", "none")) != "none" and not a.biases:
-
-        def drop_bias(p: Patient) -> None:
-            p.config["bias"] = "none"
-
-        yield Finding(target, "error", f"bias={c['bias']!r}", "bias", "the config names trained biases, though the file has none",
-                      "--fix: 'none' in the config", a.source("biases"), drop_bias)  # fmt: skip
+        yield unread("biases", f"{len(biases)} trained biases", biases[0])
     added = [k for k in p.tensors if (n := parsed(k)) is not None and n.leaf == "bias"]
-    if (added or c.get("lora_bias")) and not a.lora_bias:
-        zero = not any(p.tensors[k].any() for k in added)
+    if any(p.tensors[k].any() for k in added) and not a.lora_bias:
+        yield unread("lora_bias", "biases on B", added[0])
+    convolutions = [m for m, pair in factors.items() if any(t.ndim > 2 for t in pair.values())]
+    if convolutions and not a.convolutions:
+        yield unread("convolutions", f"{len(convolutions)} convolutions", convolutions[0])
+    tables = [m for m, pair in factors.items() if "lora_embedding_A" in pair]
+    if tables and not a.embeddings:
+        yield unread("embeddings", "an embedding is adapted", tables[0])
+    if c.get("target_parameters") and not a.parameters:
+        yield unread("parameters", "bare parameters", "target_parameters")
+    heads = [m for m in factors if m.rpartition(".")[2] == "lm_head"]
+    if target == "vllm" and (tables or heads):
+        found = unread("embeddings", "an embedding or the output head is adapted", (tables or heads)[0])
+        why = "only architectures with embedding_modules take it, with the base's own vocabulary"
+        yield replace(found, level="warning", why=why, remedy="see whether the architecture lists it")
+    if target == "vllm" and c.get("target_parameters"):
+        found = unread("parameters", "fused experts", "target_parameters")
+        why = "only some mixture-of-experts architectures take them"
+        yield replace(found, level="warning", why=why, remedy="try it with the version that will serve it")
 
-        def drop_added(p: Patient) -> None:
+
+def config_true(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
+    """Fields that name parts which the file does not have, or which do nothing."""
+    if p.method != "LORA":
+        return
+    c = p.config
+    if c.get("modules_to_save") and not copied_modules(p) and not a.copies:
+        why, remedy = "the config names full copies, though the file has none", "--fix: taken out of the config"
+        level = "error" if target == "vllm" else "note"  # the others do not look at it
+        yield Finding(target, level, f"modules_to_save={c['modules_to_save']}", "modules_to_save", why, remedy,
+                      a.source("copies"), lambda p: p.config.update(modules_to_save=None))  # fmt: skip
+    biases = [k for k in p.tensors if k.endswith(".bias") and parsed(k) is None]
+    if str(c.get("bias", "none")) != "none" and not biases and not a.biases:
+        why, remedy = "the config names trained biases, though the file has none", "--fix: 'none' in the config"
+        yield Finding(target, "error", f"bias={c['bias']!r}", "bias", why, remedy,
+                      a.source("biases"), lambda p: p.config.update(bias="none"))  # fmt: skip
+    added = [k for k in p.tensors if (n := parsed(k)) is not None and n.leaf == "bias"]
+    if (added or c.get("lora_bias")) and not a.lora_bias and not any(p.tensors[k].any() for k in added):
+
+        def leave_out(p: Patient) -> None:
             p.tensors = {k: t for k, t in p.tensors.items() if k not in added}
             p.config["lora_bias"] = False
 
-        yield Finding(target, "error", "biases on B", added[0] if added else "lora_bias", "they are not read",
-                      "--fix: left out, they are all zero" if zero else MERGE, a.source("lora_bias"), drop_added if zero else None)  # fmt: skip
-    conv = [m for m, pair in p.factors().items() if any(t.ndim > 2 for t in pair.values())]
-    if conv and not a.convolutions:
-        yield Finding(target, "error", f"{len(conv)} convolutions", conv[0], "only linear layers and embeddings are adapted",
-                      MERGE, a.source("convolutions"))  # fmt: skip
-    tables = [m for m, pair in p.factors().items() if "lora_embedding_A" in pair]
-    if tables and not a.embeddings:
-        yield Finding(
-            target,
-            "error",
-            "an embedding is adapted",
-            tables[0],
-            "factors of embeddings are not read",
-            MERGE,
-            a.source("embeddings"),
-        )
-    elif target == "vllm" and (tables or any(m.rpartition(".")[2] == "lm_head" for m in p.factors())):
-        yield Finding(target, "warning", "embedding or output head adapted", tables[0] if tables else "lm_head",
-                      "only architectures with embedding_modules take it, with the base's own vocabulary",
-                      "see whether the architecture lists it", a.source("embeddings"))  # fmt: skip
-    if c.get("target_parameters"):
-        if not a.parameters:
-            yield Finding(
-                target,
-                "error",
-                "bare parameters",
-                "target_parameters",
-                "they are not adapted",
-                MERGE,
-                a.source("parameters"),
-            )
-        elif target == "vllm":
-            yield Finding(target, "warning", "fused experts", "target_parameters", "only some mixture-of-experts architectures "
-                          "take them", "try it with the vLLM version you serve with", a.source("parameters"))  # fmt: skip
-    ends = tuple(a.magnitude)
-    odd = [k for k in p.tensors if (n := parsed(k)) is not None and n.part == MAGNITUDE and not k.endswith(ends)]
+        why, remedy = "biases are not read, and these are all zero", "--fix: left out"
+        yield Finding(target, "error", "lora_bias", "lora_bias", why, remedy, a.source("lora_bias"), leave_out)
+    odd = [k for k in p.tensors if (n := parsed(k)) is not None and n.part == MAGNITUDE and not k.endswith(a.magnitude)]
     if odd and a.dora and target != "diffusers":
-        yield Finding(target, "error", f"{len(odd)} magnitudes are named as peft names them", odd[0],
-                      f"{target} looks for {ends[0]}, and leaves them at their start", f"--fix: renamed to {ends[0]}",
-                      a.source(""), name_magnitudes)  # fmt: skip
+        why = f"{target} looks for {a.magnitude[0]}, and leaves them at their start"
+        remedy = f"--fix: named {a.magnitude[0]}"
+        what = f"{len(odd)} magnitudes named as peft names them"
+        yield Finding(target, "error", what, odd[0], why, remedy, a.source(""), name_magnitudes)
 
 
 def scales_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
@@ -639,7 +624,7 @@ def scales_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     first = p.scale()  # what a program makes of r and lora_alpha alone
     if a.ranks is not None and max(ranks) > a.ranks[-1]:
         yield Finding(target, "error", f"rank {max(ranks)}", "r", f"the largest is {a.ranks[-1]}",
-                      f"veneer convert ADAPTER --to lora --rank {a.ranks[-1]} --out FOLDER; it says the error it makes",
+                      LOSSY.replace("rank N", f"rank {a.ranks[-1]}"),
                       a.source("ranks"))  # fmt: skip
         return
     size = max(ranks) if a.ranks is None else next(n for n in a.ranks if n >= max(ranks))
@@ -678,11 +663,7 @@ def stabilized(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     experts = p.config.get("target_parameters") or any(".experts" in m for m in p.factors())
     plain = not p.config.get("rank_pattern") and not p.config.get("alpha_pattern")  # else all scales are folded
     if plain:
-        why = (
-            "experts get alpha / r instead of alpha / sqrt(r)"
-            if experts
-            else "versions without pull request 6909 use alpha / r"
-        )
+        why = "experts get alpha / r" if experts else "versions without pull request 6909 use alpha / r"
         yield Finding(target, "error" if experts else "note", "rsLoRA", "use_rslora", why, "--fix: the scale goes into lora_alpha",
                       a.source("stabilized"), fold_rslora)  # fmt: skip
 
@@ -733,7 +714,8 @@ def pipeline_file(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Patient, str, Accepts], Iterator[Finding]], ...] = (
-    method_known, file_safe, values_sound, keys_usual, factors_whole, features_read, strays, targets_named, stabilized, scales_read, pipeline_file,
+    method_known, file_safe, values_sound, keys_usual, factors_whole, features_read, config_true, strays, targets_named,
+    stabilized, scales_read, pipeline_file,
 )  # fmt: skip
 
 

@@ -292,16 +292,18 @@ class Method:
 
         `parts` are those that are at this site: the method of each there, and its tensors.
         """
-        raise ValueError(
-            f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
-            'set_adapter(["a", "b"]) instead'
-        )
+        raise NotImplementedError
 
     def combined(self, others: Sequence[Method], **options: Any) -> Method:
         """The config of a weighted combination of an adapter with this one and adapters with `others`.
 
         `options` are what the method lets a caller choose.
         """
+        if type(self).combine is Method.combine:
+            raise ValueError(
+                f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
+                'set_adapter(["a", "b"]) instead'
+            )
         if options:
             raise ValueError(
                 f"{self.peft_name}: combining adapters of this method takes weights only; leave {', '.join(options)} out"

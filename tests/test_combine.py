@@ -299,14 +299,16 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
             assert torch.allclose(s[:, :5], whole.S[:, :5], atol=1e-4)
 
 
-def test_trained_biases_alone_are_added_up() -> None:
-    model = veneer.get_peft_model(MODELS["bert"].make(), veneer.BitFitConfig(), "a")
-    model.add_adapter("b", veneer.BitFitConfig())
+@pytest.mark.parametrize("config", [veneer.BitFitConfig(), veneer.LNTuningConfig()])
+def test_trained_copies_are_added_up(config: Any) -> None:
+    model = veneer.get_peft_model(MODELS["bert"].make(), config, "a")
+    model.add_adapter("b", config)
     scramble(model)
     model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "mix")
     of = {n: dict(codec.named_tensors(model, n)) for n in ("a", "b", "mix")}
     start = {f"base_model.model.{n}": p for n, p in model.get_base_model().named_parameters()}
-    assert len(of["mix"]) > 15
+    start |= {re.sub(r"\.(weight|bias)$", r".ln_tuning_layers.\1", n): p for n, p in start.items()}
+    assert len(of["mix"]) >= 10
     for key, value in of["mix"].items():
         want = start[key] + 0.5 * (of["a"][key] - start[key]) - 2 * (of["b"][key] - start[key])
         assert torch.allclose(value, want, atol=1e-6), key

@@ -194,8 +194,11 @@ CANNOT: list[Any] = [
 
 @pytest.mark.parametrize(("make", "rank", "error", "message"), CANNOT)
 def test_what_cannot_be_converted(tmp_path: Path, make: Any, rank: Any, error: Any, message: str) -> None:
+    model = make()
     with pytest.raises(error, match=message):
-        veneer.save_as_lora(tmp_path / "out", make(), rank)
+        veneer.save_as_lora(tmp_path / "out", model, rank)
+    if isinstance(model, veneer.PeftModel):
+        assert model.supports_lora_conversion() == (error is ValueError)
     assert not (tmp_path / "out").exists()
 
 

@@ -147,6 +147,18 @@ def check_rank(rank: float) -> None:
         raise ValueError(f"rank={rank!r}: must be 1 or more")
 
 
+def convertible(runtime: Runtime, adapter: str) -> bool:
+    """Whether an adapter makes changes of matrices and nothing else, but for full copies, rows and biases."""
+    config = runtime.known(adapter)
+    try:
+        for site in runtime.places[adapter]:
+            if type(site.entries[adapter].method) is type(config):
+                refuse(site, adapter)
+    except TypeError:
+        return False
+    return True
+
+
 def refuse(site: Site, adapter: str) -> None:
     """Raise TypeError where an adapter says more at a site than a change of a matrix that LoRA can name."""
     method = site.entries[adapter].method

@@ -411,6 +411,14 @@ class Method:
         """The change (out, in) that a trained copy of the weight makes."""
         return Dense(site.matrix(copied) - site.weight().to(device=copied.device, dtype=copied.dtype))
 
+    def weighted_copy(self, own: Tensor, copies: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """A base tensor plus the weighted sum of what its trained copies change it by."""
+        start = own.to(copies[0])
+        total = start.clone()
+        for copied, weight in zip(copies, weights, strict=True):
+            total = total + (copied - start) * weight
+        return total
+
     def at(self, name: str) -> Method:
         """Return the config as it holds at the module `name`, after its `*_pattern` fields."""
         changed = {}

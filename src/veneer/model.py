@@ -610,6 +610,12 @@ class PeftModel(nn.Module):
 
     # Looking.
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `veneer.convert_to_lora` can turn an adapter into a LoRA."""
+        from .convert import convertible
+
+        return convertible(self.runtime, adapter_name)
+
     def get_layer_status(self) -> list[TunerLayerStatus]:
         return get_layer_status(self)
 

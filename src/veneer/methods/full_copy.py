@@ -167,12 +167,8 @@ class TrainedBias(Method):
     ) -> dict[str, Tensor]:
         """The base's bias plus the weighted sum of what the adapters change it by."""
         key = "bias" if "bias" in parts[0][1] else "copy"
-        base = site.bias if key == "bias" else site.stored()
-        own = base.to(parts[0][1][key])  # type: ignore[union-attr]
-        total = own.clone()
-        for (_, p), weight in zip(parts, weights, strict=True):
-            total = total + (p[key] - own) * weight
-        return {key: total}
+        own: Any = site.bias if key == "bias" else site.stored()
+        return {key: self.weighted_copy(own, [p[key] for _, p in parts], weights)}
 
     def delta(self, p: Tensors, site: Site) -> Operator | None:
         return self.copy_delta(p["copy"], site) if "copy" in p else None

@@ -148,7 +148,7 @@ def test_fused_experts_at_a_lower_rank() -> None:
     assert 0 < made.error < 1 and {q.rank for q in made.quality.values()} == {2}
 
 
-def test_attention_of_torch_and_an_adapter_in_place() -> None:
+def test_attention_of_torch_and_an_adapter_in_place(tmp_path: Path) -> None:
     def net() -> nn.Module:
         torch.manual_seed(0)
         return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
@@ -162,6 +162,12 @@ def test_attention_of_torch_and_an_adapter_in_place() -> None:
     again = veneer.inject_adapter_in_model(made[0], net(), state_dict=made[1])
     with torch.no_grad():
         assert torch.allclose(again(x), model(x), atol=1e-5)
+        veneer.save_as_lora(tmp_path, model, 3)
+        assert torch.allclose(veneer.PeftModel.from_pretrained(net(), tmp_path).eval()(x), model(x), atol=1e-5)
+        theirs = peft.PeftModel.from_pretrained(
+            net(), tmp_path
+        ).train()  # in eval, torch takes a path past its adapters
+        assert torch.allclose(theirs(x), model(x), atol=1e-5)
 
 
 def test_merged_weights_and_compiled_decompositions() -> None:

@@ -21,7 +21,7 @@ from .interop import sharding
 from .method import Method
 from .methods.lora import LoraConfig
 from .operators import Factored, Hadamard, best_rank, low_rank, terms
-from .runtime import Runtime, file_key
+from .runtime import PREFIX, Runtime, file_key
 from .site import Link, Site, copy_name, link
 
 Parts = tuple[Tensor, ...]  # M (n, out / n, in), or B (n, out / n, k) and A (n, k, in); n experts or groups
@@ -131,7 +131,8 @@ def save_as_lora(
 ) -> Converted:
     """Write what `convert_to_lora` makes to a folder, in peft's layout; arguments, errors and result are its own."""
     made = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
-    codec.write_adapter(codec.attached(model), made[0], made[1], path)
+    prefix = "" if codec.prefix_of(model) else PREFIX  # files have it also where the model was adapted in place
+    codec.write_adapter(codec.attached(model), made[0], {f"{prefix}{k}": t for k, t in made[1].items()}, path)
     return made
 
 

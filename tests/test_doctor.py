@@ -298,6 +298,40 @@ def test_a_unet_for_diffusers(tmp_path: Path, options: Any) -> None:
     assert "other weights" in told(tmp_path / "sick", "--for", "diffusers")[0]["findings"][0]["what"]
 
 
+def test_a_flux_transformer_for_diffusers(tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    def transformer() -> Any:
+        torch.manual_seed(0)
+        sizes = {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+        widths = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 4, 8]}
+        return FluxTransformer2DModel(**sizes, **widths, num_attention_heads=2).eval()
+
+    def seen(model: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        tokens, text, pooled = (torch.randn(s, generator=generator) for s in ((1, 4, 4), (1, 3, 32), (1, 32)))
+        places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3), "timestep": torch.tensor([0.5])}
+        with torch.no_grad():
+            return model(tokens, text, pooled, **places).sample  # type: ignore[no-any-return]
+
+    options = {
+        "r": 4,
+        "lora_alpha": 2,
+        "target_modules": ["to_q", "to_out.0", "proj_mlp"],
+        "alpha_pattern": {"proj_mlp": 6},
+    }
+    model = veneer.get_peft_model(transformer(), veneer.LoraConfig(**options))
+    scramble(model)
+    y = seen(model.eval())
+    model.save_pretrained(tmp_path / "sick")
+    assert told(tmp_path / "sick", "--fix", "--out", tmp_path / "well")[1] == 0
+    other = transformer()
+    other.load_lora_adapter(
+        load_file(tmp_path / "well" / doctor.DIFFUSERS_NAME), prefix="transformer", adapter_name="x"
+    )
+    assert torch.allclose(seen(other), y, atol=1e-5) and not torch.allclose(seen(transformer()), y, atol=1e-2)
+
+
 def test_a_text_encoder_for_diffusers(tmp_path: Path) -> None:
     from diffusers.loaders.lora_base import _load_lora_into_text_encoder
     from transformers import CLIPTextConfig, CLIPTextModel

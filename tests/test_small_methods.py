@@ -213,6 +213,7 @@ def test_weighting_one_adapter_by_one_is_that_adapter() -> None:
     assert torch.equal(says(model, "bert"), y)
 
 
+QUERY = {"target_modules": ["query"]}
 INNER = {"target_modules": ["output.dense"], "feedforward_modules": ["output.dense"]}
 OUTER = {"target_modules": ["output.dense"], "feedforward_modules": []}
 CANNOT: list[Any] = [
@@ -221,7 +222,7 @@ CANNOT: list[Any] = [
     (("a", "b"), (1,), "s", "IA3Config", {}, "IA3Config", {}, "2 adapters and 1 weights"),
     ((), (), "s", "IA3Config", {}, "IA3Config", {}, "0 adapters"),
     (("a", "b"), (1, 1), "s", "IA3Config", {}, "LoraConfig", {}, "'a' is IA3, 'b' is LORA"),
-    (("a", "b"), (1, 1), "s", "BitFitConfig", {}, "BitFitConfig", {}, "BITFIT: there is no weighted combination"),
+    (("a", "b"), (1, 1), "s", "LoHaConfig", QUERY, "LoHaConfig", QUERY, "LOHA: there is no weighted combination"),
     (("a", "b"), (1, 1), "s", "IA3Config", INNER, "IA3Config", OUTER, "their vectors cannot be added"),
     (("a", "b"), (1, 1), "s", "IA3Config", {}, "IA3Config", {"target_modules": ".*key"}, "a regular expression for some"),
     (("a", "b"), (1, 1), "s", "IA3Config", {}, "IA3Config", {"exclude_modules": ["key"]}, "exclude_modules is the same"),

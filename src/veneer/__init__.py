@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .codec import get_peft_model_state_dict as get_peft_model_state_dict
     from .codec import load_peft_weights as load_peft_weights
     from .codec import set_peft_model_state_dict as set_peft_model_state_dict
+    from .convert import convert_to_lora as convert_to_lora
+    from .convert import save_as_lora as save_as_lora
     from .dense import DenseReport as DenseReport
     from .dense import export_dense as export_dense
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -71,6 +73,7 @@ _HOMES = {
         "inject_adapter_in_model",
     ),
     "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
+    "veneer.convert": ("convert_to_lora", "save_as_lora"),
     "veneer.dense": ("DenseReport", "export_dense"),
     "veneer.planning": ("plan",),
     "veneer.router": ("Average", "Parallel"),

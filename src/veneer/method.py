@@ -176,6 +176,7 @@ class Method:
     peft_name: ClassVar[str] = ""
     recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
     names: ClassVar[Mapping[str, str]] = {}  # tensor -> its name in the file, below the module's path
+    aliases: ClassVar[Mapping[str, str]] = {}  # other names that files have for a tensor; read, never written
     shared_names: ClassVar[Mapping[str, str]] = {}  # the same for state shared between sites
     frozen: ClassVar[frozenset[str]] = frozenset()  # tensors that are neither trained nor saved
     foreign: ClassVar[dict[str, Any]] = {}
@@ -292,19 +293,32 @@ class Method:
         """What is written to the file where that is not what is trained, under the keys of `names`."""
         return None
 
-    def combine(self, parts: Sequence[Tensors], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
-        """The tensors at `site` of a weighted combination of adapters, those of `parts`, which are at this site.
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The tensors at `site` of a weighted combination of adapters, which this is the config of.
 
-        Further arguments are what the method lets a caller choose.
+        `parts` are those that are at this site: the method of each there, and its tensors.
         """
-        raise ValueError(
-            f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
-            'set_adapter(["a", "b"]) instead'
-        )
+        raise NotImplementedError
 
-    def combined(self, others: Sequence[Method]) -> Method:
-        """The config of a weighted combination of an adapter with this one and adapters with `others`."""
-        changes: dict[str, Any] = {"target_modules": self.union("target_modules", others)}
+    def combined(self, others: Sequence[Method], **options: Any) -> Method:
+        """The config of a weighted combination of an adapter with this one and adapters with `others`.
+
+        `options` are what the method lets a caller choose.
+        """
+        if type(self).combine is Method.combine:
+            raise ValueError(
+                f"{self.peft_name}: there is no weighted combination of adapters of this method; stack them with "
+                'set_adapter(["a", "b"]) instead'
+            )
+        if options:
+            raise ValueError(
+                f"{self.peft_name}: combining adapters of this method takes weights only; leave {', '.join(options)} out"
+            )
+        changes: dict[str, Any] = {}
+        if hasattr(self, "target_modules"):
+            changes["target_modules"] = self.union("target_modules", others)
         self.same("exclude_modules", others)
         if copied := [m for c in (self, *others) for m in getattr(c, "modules_to_save", None) or ()]:
             changes["modules_to_save"] = list(dict.fromkeys(copied))
@@ -372,13 +386,16 @@ class Method:
             return None
         return p["bias"] - own.to(device=p["bias"].device, dtype=p["bias"].dtype)
 
-    def union(self, field: str, others: Sequence[Method]) -> set[str] | str:
+    def union(self, field: str, others: Sequence[Method]) -> set[str] | str | None:
         """What a field means for several configs together: names, or one regular expression for all of them."""
         values = [getattr(c, field) for c in (self, *others)]
+        if all(v is None for v in values):
+            return None
+        if not any(isinstance(v, str) for v in values):
+            values = [v or () for v in values]  # attached adapters without targets of their own
+            return set().union(*values)
         if all(isinstance(v, str) for v in values):
             return "|".join(f"({v})" for v in dict.fromkeys(values)) if len(set(values)) > 1 else str(values[0])
-        if all(isinstance(v, (set, list)) for v in values):
-            return set().union(*values)
         raise ValueError(
             f"{field} is a regular expression for some of these adapters and a list for others ({values!r}); adapters "
             "can be combined where it is the same for all"
@@ -401,6 +418,14 @@ class Method:
     def copy_delta(self, copied: Tensor, site: Site) -> Operator:
         """The change (out, in) that a trained copy of the weight makes."""
         return Dense(site.matrix(copied) - site.weight().to(device=copied.device, dtype=copied.dtype))
+
+    def weighted_copy(self, own: Tensor, copies: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """A base tensor plus the weighted sum of what its trained copies change it by."""
+        start = own.to(copies[0])
+        total = start.clone()
+        for copied, weight in zip(copies, weights, strict=True):
+            total = total + (copied - start) * weight
+        return total
 
     def at(self, name: str) -> Method:
         """Return the config as it holds at the module `name`, after its `*_pattern` fields."""

@@ -293,20 +293,52 @@ class PeftModel(nn.Module):
         self.runtime.delete(adapter_name)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
         """Add an adapter that is a weighted combination of others of the same method. It is frozen, and not active.
 
+        All but the first three are for LoRA. "cat" is exact, and so is "svd" at a rank that suffices. "linear" adds up
+        A and B apart, times the square roots of the weights, and with them their mixed products: B_1 A_2 is not in any
+        of the adapters, so it is a rough approximation, as in peft, unless there is one adapter. A combination of one
+        adapter is always "linear", and exact. Trained biases, `lora_bias` and token rows are added up with their weights.
+
         Args:
             adapters: names of those to combine.
-            weights: one number for each.
+            weights: one number for each, negative to subtract.
             adapter_name: name of the new one.
-            **options: what the method lets you choose further.
+            combination_type: "svd", "linear", "cat", "ties", "dare_ties", "dare_linear" or "magnitude_prune", which act
+                on A and on B; the last four with "_svd" act on the changes of the weight and keep their best low-rank part.
+            svd_rank: rank of the result of the "svd" kinds; None for the largest among the adapters.
+            svd_clamp: quantile of the entries of both factors, at which they are cut off.
+            svd_full_matrices: accepted; the factors that are kept are the same.
+            svd_driver: cuSOLVER's algorithm, see `torch.linalg.svd`.
+            density: fraction of the entries that the pruning kinds keep.
+            majority_sign_method: "total" or "frequency", how the "ties" kinds elect a sign.
 
         Raises:
-            ValueError: a method without weighted combinations, adapters that do not go together, bad names.
+            ValueError: a method without weighted combinations, adapters that do not go together, bad names or values.
         """
-        self.runtime.combine(adapters, weights, adapter_name, **options)
+        given = {
+            "combination_type": (combination_type, "svd"),
+            "svd_rank": (svd_rank, None),
+            "svd_clamp": (svd_clamp, None),
+            "svd_full_matrices": (svd_full_matrices, True),
+            "svd_driver": (svd_driver, None),
+            "density": (density, None),
+            "majority_sign_method": (majority_sign_method, "total"),
+        }
+        chosen = {name: value for name, (value, default) in given.items() if value != default}
+        self.runtime.combine(adapters, weights, adapter_name, **chosen)
 
     def load_adapter(
         self,
@@ -577,6 +609,12 @@ class PeftModel(nn.Module):
             )
 
     # Looking.
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `veneer.convert_to_lora` can turn an adapter into a LoRA."""
+        from .convert import convertible
+
+        return convertible(self.runtime, adapter_name)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         return get_layer_status(self)

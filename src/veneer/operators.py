@@ -530,3 +530,33 @@ def regroup(matrix: Tensor, groups: int) -> Tensor | None:
     if int(matrix.count_nonzero()) != int(kept.count_nonzero()):
         return None
     return kept.reshape(out, n // groups)
+
+
+def low_rank(B: Tensor, A: Tensor, r: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-r part of a product (Eckart & Young 1936), without the product: QR of both, SVD of the small core.
+
+    Args:
+        B: (..., out, k).
+        A: (..., k, in).
+        r: rank; the factors are filled up with zeros where the product has fewer singular values.
+        driver: cuSOLVER's algorithm, of `torch.linalg.svd`.
+
+    Returns:
+        B (..., out, r) that holds the singular values, A (..., r, in), and all singular values (..., k).
+    """
+    Q, R = torch.linalg.qr(B)  # (..., out, k), (..., k, k)
+    P, S = torch.linalg.qr(A.mT)  # (..., in, k), (..., k, k)
+    U, s, V = torch.linalg.svd(R @ S.mT, full_matrices=False, driver=driver)
+    return (*fitted(Q @ (U * s[..., None, :]), V @ P.mT, r), s)
+
+
+def best_rank(M: Tensor, r: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-r part of M (..., out, in); returns as `low_rank`."""
+    U, s, V = torch.linalg.svd(M, full_matrices=False, driver=driver)
+    return (*fitted(U * s[..., None, :], V, r), s)
+
+
+def fitted(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """B (..., out, k) and A (..., k, in) cut off, or filled up with zeros, at rank r."""
+    spare = max(0, r - B.shape[-1])
+    return F.pad(B[..., :r], (0, spare)), F.pad(A[..., :r, :], (0, 0, 0, spare))

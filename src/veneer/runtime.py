@@ -294,7 +294,11 @@ class Runtime:
         for key, shape in fresh.items():
             if key not in entry.names:
                 continue
-            found = loader.take(file_key(prefix, entry, key), shape.shape)
+            wanted = file_key(prefix, entry, key)
+            if wanted not in loader.left and key in entry.method.aliases:
+                other = wanted.removesuffix(entry.names[key]) + entry.method.aliases[key]
+                wanted = other if other in loader.left else wanted
+            found = loader.take(wanted, shape.shape)
             if found is not None:
                 device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
                 fresh[key] = found.to(device=device, dtype=site.dtype)
@@ -808,7 +812,7 @@ class Runtime:
             adapters: those to combine, all of one method. Where some are not, the others count alone.
             weights: one number for each of them.
             name: the new adapter's.
-            **options: what the method's `combine` takes further.
+            **options: what the method's `combined` takes further.
 
         Raises:
             ValueError: unknown or taken names, as many weights as there are not adapters, different methods, a method
@@ -823,12 +827,21 @@ class Runtime:
         if len({type(c) for c in configs}) > 1:
             kinds = ", ".join(f"{a!r} is {c.peft_name}" for a, c in zip(adapters, configs, strict=True))
             raise ValueError(f"only adapters of one method can be combined ({kinds}); stack them with set_adapter")
+        config = configs[0].combined(configs[1:], **options)
+        places = {p.site.name: p for p in self.draft(name, config, meta=True).places}
         tensors: dict[str, Tensor] = {}
         for site in self.sites.values():
             there = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in site.entries]
+            place = places.pop(site.name, None)
             if not there:
                 continue
-            entry = site.entries[there[0][0]]
+            found = {type(site.entries[a].method).peft_name for a, _ in there}
+            if place is None or found != {type(place.entry.method).peft_name}:
+                raise ValueError(
+                    f"{site.name}: here adapters {[a for a, _ in there]} are {', '.join(sorted(found))}, and their "
+                    f"combination has {type(place.entry.method).peft_name if place else 'nothing'}; combine adapters whose "
+                    "configs choose layers in the same way"
+                )
             if site.kind.whole:
                 if len({a for a, _ in there}) > 1:
                     raise ValueError(
@@ -836,13 +849,15 @@ class Runtime:
                         "copies cannot be combined; combine adapters of which only one does"
                     )
                 copied = self.layers[site.name]._modules[copy_name(there[0][0])]
-                tensors |= {f"{PREFIX}{entry.key}.{k}": v for k, v in copied.state_dict().items()}  # type: ignore[union-attr]
+                tensors |= {f"{PREFIX}{place.entry.key}.{k}": v for k, v in copied.state_dict().items()}  # type: ignore[union-attr]
                 continue
-            with torch.no_grad():
-                parts = [site.tensors(a) for a, _ in there]
-                made = entry.method.combine(parts, [w for _, w in there], site, **options)
-            tensors |= {file_key(PREFIX, entry, k): v for k, v in made.items()}
-        self.attach(name, configs[0].combined(configs[1:]), tensors=tensors, trainable=False)
+            if not site.entries[there[0][0]].saved:  # it follows another site
+                continue
+            with torch.no_grad(), sharding.available(site.owner._parameters.values()):
+                parts = [(site.entries[a].method, site.tensors(a)) for a, _ in there]
+                made = place.entry.method.combine(parts, [w for _, w in there], site)
+            tensors |= {file_key(PREFIX, place.entry, k): v for k, v in made.items()}
+        self.attach(name, config, tensors=tensors, trainable=False)
 
     def delete(self, adapter: str) -> None:
         """Remove an adapter; layers without any are given back as they were."""

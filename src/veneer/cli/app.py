@@ -11,7 +11,7 @@ import click
 
 from .errors import InputError, user_input
 from .models import QUANTIZED
-from .recipe import FIELDS, HELP, build, read_recipe
+from .recipe import FIELDS, HELP, TASKS, build, read_recipe
 
 
 class LazyMethodFlags(click.Command):
@@ -179,6 +179,46 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
 
     with user_input():
         start(adapter, everything, check)
+
+
+@app.command()
+@click.argument("adapter")
+@click.option("--to", type=click.Choice(["lora"]), default="lora", show_default=True, help="what it becomes")
+@click.option("--rank", metavar="N", required=True, help="rank; or a fraction such as 0.95 of each change to keep")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="where it is written")
+@click.option("--model", metavar="MODEL", help="base model [default: the one that ADAPTER names]")
+@click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's")
+def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None) -> None:
+    """Write ADAPTER, of any method that changes weights, as a LoRA, and say how near it comes."""
+    from .convert import convert as start
+
+    start(adapter, out, rank, model, task)
+
+
+@app.command()
+@click.argument("adapter", metavar="PATH")
+@click.option(
+    "--for", "targets", metavar="NAMES", help="of vllm,transformers,diffusers,peft [default: those it could be for]"
+)
+@click.option("--fix", is_flag=True, help="write a copy without what has an exact cure")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="where --fix writes [default: PATH-fixed]"
+)
+@click.option("--in-place", is_flag=True, help="let --fix replace the files of PATH")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="dtype that the tensors are to have"
+)
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+def doctor(
+    adapter: str, targets: str | None, fix: bool, out: Path | None, in_place: bool, dtype: str | None, as_json: bool
+) -> None:
+    """Say whether the adapter in PATH loads elsewhere, why not, and what to do.
+
+    Exits with 0 where it does, 1 where it does not, 2 where PATH holds no adapter.
+    """
+    from .doctor import doctor as start
+
+    start(adapter, targets, fix, out, in_place, dtype, as_json)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,22 @@ class TrainableTokensConfig(Method):
         change = rows - self.base_rows(site, p["index"]).to(device=rows.device, dtype=rows.dtype)  # (k, width)
         return Rows(p["index"], change, site.fan_in if site.lookup else site.fan_out, "in" if site.lookup else "out")
 
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The base's rows plus the weighted sum of what the adapters change them by."""
+        place = {row: i for i, row in enumerate(self.token_indices)}
+        index = torch.tensor(self.token_indices, device=parts[0][1]["rows"].device)
+        rows = self.base_rows(site, index).to(parts[0][1]["rows"])  # (k, width)
+        for (other, p), weight in zip(parts, weights, strict=True):
+            where = [place[row] for row in other.token_indices]  # type: ignore[attr-defined]
+            rows[where] += (p["rows"] - self.base_rows(site, p["index"]).to(p["rows"])) * weight
+        return {"rows": rows}
+
+    def combined(self, others: Sequence[Method], **options: Any) -> Method:
+        rows = [i for c in (self, *others) for i in c.token_indices]  # type: ignore[attr-defined]
+        return super().combined(others, **options).replace(token_indices=list(dict.fromkeys(rows)))  # type: ignore[no-any-return]
+
 
 @method("TRAINED_BIAS", internal=True)
 @dataclass
@@ -144,6 +160,14 @@ class TrainedBias(Method):
         if own is None:
             return {"copy": self.init_copy(site)}
         return {"bias": site.computed(tuple(own.shape), lambda: own)}
+
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The base's bias plus the weighted sum of what the adapters change it by."""
+        key = "bias" if "bias" in parts[0][1] else "copy"
+        own: Any = site.bias if key == "bias" else site.stored()
+        return {key: self.weighted_copy(own, [p[key] for _, p in parts], weights)}
 
     def delta(self, p: Tensors, site: Site) -> Operator | None:
         return self.copy_delta(p["copy"], site) if "copy" in p else None

@@ -71,20 +71,23 @@ class IA3Config(Method):
             return matches(site.name, inner)
         return site.name.endswith(tuple(inner))  # by the letters, as peft: "o" means "wo" too
 
-    def combined(self, others: Sequence[Method]) -> Method:
+    def combined(self, others: Sequence[Method], **options: Any) -> Method:
         inner = self.union("feedforward_modules", others)
-        return super().combined(others).replace(feedforward_modules=inner)  # type: ignore[no-any-return]
+        return super().combined(others, **options).replace(feedforward_modules=inner)  # type: ignore[no-any-return]
 
-    def combine(self, parts: Sequence[Tensors], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
         """The weighted sum of the vectors, l = w_1 l_1 + w_2 l_2 + ...; an adapter that is not here counts for nothing."""
-        if len({p["l"].shape for p in parts}) > 1:
+        vectors = [p["l"] for _, p in parts]
+        if len({v.shape for v in vectors}) > 1:
             raise ValueError(
                 f"{site.name}: some of these adapters rescale its input and others its output, so their vectors cannot "
                 "be added; combine adapters with the same feedforward_modules"
             )
-        total = parts[0]["l"] * weights[0]
-        for p, weight in zip(parts[1:], weights[1:], strict=True):
-            total = total + p["l"] * weight
+        total = vectors[0] * weights[0]
+        for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+            total = total + vector * weight
         return {"l": total}
 
     def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,13 @@ class LNTuningConfig(Method):
         own = site.bias
         bias = {} if own is None else {"bias": site.computed(tuple(own.shape), lambda: own)}
         return {"weight": self.init_copy(site), **bias}
+
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The base's scales and offsets plus the weighted sums of what the adapters change them by."""
+        start: dict[str, Any] = {"weight": site.stored(), "bias": site.bias}
+        return {k: self.weighted_copy(start[k], [p[k] for _, p in parts], weights) for k in parts[0][1]}
 
     def delta(self, p: Tensors, site: Site) -> Operator:
         return self.copy_delta(p["weight"], site)

@@ -4,6 +4,7 @@ References:
     Hu et al. 2021, arxiv.org/abs/2106.09685
     Kalajdzievski 2023, arxiv.org/abs/2312.03732 (rank-stabilized scale)
     Liu et al. 2024, arxiv.org/abs/2402.09353 (DoRA)
+    Yadav et al. 2023, arxiv.org/abs/2306.01708 (TIES); Yu et al. 2023, arxiv.org/abs/2311.03099 (DARE)
     Meng et al. 2024, arxiv.org/abs/2404.02948 (PiSSA); Büyükakyüz 2024, arxiv.org/abs/2406.01775 (OLoRA)
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..method import Method, Site, Tensors, method, one_of, positive, probability, whole
-from ..operators import Diagonal, Factored, Operator, Sum, plain_precision
+from ..operators import Diagonal, Factored, Operator, Sum, best_rank, fitted, low_rank, plain_precision
+from .merging import Combination
 
 
 @method(
@@ -94,6 +96,8 @@ class LoraConfig(Method):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
 
+    combination: Combination | None = field(default=None, init=False, repr=False, compare=False)  # how it came about
+
     names = {
         "A": "lora_A.weight",
         "B": "lora_B.weight",
@@ -101,6 +105,7 @@ class LoraConfig(Method):
         "m": "lora_magnitude_vector",
         "bias": "base_layer.bias",
     }
+    aliases = {"m": "lora_magnitude_vector.weight"}
     frozen = frozenset({"A0", "B0"})
     recipe = {"learning_rate": 2e-3, "warmup": 10, "target_modules": "all-linear", "lora_alpha": 16}
 
@@ -242,3 +247,151 @@ class LoraConfig(Method):
             low = p["B_bias"] * self.scale  # (out,)
             shift = low if shift is None else shift + low
         return shift
+
+    # Weighted combinations.
+
+    @property
+    def largest(self) -> int:
+        """The largest rank of a layer; twice it where a share of the base is taken out."""
+        r = max([self.r, *(self.rank_pattern or {}).values()])
+        return 2 * r if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else r
+
+    def combined(self, others: Sequence[Method], **options: Any) -> Method:
+        """One rank for all layers and a scale of 1; `options` are `Combination`'s."""
+        configs: list[Any] = [self, *others]
+        how = Combination(**options)
+        if not others:
+            how = Combination("linear")
+        if any(c.use_dora for c in configs):
+            raise ValueError(
+                "LORA: adapters with use_dora=True scale the whole weight, and a combination of them is no low-rank change; "
+                "turn each into a plain LoRA first (veneer.convert_to_lora)"
+            )
+        ranks = [c.largest for c in configs]
+        if how.combination_type == "cat":
+            r = sum(ranks)
+        elif how.by_svd:
+            r = how.svd_rank or max(ranks)
+        elif len(set(ranks)) > 1:
+            raise ValueError(
+                f"combination_type={how.combination_type!r} adds up A and B apart and needs adapters of one rank; these have "
+                f"{ranks}; use 'cat' or a kind that ends in 'svd'"
+            )
+        else:
+            r = ranks[0]
+        for name in ("layers_to_transform", "layers_pattern"):
+            self.same(name, others)
+        biases = {c.bias for c in configs}
+        made: Any = (
+            super()
+            .combined(others)
+            .replace(
+                r=r,
+                lora_alpha=r,
+                rank_pattern={},
+                alpha_pattern={},
+                use_rslora=False,
+                init_lora_weights=True,
+                bias=next(b for b in ("all", "lora_only", "none") if b in biases),
+                lora_bias=any(c.lora_bias for c in configs),
+                target_parameters=list(dict.fromkeys(n for c in configs for n in c.target_parameters or ())) or None,
+                trainable_token_indices=every_row([c.trainable_token_indices for c in configs]),
+            )
+        )
+        made.combination = how
+        return made  # type: ignore[no-any-return]
+
+    def combine(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """See `PeftModel.add_weighted_adapter`; each adapter brings its own scale."""
+        how = self.combination or Combination()
+        wide = torch.promote_types(parts[0][1]["A"].dtype, torch.float32)
+        pairs, factors = [], []  # of each adapter: B (n, out / n, k) and A (n, k, in), and the factor before B A
+        for (other, p), weight in zip(parts, weights, strict=True):
+            B, A = other.stacked(p, site, wide)  # type: ignore[attr-defined]
+            pairs.append((B, A))
+            factors.append(weight * other.scale)  # type: ignore[attr-defined]
+        r = self.r // (max(1, site.groups))
+        if how.combination_type == "cat" or (how.combination_type == "svd" and how.svd_clamp is None):
+            # The weights go to A, as peft has it.
+            B = torch.cat([B for B, _ in pairs], -1)
+            A = torch.cat([A * f for (_, A), f in zip(pairs, factors, strict=True)], -2)
+            B, A = fitted(B, A, r) if how.combination_type == "cat" else low_rank(B, A, r, how.svd_driver)[:2]
+        elif how.by_svd:
+            scales = [m.scale for m, _ in parts]  # type: ignore[attr-defined]
+            total = how.merged(
+                [B @ A * s for (B, A), s in zip(pairs, scales, strict=True)], weights
+            )  # (n, out / n, in)
+            B, A, _ = best_rank(total, r, how.svd_driver)
+            if how.svd_clamp is not None:
+                top = quantile(torch.cat([B.flatten(), A.flatten()]), how.svd_clamp)
+                B, A = B.clamp(-top, top), A.clamp(-top, top)
+        else:
+            roots = [math.sqrt(abs(f)) for f in factors]
+            k = max(B.shape[-1] for B, _ in pairs)
+            pairs = [fitted(B, A, k) for B, A in pairs]
+            B = how.merged([B for B, _ in pairs], roots)
+            A = how.merged(
+                [A for _, A in pairs], [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)]
+            )
+            B, A = fitted(B, A, r)
+        return self.unstacked(B, A, site) | self.combined_biases(parts, weights, site)
+
+    def stacked(self, p: Tensors, site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """B (n, out / n, k) and A (n, k, in): n is the experts or the groups, and B A the change without its scale."""
+        low = self.factors(p["B"], p["A"], site, 1.0, 0.0)
+        n = site.experts or site.groups
+        B, A = low.B.reshape(n, -1, low.B.shape[-1]).to(dtype), low.A.reshape(n, -1, low.A.shape[-1]).to(dtype)
+        if "A0" in p:  # scale (B A - B0 A0)
+            start = {"A": p["A0"], "B": p["B0"]}
+            B0, A0 = self.stacked(start, site, dtype)
+            B, A = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
+        return B, A
+
+    def unstacked(self, B: Tensor, A: Tensor, site: Site) -> dict[str, Tensor]:
+        """Inverse of `stacked`: the tensors as the file has them."""
+        if site.experts:
+            return {"A": A.reshape(-1, site.fan_in), "B": B.permute(1, 2, 0).reshape(site.fan_out, -1)}
+        taps = (1,) * len(site.kernel)
+        shape = (site.fan_in, *site.kernel)
+        return {"A": A.reshape(-1, *shape), "B": B.reshape(site.fan_out, -1, *taps)}
+
+    def combined_biases(
+        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+    ) -> dict[str, Tensor]:
+        """The weighted sums of what trained biases and `lora_bias` add to the output."""
+        found = {}
+        pairs: list[tuple[Any, Tensors, float]] = [(m, p, w) for (m, p), w in zip(parts, weights, strict=True)]
+        if self.lora_bias:
+            added = [p["B_bias"] * (m.scale * w) for m, p, w in pairs if "B_bias" in p]  # (out,) each
+            found["B_bias"] = torch.stack(added).sum(0) if added else torch.zeros(site.fan_out)
+        if self.init_bias(site):
+            shifts = [(m.bias_shift(p, site), w) for m, p, w in pairs]
+            own: Any = site.bias
+            found["bias"] = own + sum((s * w for s, w in shifts if s is not None), torch.zeros_like(own))
+        return found
+
+
+def every_row(given: Sequence[Any]) -> Any:
+    """What several `trainable_token_indices` mean together."""
+    given = [g for g in given if g]
+    if not given:
+        return None
+    if all(isinstance(g, Mapping) for g in given):
+        return {n: every_row([g.get(n) for g in given]) for n in dict.fromkeys(n for g in given for n in g)}
+    if any(isinstance(g, Mapping) for g in given):
+        raise ValueError(
+            f"trainable_token_indices is a list for some of these adapters and a dict for others ({given!r}); adapters can "
+            "be combined where it is the same kind for all"
+        )
+    return list(dict.fromkeys(i for g in given for i in g))
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The q-quantile of values (n,), between neighbours; torch's own stops at 16 million values."""
+    ordered = values.sort().values
+    place = q * (ordered.numel() - 1)
+    low = int(place)
+    high = min(low + 1, ordered.numel() - 1)
+    return torch.lerp(ordered[low], ordered[high], place - low)

@@ -1,0 +1,60 @@
+"""Writing an adapter of any method that changes weights as a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, user_input
+from .models import load_model
+from .recipe import TASKS
+
+
+def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None) -> None:
+    """Convert an adapter and print how near each layer comes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import veneer
+
+    console = Console()
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise InputError(f"{out} exists and is not empty; give a new folder")
+    with user_input():
+        wanted = parsed(rank)
+        config = veneer.PeftConfig.from_pretrained(adapter)
+        base = model or config.base_model_name_or_path
+        if not base:
+            raise InputError(f"{adapter} names no base model, whose weights the conversion needs; give it with --model")
+        names = {v: k for k, v in TASKS.items()}
+        with console.status("loading the model"):
+            loaded: Any = load_model(base, task or names.get(config.task_type or "", "causal-lm"), "float32")
+            adapted = veneer.PeftModel.from_pretrained(loaded, adapter)
+        with console.status("converting"):
+            made = veneer.save_as_lora(out, adapted, wanted)
+    table = Table("layer", "rank", "relative error")
+    worst = sorted(made.quality.items(), key=lambda item: -item[1].error)
+    for name, quality in worst[:12]:
+        table.add_row(name, str(quality.rank), f"{quality.error:.2e}")
+    if len(worst) > 12:
+        table.add_row(f"and {len(worst) - 12} more, all below", "", f"{worst[12][1].error:.2e}")
+    console.print(table)
+    console.print(f"wrote {config.peft_type} adapter [bold]{adapter}[/] as LoRA: {out}")
+
+
+def parsed(rank: str) -> float:
+    """A rank as it is typed: a whole number, or a fraction.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return int(rank)
+    except ValueError:
+        pass
+    try:
+        return float(rank)
+    except ValueError:
+        raise InputError(
+            f"--rank {rank}: must be a whole number, or a fraction in (0, 1] of the energy to keep"
+        ) from None

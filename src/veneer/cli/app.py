@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .dreambooth import settings as booth
 from .errors import InputError, user_input
 from .models import QUANTIZED
 from .recipe import FIELDS, HELP, TASKS, build, read_recipe
@@ -63,23 +65,27 @@ def app() -> None:
     """Fine-tune large pretrained models by training a thin layer on frozen weights."""
 
 
-def run_flags(command: Any) -> Any:
+def run_flags(fields: Any, texts: dict[str, str]) -> Callable[[Any], Any]:
     """One flag for every field of a run."""
-    for f in reversed(FIELDS):
-        if f.name == "method":
-            command = click.option("--method", metavar="NAME", help=HELP[f.name])(command)
-            continue
-        option = f"--{f.name.replace('_', '-')}"
-        if f.type == "bool":
-            command = click.option(f"{option}/--no{option[1:]}", f.name, default=None, help=HELP[f.name])(command)
-        else:
-            command = click.option(option, f.name, metavar="VALUE", help=HELP[f.name])(command)
-    return command
+
+    def add(command: Any) -> Any:
+        for f in reversed(fields):
+            if f.name == "method":
+                command = click.option("--method", metavar="NAME", help=texts[f.name])(command)
+                continue
+            option = f"--{f.name.replace('_', '-')}"
+            if f.type == "bool":
+                command = click.option(f"{option}/--no{option[1:]}", f.name, default=None, help=texts[f.name])(command)
+            else:
+                command = click.option(option, f.name, metavar="VALUE", help=texts[f.name])(command)
+        return command
+
+    return add
 
 
 @app.command(cls=LazyMethodFlags)
 @click.argument("recipe", required=False, metavar="[RECIPE]")
-@run_flags
+@run_flags(FIELDS, HELP)
 @click.option("--resume", is_flag=True, help="continue an interrupted run from its last checkpoint")
 @click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
 @click.option("--processes", type=click.IntRange(1), metavar="N", help="run on N processes of this machine")
@@ -113,6 +119,30 @@ def train(
         from .launch import leave
 
         leave()
+
+
+@app.command()
+@run_flags(booth.FIELDS, booth.HELP)
+@click.option("--resume", is_flag=True, help="continue an interrupted run from its last checkpoint")
+@click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
+@click.option("--plan", "planned", is_flag=True, help="say what memory it takes, and do nothing")
+@click.option("--gpu", metavar="SIZE", help="with --plan: memory of the device, such as 11GB")
+def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **flags: Any) -> None:
+    """Teach a Stable Diffusion model a subject from a few images.
+
+    UNet, and the text encoder if asked for, learn a LoRA that diffusers' `load_lora_weights` reads. With --class-prompt
+    the model's own images of the subject's class keep it from forgetting the class (prior preservation).
+    """
+    with user_input():
+        run = booth.build(flags)
+    if planned:
+        from .dreambooth.plan import show
+
+        show(run, gpu)
+        return
+    from .dreambooth.train import train as start
+
+    start(run, resume=resume, overwrite=overwrite)
 
 
 @app.command()

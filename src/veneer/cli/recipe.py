@@ -74,16 +74,7 @@ class Run:
     seed: int = setting(0, "seed of everything random", low=0)
 
     def __post_init__(self) -> None:
-        for f in FIELDS:
-            value = getattr(self, f.name)
-            low, allowed = f.metadata["low"], f.metadata["allowed"]
-            if value is None or f.name == "method":
-                continue
-            if allowed and value not in allowed:
-                hint = suggest(str(value), map(str, allowed))
-                raise ValueError(f"{f.name}={value!r}: must be one of {', '.join(map(str, allowed))}{hint}")
-            if low is not None and value < low:
-                raise ValueError(f"{f.name}={value!r}: must be {low} or more")
+        check_fields(self)
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name} or the key {name!r} in the recipe ({HELP[name]})")
@@ -134,6 +125,20 @@ class Run:
             return cls(task_type=TASKS[self.task], **options)
         except TypeError as error:
             raise ValueError(f"method {name!r}: {error}") from error
+
+
+def check_fields(run: Any) -> None:
+    """Raise ValueError for a field of a run whose value is not allowed."""
+    for f in dataclasses.fields(run):
+        value = getattr(run, f.name)
+        low, allowed = f.metadata["low"], f.metadata["allowed"]
+        if value is None or f.name == "method":
+            continue
+        if allowed and value not in allowed:
+            hint = suggest(str(value), map(str, allowed))
+            raise ValueError(f"{f.name}={value!r}: must be one of {', '.join(map(str, allowed))}{hint}")
+        if low is not None and value < low:
+            raise ValueError(f"{f.name}={value!r}: must be {low} or more")
 
 
 def defaults(cls: Any, given: dict[str, Any] | None = None) -> dict[str, Any]:

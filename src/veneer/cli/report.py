@@ -72,7 +72,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot(folder: Path) -> None:
+def plot(folder: Path, what: str = "loss (nats a token)") -> None:
     """Draw loss.png from metrics.jsonl."""
     import matplotlib as mpl
 
@@ -85,7 +85,7 @@ def plot(folder: Path) -> None:
         points = {line["step"]: line[key] for line in lines if key in line}
         if points:
             axes.plot(list(points), list(points.values()), style, label=label, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=folder.name)
+    axes.set(xlabel="optimizer step", ylabel=what, title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -161,15 +161,23 @@ def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumula
         device: "cuda" or "cpu", whose attention is meant.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    extra = {"use_cache": False} if "use_cache" in taken(base) else {}
     switched = base.gradient_checkpointing_enable if checkpointing else base.gradient_checkpointing_disable
     if getattr(base, "supports_gradient_checkpointing", False):
         switched(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}))
     elif checkpointing:
         raise ValueError(f"{type(base).__name__} has no gradient checkpointing; plan without it")
+    head = base.get_output_embeddings()
+    return trace(model, lambda: model(**inputs, **extra).loss, accumulates=accumulates, device=device, head=head)
+
+
+def trace(
+    model: nn.Module, loss: Callable[[], Tensor], *, accumulates: bool, device: str, head: nn.Module | None = None
+) -> Counter[str]:
+    """Bytes of each kind that `loss()` and its backward hold at their peak; `head` begins what counts as logits."""
     ledger = Ledger()
     ledger.own(t for t in (*model.parameters(), *model.buffers()))
     trained = [p for p in model.parameters() if p.requires_grad]
-    head = base.get_output_embeddings()
 
     def at_head(*_: Any) -> None:
         ledger.kind = LOGITS
@@ -182,10 +190,10 @@ def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumula
         stack.enter_context(accumulated(ledger, trained, accumulates))
         stack.enter_context(fused_attention(device))
         stack.enter_context(ledger)
-        loss = model(**inputs, **({"use_cache": False} if "use_cache" in taken(base) else {})).loss
+        found = loss()
         ledger.kind = BACKWARD
-        loss.backward()
-        del loss
+        found.backward()  # type: ignore[no-untyped-call]
+        del found
     return ledger.peak
 
 

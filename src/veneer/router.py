@@ -181,6 +181,7 @@ class Router:
         self.stack: tuple[Item, ...] = ()
         self.version = object()
         self.kept: dict[Any, Any] = {}
+        self.runtime: Callable[[], Any] = lambda: None  # whose router it is
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -245,7 +246,7 @@ class Router:
                 setattr(self.local, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("local", "version", "kept")}
+        return {k: v for k, v in vars(self).items() if k not in ("local", "version", "kept", "runtime")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

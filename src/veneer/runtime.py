@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,12 +153,17 @@ class Runtime:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.router = Router()
+        self.router.runtime = weakref.ref(self)
         self.configs: dict[str, Method] = {}
         self.sites: dict[str, Site] = {}
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
         self.places: dict[str, list[Site]] = {}
         self.slots: Slots | None = None
         self.named: dict[str, nn.Module] = {}  # the model's modules, while an adapter is being attached
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.router.runtime = weakref.ref(self)
 
     @classmethod
     def ensure(cls, root: nn.Module) -> Runtime:

@@ -115,11 +115,12 @@ class Tap(threading.local):
 class Entry:
     """One adapter's share of one site: its method there and where its tensors are."""
 
-    __slots__ = ("frozen", "key", "method", "names", "saved", "serial", "shared", "trained")
+    __slots__ = ("frozen", "key", "method", "names", "original", "saved", "serial", "shared", "trained")
     made = itertools.count()
 
     def __init__(self, method: Method, key: str, names: Mapping[str, str]) -> None:
         self.method, self.key, self.names = method, key, names
+        self.original = method  # `method` may be given another scale at this site
         self.trained: tuple[tuple[str, str], ...] = ()  # the method's key -> attribute of the owner
         self.frozen: tuple[tuple[str, str], ...] = ()
         self.shared: tuple[str, ...] = ()

@@ -1,0 +1,321 @@
+"""What scripts and frameworks touch on peft's layers, as a view of a layer that Veneer adapts in place.
+
+An adapted layer of Veneer is still the layer it was; its class is a generated one with the mixin `Adapted`. While
+Veneer stands in, these names are on that mixin. A base layer's own attributes come first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..operators import Operator
+from ..router import flat
+from ..runtime import Runtime
+from ..site import Adapted, Entry, Site, Takeover, copy_name, link, stand_in
+
+
+def state_of(layer: nn.Module) -> Takeover:
+    found: Takeover = layer.__dict__["_veneer"]
+    return found
+
+
+def runtime(layer: nn.Module) -> Runtime:
+    """The adapters of the model that the layer is in."""
+    found: Runtime = state_of(layer).router.runtime()
+    return found
+
+
+def sites(layer: nn.Module) -> list[Site]:
+    """The places on a layer at which weights are adapted."""
+    state = state_of(layer)
+    return [s for s in (state.main, *state.bare) if s is not None and s.backend is not None]
+
+
+def entries(layer: nn.Module) -> dict[str, tuple[Site, Entry]]:
+    """Adapter -> its place on the layer and what it has there."""
+    return {name: (site, entry) for site in sites(layer) for name, entry in site.entries.items()}
+
+
+def is_layer(module: Any) -> bool:
+    """Whether adapters act on a module's weights."""
+    return isinstance(module, Adapted) and "_veneer" in module.__dict__ and bool(sites(module))  # type: ignore[arg-type]
+
+
+def is_copied(module: Any) -> bool:
+    """Whether adapters bring full copies of a module, or rows of its table."""
+    return isinstance(module, Adapted) and "_veneer" in module.__dict__ and state_of(module).opaque is not None  # type: ignore[arg-type]
+
+
+class Factor:
+    """One tensor of an adapter, with the attributes of the small layer that holds it in peft."""
+
+    def __init__(self, owner: nn.Module, attribute: str, bias: str | None) -> None:
+        self._owner, self._attribute, self._bias = owner, attribute, bias
+
+    @property
+    def weight(self) -> Tensor:
+        found = self._owner._parameters[self._attribute]
+        assert found is not None
+        return found
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._owner._parameters[self._attribute] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._owner._parameters.get(self._bias)
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[0])
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield from (t for t in (self.weight, self.bias) if t is not None)
+
+    def to(self, *args: Any, **kwargs: Any) -> Factor:
+        for t in self.parameters():
+            t.data = t.data.to(*args, **kwargs)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Factor:
+        for t in self.parameters():
+            t.requires_grad_(requires_grad)
+        return self
+
+
+class Table(Mapping[str, Any]):
+    """One of a layer's tensors for each adapter that has it, as peft's ModuleDict or ParameterDict."""
+
+    def __init__(self, layer: nn.Module, key: str, bare: bool) -> None:
+        self._layer, self._key, self._bare = layer, key, bare
+
+    def _attribute(self, name: str, key: str) -> str | None:
+        _, entry = entries(self._layer)[name]
+        own: dict[str, str] = dict((*entry.trained, *entry.frozen))
+        return own.get(key)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        site, _ = entries(self._layer)[name]
+        attribute = self._attribute(name, self._key)
+        assert attribute is not None
+        if self._bare:
+            return site.owner._parameters[attribute]
+        return Factor(site.owner, attribute, self._attribute(name, "B_bias") if self._key == "B" else None)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        attribute = self._attribute(name, self._key)
+        if attribute is None or not isinstance(value, Tensor):
+            raise KeyError(f"{name}: only tensors that are there can be replaced; add adapters to the model")
+        owner = entries(self._layer)[name][0].owner
+        owner._parameters[attribute] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n in entries(self._layer) if self._attribute(n, self._key) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(n == name for n in self)
+
+
+class Scaling(MutableMapping[str, float]):
+    """What each adapter's change is multiplied by here; setting it holds for this layer alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> float:
+        return float(entries(self._layer)[name][1].method.scale)  # type: ignore[attr-defined]
+
+    def __setitem__(self, name: str, value: float) -> None:
+        site, entry = entries(self._layer)[name]
+        unit = start(self._layer, name) / entry.original.lora_alpha  # type: ignore[attr-defined]
+        changed = copy.copy(entry.method)
+        changed.lora_alpha = float(value) / unit  # type: ignore[attr-defined]
+        entry.method = changed
+        site.router.changed()
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("an adapter always has a scaling; delete the adapter from the model")
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n, (_, e) in entries(self._layer).items() if hasattr(e.method, "scale"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def start(layer: nn.Module, name: str) -> float:
+    """An adapter's scaling as its config says it, whatever was set since."""
+    return float(entries(layer)[name][1].original.scale)  # type: ignore[attr-defined]
+
+
+class View:
+    """The names. Only what is defined here is shown on adapted layers."""
+
+    @property
+    def base_layer(self: Any) -> nn.Module:
+        return stand_in(self)
+
+    def get_base_layer(self: Any) -> nn.Module:
+        return stand_in(self)
+
+    @property
+    def scaling(self: Any) -> Scaling:
+        return Scaling(self)
+
+    @property
+    def r(self: Any) -> dict[str, int]:
+        return {n: e.method.r for n, (_, e) in entries(self).items() if hasattr(e.method, "r")}
+
+    @property
+    def lora_alpha(self: Any) -> dict[str, float]:
+        return {n: e.original.lora_alpha for n, (_, e) in entries(self).items() if hasattr(e.original, "lora_alpha")}
+
+    @property
+    def use_dora(self: Any) -> dict[str, bool]:
+        return {n: e.method.use_dora for n, (_, e) in entries(self).items() if hasattr(e.method, "use_dora")}
+
+    @property
+    def lora_A(self: Any) -> Table:
+        return Table(self, "A", bare=False)
+
+    @property
+    def lora_B(self: Any) -> Table:
+        return Table(self, "B", bare=False)
+
+    @property
+    def lora_embedding_A(self: Any) -> Table:
+        return Table(self, "A", bare=True)
+
+    @property
+    def lora_embedding_B(self: Any) -> Table:
+        return Table(self, "B", bare=True)
+
+    @property
+    def lora_magnitude_vector(self: Any) -> Table:
+        return Table(self, "m", bare=False)
+
+    @property
+    def ia3_l(self: Any) -> Table:
+        return Table(self, "l", bare=True)
+
+    @property
+    def active_adapters(self: Any) -> list[str]:
+        return list(state_of(self).router.active)
+
+    @property
+    def active_adapter(self: Any) -> list[str]:
+        return list(state_of(self).router.active)
+
+    @property
+    def disable_adapters(self: Any) -> bool:
+        return not state_of(self).router.enabled
+
+    @property
+    def merged_adapters(self: Any) -> list[str]:
+        return list(flat(state_of(self).router.merged))
+
+    @property
+    def merged(self: Any) -> bool:
+        return bool(state_of(self).router.merged)
+
+    def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """As in peft, what is active is trained and what is not is frozen. The choice is the model's."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        runtime(self).activate([n for n in names if n in runtime(self).configs])
+        for name, parameters in own_parameters(self).items():
+            for p in parameters:
+                p.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        state_of(self).router.set(enabled=enabled)
+        for name, parameters in own_parameters(self).items():
+            for p in parameters:
+                p.requires_grad_(enabled and name in self.active_adapters)
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        """From the whole model: an adapter is there or it is not."""
+        if adapter_name in runtime(self).configs:
+            runtime(self).delete(adapter_name)
+
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * start(self, adapter)
+
+    def scale_layer(self: Any, scale: float) -> None:
+        for name in self.active_adapters:
+            if scale != 1 and name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = start(self, name) if scale is None else self.scaling[name] / scale
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Of the whole model, once: adapters are merged everywhere or nowhere."""
+        names = list(adapter_names) if adapter_names is not None else self.active_adapters
+        if any(n not in self.merged_adapters for n in names if n in runtime(self).configs):
+            runtime(self).merge([n for n in names if n in runtime(self).configs], check=safe_merge)
+
+    def unmerge(self: Any) -> None:
+        if self.merged:
+            runtime(self).unmerge()
+
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """The change of the weight, in its own layout."""
+        site, entry = entries(self)[adapter]
+        op: Operator | None = link(entry.method, site.tensors(adapter), site).delta
+        if op is None:
+            raise TypeError(f"{site.name}: {entry.method.peft_name} changes the weight by more than a sum")
+        weight = site.weight()
+        return site.kind.restored(site, site.kind.delta_matrix(site, op, weight)).detach()
+
+    @property
+    def modules_to_save(self: Any) -> dict[str, nn.Module]:
+        """Adapter -> its full copy of this module."""
+        return {n.removeprefix(copy_name("")): m for n, m in self._modules.items() if n.startswith(copy_name(""))}
+
+    @property
+    def original_module(self: Any) -> nn.Module:
+        return stand_in(self)
+
+
+def own_parameters(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Adapter -> what is trained of it at a layer."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, (site, entry) in entries(layer).items():
+        found[name] = [p for _, a in entry.trained if (p := site.owner._parameters.get(a)) is not None]
+    for name, module in layer._modules.items():
+        if name.startswith(copy_name("")) and module is not None:
+            found.setdefault(name.removeprefix(copy_name("")), []).extend(module.parameters())
+    return found
+
+
+SHOWN = {name: value for name, value in vars(View).items() if not name.startswith("__")}
+
+
+def show() -> None:
+    """Put the names on adapted layers."""
+    for name, value in SHOWN.items():
+        setattr(Adapted, name, value)
+
+
+def hide() -> None:
+    """Take them off again."""
+    for name in SHOWN:
+        if name in Adapted.__dict__:
+            delattr(Adapted, name)

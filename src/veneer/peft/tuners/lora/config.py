@@ -1,0 +1,3 @@
+"""peft.tuners.lora.config."""
+
+from ....methods.lora import LoraConfig as LoraConfig

@@ -1,0 +1,3 @@
+"""peft.tuners.lora.model."""
+
+from ..tuners_utils import LoraModel as LoraModel

@@ -1,0 +1,69 @@
+"""peft.tuners.tuners_utils: what an adapted layer, and a model of adapters, is an instance of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...method import Method
+from ...model import BaseTuner as _Holder
+from ...model import PeftModel
+from ..layers import entries, is_layer
+
+
+class _Layer(type):
+    method: str | None = None
+    base: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
+
+    def __instancecheck__(cls, module: Any) -> bool:
+        if not is_layer(module) or not isinstance(module, cls.base):
+            return False
+        return cls.method is None or any(e.method.peft_name == cls.method for _, e in entries(module).values())
+
+
+def layer_of(name: str, method: str | None, base: Any = nn.Module) -> Any:
+    """A class whose instances are the adapted layers with a method."""
+    body = {"method": method, "base": base, "__module__": "peft", "__doc__": f"Adapted layers ({method or 'any'})."}
+    return _Layer(name, (), body)
+
+
+BaseTunerLayer = layer_of("BaseTunerLayer", None)
+
+
+class _Tuner(type):
+    method: str | None = None
+
+    def __instancecheck__(cls, model: Any) -> bool:
+        if not isinstance(model, _Holder):
+            return False
+        runtime = model.model.__dict__.get("_veneer_runtime")
+        found = [] if runtime is None else list(runtime.configs.values())
+        return cls.method is None or any(c.peft_name == cls.method for c in found)
+
+    def __call__(cls, model: nn.Module, config: Method | dict[str, Method], adapter_name: str = "default") -> Any:
+        one = config[adapter_name] if isinstance(config, dict) else config
+        return PeftModel(model, one, adapter_name).base_model
+
+
+def tuner_of(name: str, method: str | None) -> Any:
+    """A class whose instances are what `PeftModel.base_model` is with a method."""
+    return _Tuner(name, (), {"method": method, "__module__": "peft", "__doc__": f"Models with {method or 'adapters'}."})
+
+
+BaseTuner = tuner_of("BaseTuner", None)
+LoraModel = tuner_of("LoraModel", "LORA")
+IA3Model = tuner_of("IA3Model", "IA3")
+LoHaModel = tuner_of("LoHaModel", "LOHA")
+OFTModel = tuner_of("OFTModel", "OFT")
+VeraModel = tuner_of("VeraModel", "VERA")
+LNTuningModel = tuner_of("LNTuningModel", "LN_TUNING")
+TrainableTokensModel = tuner_of("TrainableTokensModel", "TRAINABLE_TOKENS")
+AdaptionPromptModel = tuner_of("AdaptionPromptModel", "ADAPTION_PROMPT")
+
+TUNERS = {
+    cls.method: cls
+    for cls in (
+        LoraModel, IA3Model, LoHaModel, OFTModel, VeraModel, LNTuningModel, TrainableTokensModel, AdaptionPromptModel
+    )
+}  # fmt: skip

@@ -354,6 +354,9 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         """Load a saved adapter under a name of its own. It is not made active. AdapterHub's folders are read as well.
 
+        Where an adapter of that name and with the same config is there, it takes the file's values, in place, as when
+        Trainer goes back to its best checkpoint.
+
         Args:
             model_id: folder or hub id.
             adapter_name: name it gets here.
@@ -366,7 +369,7 @@ class PeftModel(nn.Module):
             **kwargs: `subfolder`, `revision`, `token`, `cache_dir` and other arguments of the hub.
 
         Raises:
-            ValueError: no such adapter, a damaged file, a config that cannot be honoured.
+            ValueError: no such adapter, a damaged file, a config that cannot be honoured; the name is another adapter's.
             AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
         """
         config = kwargs.pop("config", None)
@@ -386,6 +389,8 @@ class PeftModel(nn.Module):
             config = codec.config_from_dict(values, where=path)
         config = config.replace(inference_mode=not is_trainable)
         tensors = codec.load_weights(model_id, **kwargs)
+        if adapter_name in self.peft_config and alike(self.peft_config[adapter_name], config):
+            return codec.set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
         return self.runtime.attach(
             adapter_name,
             config,
@@ -624,6 +629,15 @@ class PeftModel(nn.Module):
 
 
 _FACADES: dict[type[nn.Module], type[PeftModel]] = {}
+
+
+def alike(one: Method, other: Method) -> bool:
+    """Whether two configs describe the same adapter, wherever they were saved."""
+    here, there = ({k: v for k, v in c.to_dict().items() if k not in APART} for c in (one, other))
+    return here == there
+
+
+APART = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 
 
 def facade_of(base: type[nn.Module]) -> type[PeftModel]:

@@ -775,7 +775,6 @@ class Runtime:
         if wanted == already:
             warnings.warn("all of these adapters are merged already; nothing to do", stacklevel=3)
             return
-        uses = Counter(id(p) for m in self.root.modules() for p in m._parameters.values() if p is not None)
         sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in flat(wanted))]
         for site in sites:
             if site.backend is None:
@@ -785,6 +784,7 @@ class Runtime:
                     "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
                 )
         done: list[Site] = []
+        uses = self.uses()
         try:
             for site in sites:
                 if site.original is not None:
@@ -803,6 +803,15 @@ class Runtime:
                 self.merge(already)
             raise
         self.router.set(merged=wanted)
+
+    def uses(self) -> Counter[int]:
+        """How many modules have each parameter, by its id."""
+        return Counter(id(p) for m in self.root.modules() for p in m._parameters.values() if p is not None)
+
+    def merge_again(self, site: Site) -> None:
+        """Merge anew at one site, after what is merged there was changed."""
+        restore(site)
+        merge_site(site, self.router.merged, self.uses(), False)
 
     def unmerge(self) -> None:
         """Put the exact bits of the base weights back."""

@@ -19,8 +19,7 @@ from .standin import enable as enable
 from .standin import enabled as enabled
 
 __version__ = VERSION
-__all__: list[str] = []
-__all__ += Path(__file__).with_name("names.txt").read_text("utf-8").split()
+__all__ = Path(__file__).with_name("names.txt").read_text("utf-8").split()  # noqa: PLE0605
 
 _HOMES = {
     "veneer.peft.models": (

@@ -146,6 +146,8 @@ class Scaling(MutableMapping[str, float]):
         changed.lora_alpha = float(value) / unit  # type: ignore[attr-defined]
         entry.method = changed
         site.router.changed()
+        if site.original is not None and name in flat(site.router.merged):
+            runtime(self._layer).merge_again(site)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("an adapter always has a scaling; delete the adapter from the model")

@@ -20,7 +20,7 @@ CHAT = (
 
 
 def make(folder: Path, texts: list[str]) -> None:
-    """Write `causal` and `classifier` into a folder, with a tokenizer of the words of the texts."""
+    """Write `causal`, `tied` and `classifier` into a folder, with a tokenizer of the words of the texts."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>"]
@@ -40,7 +40,10 @@ def make(folder: Path, texts: list[str]) -> None:
             if parameter.ndim > 1:
                 parameter.mul_(5)
     causal.save_pretrained(folder / "causal")
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "tied")
+    config.tie_word_embeddings = False
     config.num_labels = 1
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "classifier")
-    for name in ("causal", "classifier"):
+    for name in ("causal", "tied", "classifier"):
         tokenizer.save_pretrained(folder / name)

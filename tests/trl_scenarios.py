@@ -3,7 +3,7 @@
     python trl_scenarios.py FOLDER RESULT.json [SCENARIO ...]
     python -m veneer.peft trl_scenarios.py FOLDER RESULT.json [SCENARIO ...]
 
-FOLDER holds the tiny models `causal` and `classifier` with a tokenizer; see `test_frameworks_trl.py`.
+FOLDER holds the tiny models `causal`, `tied` and `classifier` with a tokenizer; see `test_frameworks_trl.py`.
 """
 
 import json
@@ -71,8 +71,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(FOLDER / "causal")
 
 
-def causal():
-    return AutoModelForCausalLM.from_pretrained(FOLDER / "causal", dtype=torch.float32)
+def causal(name="causal"):
+    return AutoModelForCausalLM.from_pretrained(FOLDER / name, dtype=torch.float32)
 
 
 def classifier():
@@ -173,6 +173,21 @@ def sft_chunked(folder):
     trainer = SFTTrainer(
         causal(), quick(SFTConfig, folder, loss_type="chunked_nll"), train_dataset=Dataset.from_list(SFT_DATA),
         processing_class=tokenizer(), peft_config=lora(modules_to_save=["lm_head"], task_type="CAUSAL_LM"))  # fmt: skip
+    return train(trainer)
+
+
+@scenario
+def sft_tokens_chunked(folder):
+    """The same where the loss reads the head's weight. peft 0.21.2 fails here: its wrapper has no `bias`."""
+    return sft_tokens(folder, "chunked_nll")
+
+
+@scenario
+def sft_tokens(folder, loss="nll"):
+    """Rows of an embedding that the head is tied to, as TRL asks for where a chat template brings new tokens."""
+    trainer = SFTTrainer(
+        causal("tied"), quick(SFTConfig, folder, learning_rate=0.1, loss_type=loss), train_dataset=Dataset.from_list(SFT_DATA),
+        processing_class=tokenizer(), peft_config=lora(trainable_token_indices={"embed_tokens": [7, 8, 9]}))  # fmt: skip
     return train(trainer)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import trl_models
 
 pytest.importorskip("trl")
@@ -26,7 +27,10 @@ BOTH = [
 
 
 def run(*command: Any, timeout: int = 240) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env={**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -138,38 +142,54 @@ def test_trl_knows_an_adapted_head(ran: dict[str, Any]) -> None:
 def chat(tmp_path_factory: Any) -> Path:
     """Tiny models that know the words of the examples."""
     made: Path = tmp_path_factory.mktemp("chat")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
-        source = (EXAMPLES / "common.py").read_text()
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
+    source = (EXAMPLES / "common.py").read_text()  # the words of the answers that are not preferred
     trl_models.make(made, [r["question"] + f" It is {r['answer']}." for r in rows] + [source])
     return made
 
 
-QUICK = ["--rank", 4, "--learning-rate", "1e-2", "--batch-size", 4]
+SCRIPTS = {  # script: model, steps, batch, learning rate, more
+    "reward": ("classifier", 10, 4, "1e-2"),
+    "dpo": ("causal", 8, 4, "1e-2"),
+    "grpo": ("causal", 40, 16, "5e-3", "--limit", 8),
+}
+ONE_AFTER_ANOTHER = """
+import json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = arguments
+    sys.path.insert(0, arguments[0].rpartition("/")[0])
+    runpy.run_path(arguments[0], run_name="__main__")
+"""
 
 
-@pytest.mark.parametrize(
-    ("script", "model", "steps"), [("reward", "classifier", 10), ("dpo", "causal", 8), ("grpo", "causal", 15)]
-)
-def test_the_examples(script: str, model: str, steps: int, chat: Path, tmp_path: Path) -> None:
-    """The RLHF examples' own scripts, on tiny models: the plotted value rises."""
-    out = tmp_path / script
-    more = ["--limit", 8, "--batch-size", 8] if script == "grpo" else []
-    where = ["--model", chat / model, "--out", out, "--steps", steps]
-    printed = run(*STAND_IN, EXAMPLES / f"{script}.py", *where, *QUICK, *more)
+@pytest.fixture(scope="module")
+def examples(chat: Path) -> tuple[Path, str]:
+    """The examples' own scripts on tiny models, in one process; where their results are, and what they printed."""
+    (chat / "all.py").write_text(ONE_AFTER_ANOTHER)
+    commands = [
+        [EXAMPLES / f"{script}.py", "--model", chat / model, "--out", chat / "out" / script, "--rank", 4,
+         "--steps", steps, "--batch-size", batch, "--learning-rate", rate, *more]
+        for script, (model, steps, batch, rate, *more) in SCRIPTS.items()
+    ]  # fmt: skip
+    printed = run(*STAND_IN, chat / "all.py", json.dumps([[str(a) for a in c] for c in commands]))
+    return chat / "out", printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_examples(script: str, examples: tuple[Path, str]) -> None:
+    out, printed = examples[0] / script, examples[1]
     result = json.loads((out / "result.json").read_text())
-    curve = result["curve"]
-    assert len(curve) == steps
-    third = steps // 3
-    assert sum(curve[-third:]) / third > sum(curve[:third]) / third
-    assert (out / "reward.png").stat().st_size > 5000 and (out / "adapter_model.safetensors").exists()
-    for name, value in result["after"].items():
-        assert f"| {name} | {result['before'][name]:.3f} | {value:.3f} |" in printed
+    before, after, curve = result["before"], result["after"], result["curve"]
+    assert len(curve) == SCRIPTS[script][1]
+    if script == "grpo":  # of greedy answers: the sampled ones of so small a model are too noisy
+        assert after["reward"] > before["reward"] + 0.1
+    else:
+        assert sum(curve[-3:]) > sum(curve[:3]) + 0.3
     if script == "reward":
-        assert result["after"]["ranked rightly"] > 0.9
+        assert after["ranked rightly"] > max(0.9, before["ranked rightly"])
+    for name, value in after.items():
+        assert f"| {name} | {before[name]:.3f} | {value:.3f} |" in printed
+    assert (out / "reward.png").stat().st_size > 5000 and (out / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

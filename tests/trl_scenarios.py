@@ -128,6 +128,7 @@ def logits(model):
 @scenario
 def sft(folder):
     """Train with a checkpoint, save, load twice, resume: all the same."""
+
     def make(where, steps):
         return SFTTrainer(
             causal(), quick(SFTConfig, where, max_steps=steps, save_strategy="steps", save_steps=2),

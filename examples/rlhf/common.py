@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+
 from veneer.cli.models import locate
 
 HERE = Path(__file__).parent
 LIMIT = 24  # new tokens of an answer
-EVASIONS = (
+WORSE = (  # each gets less of the reward than a brief number, and not all are long
     "That is a good question, and there are several things to consider before one can say anything about it.",
+    "It depends.",
     "Many people ask about this. The answer depends on what you mean, so let us first look at the background.",
-    "I am happy to help with that. To understand it well, we should begin with a little bit of history.",
-    "It is hard to say in general, because opinions differ and every case has to be looked at on its own.",
+    "I do not know.",
+    "It is {answer}, but that is not all that one can say about it, so let us look at it again from the beginning.",
 )
 
 
@@ -51,13 +53,13 @@ def prompt(row):
 
 
 def preferences(rows):
-    """Pairs of answers: the short one with a number is preferred to the one that evades."""
+    """Pairs of answers: a brief number is preferred to what evades, and to what is long."""
     said = [(f"{r['answer']}.", f"It is {r['answer']}.")[i % 2] for i, r in enumerate(rows)]
     return [
         {
             "prompt": prompt(row),
             "chosen": [{"role": "assistant", "content": said[i]}],
-            "rejected": [{"role": "assistant", "content": EVASIONS[i % len(EVASIONS)]}],
+            "rejected": [{"role": "assistant", "content": WORSE[i % len(WORSE)].format(**row)}],
         }
         for i, row in enumerate(rows)
     ]

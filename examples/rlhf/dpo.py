@@ -1,6 +1,6 @@
 """DPO: a policy with LoRA; the reference is the same base without its adapter.
 
-    python -m veneer.peft examples/rlhf/dpo.py
+python -m veneer.peft examples/rlhf/dpo.py
 """
 
 import torch
@@ -21,14 +21,23 @@ def main():
         args=DPOConfig(**settings(given), beta=0.1, max_length=128),
         train_dataset=Dataset.from_list(preferences(train)),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear"),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear"
+        ),
     )
     before = answers(trainer.model, tokenizer, held_out)
     trainer.train()
     trainer.save_model()
     after = answers(trainer.model, tokenizer, held_out)
     samples = [(r["question"], old, new) for r, old, new in zip(held_out, before, after, strict=True)][:3]
-    report(given.out, measured(before), measured(after), logged(trainer, "rewards/margins"), "margin of implied reward", samples)
+    report(
+        given.out,
+        measured(before),
+        measured(after),
+        logged(trainer, "rewards/margins"),
+        "margin of implied reward",
+        samples,
+    )
 
 
 if __name__ == "__main__":

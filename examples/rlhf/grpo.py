@@ -1,11 +1,23 @@
 """GRPO: a policy with LoRA and a checkable reward; the reference is the same base without its adapter.
 
-    python -m veneer.peft examples/rlhf/grpo.py
-    python -m veneer.peft examples/rlhf/grpo.py --ranker runs/rlhf/reward
+python -m veneer.peft examples/rlhf/grpo.py
+python -m veneer.peft examples/rlhf/grpo.py --ranker runs/rlhf/reward
 """
 
 import torch
-from common import LIMIT, answers, arguments, brief_number, logged, measured, open_model, prompt, questions, report, settings
+from common import (
+    LIMIT,
+    answers,
+    arguments,
+    brief_number,
+    logged,
+    measured,
+    open_model,
+    prompt,
+    questions,
+    report,
+    settings,
+)
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
@@ -13,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def main():
-    parser = arguments("GRPO with a checkable reward", steps=20, learning_rate=5e-4, batch=8)
+    parser = arguments("GRPO with a checkable reward", steps=25, learning_rate=5e-4, batch=8)
     parser.add_argument("--ranker", help="folder of the reward model of reward.py; its reward is trained on instead")
     parser.add_argument("--limit", type=int, default=LIMIT, help="new tokens of an answer")
     given = parser.parse_args()

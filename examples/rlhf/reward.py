@@ -1,6 +1,6 @@
 """Reward model: a ranker with LoRA and a trained head, on pairs of answers.
 
-    python -m veneer.peft examples/rlhf/reward.py
+python -m veneer.peft examples/rlhf/reward.py
 """
 
 import torch
@@ -36,7 +36,9 @@ def main():
         RewardConfig(**settings(given), max_length=128),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="SEQ_CLS", r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear"),
+        peft_config=LoraConfig(
+            task_type="SEQ_CLS", r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear"
+        ),
     )
     before = ranked(trainer.model, tokenizer, held_out)
     trainer.train()

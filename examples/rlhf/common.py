@@ -52,16 +52,20 @@ def prompt(row):
     return [{"role": "user", "content": row["question"]}]
 
 
-def preferences(rows):
-    """Pairs of answers: a brief number is preferred to what evades, and to what is long."""
-    said = [(f"{r['answer']}.", f"It is {r['answer']}.")[i % 2] for i, r in enumerate(rows)]
+def preferences(rows, every=False):
+    """Pairs of answers: a brief number is preferred to what evades, and to what is long.
+
+    Each question is in one pair, or in one with `every` worse answer.
+    """
     return [
         {
             "prompt": prompt(row),
-            "chosen": [{"role": "assistant", "content": said[i]}],
-            "rejected": [{"role": "assistant", "content": WORSE[i % len(WORSE)].format(**row)}],
+            "chosen": [{"role": "assistant", "content": f"It is {row['answer']}." if i % 2 else f"{row['answer']}."}],
+            "rejected": [{"role": "assistant", "content": worse.format(**row)}],
         }
         for i, row in enumerate(rows)
+        for k, worse in enumerate(WORSE)
+        if every or k == i % len(WORSE)
     ]
 
 

@@ -28,13 +28,14 @@ def main():
     given = arguments("Reward model on pairs of answers", steps=15, learning_rate=5e-4, batch=4).parse_args()
     set_seed(given.seed)
     path, tokenizer = open_model(given.model)
-    train, held_out = map(preferences, questions())
+    train, held_out = questions()
+    held_out = preferences(held_out, every=True)
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = RewardTrainer(
         model,
         RewardConfig(**settings(given), max_length=128),
-        train_dataset=Dataset.from_list(train),
+        train_dataset=Dataset.from_list(preferences(train)),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             task_type="SEQ_CLS", r=given.rank, lora_alpha=2 * given.rank, target_modules="all-linear"

@@ -72,7 +72,6 @@ def of(ran: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_each_side_ran_what_it_says(ran: dict[str, Any]) -> None:
     assert "veneer" in ran["veneer"]["peft"] and "veneer" not in ran["peft"]["peft"]
-    assert ran["veneer"]["version"] == ran["peft"]["version"]
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -130,7 +129,12 @@ def test_losses_that_read_the_head_train_it(ran: dict[str, Any]) -> None:
     """TRL computes its losses from `lm_head.weight` without calling the head."""
     for name in ("sft_wrapped", "sft_chunked"):
         assert any("lm_head" in k for k in of(ran, name)["changed"]), name
-    found = of(ran, "sft_tokens")  # peft 0.21.2 fails here
+
+
+def test_rows_that_the_head_is_tied_to(ran: dict[str, Any]) -> None:
+    """peft 0.21.2 fails here: TRL asks its wrapper around the head for a bias."""
+    found = of(ran, "sft_tokens")
+    assert found["frozen"] and "error" in ran["peft"]["sft_tokens"]
     assert any("token" in k for k in found["changed"]) and found["log"][-1]["loss"] < found["log"][0]["loss"]
 
 

@@ -395,8 +395,9 @@ def adapter_tensors(
                 and not any(k.startswith(f"{prefix}{name}.weight") for k in found)
             ):
                 inner = ".base_layer" if name in runtime.sites else ""
-                with sharding.available([module.weight]):
-                    found[f"{prefix}{name}{inner}.weight"] = copied(module.weight)
+                own = module._parameters["weight"]  # read as an attribute, it can be what adapters make of it
+                with sharding.available([own]):
+                    found[f"{prefix}{name}{inner}.weight"] = copied(own)
     return found
 
 

@@ -24,7 +24,7 @@ from .layers.kind import LayerKind
 from .method import Method
 from .places import Spot
 from .router import Combined, Item, Router, flat, stack
-from .site import Entry, Original, Site, Takeover, copy_name, every, give_back, stand_in, take_over
+from .site import Entry, Original, Site, Takeover, adapted_class, copy_name, every, give_back, stand_in, take_over
 
 if TYPE_CHECKING:
     from .slots import Slots
@@ -616,6 +616,9 @@ class Runtime:
             if place.whole is not None:
                 place.whole.requires_grad_(trainable)
                 layer._modules[copy_name(adapter)] = place.whole
+            follows = place.role == "main" and place.entry.method.one_for_all and not site.lookup  # a tied head
+            if follows or (place.whole is not None and layer._parameters):
+                layer.__class__ = adapted_class(state.base, read=True)
             offload.keep_resident(site.owner)
             site.entries[adapter] = place.entry
             self.sites[site.name] = site

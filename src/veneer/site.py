@@ -392,21 +392,27 @@ class Adapted:
     _veneer_base: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._veneer_base,), self.__dict__
+        return _rebuild, (self._veneer_base, "__getattr__" in vars(type(self))), self.__dict__
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(base)
+def _rebuild(base: type[nn.Module], read: bool = False) -> nn.Module:
+    cls = adapted_class(base, read)
     module: nn.Module = cls.__new__(cls)
     return module
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs adapters, one per base class."""
-    cls = _CLASSES.get(base)
+def adapted_class(base: type[nn.Module], read: bool = False) -> type[nn.Module]:
+    """The subclass of `base` that runs adapters, one per base class.
+
+    Args:
+        base: the layer's own class.
+        read: the layer's tensors are what its active adapters make of them also where others read them, instead of
+            calling the layer: losses that are computed from `lm_head.weight`.
+    """
+    cls = _CLASSES.get((base, read))
     if cls is None:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -420,9 +426,17 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             "__doc__": base.__doc__,
             "forward": forward,
         }
+        if read:
+
+            def look_up(self: nn.Module, name: str) -> Any:
+                state = self.__dict__.get("_veneer")
+                found = None if state is None or name not in self._parameters else state.read(self, name)
+                return base.__getattr__(self, name) if found is None else found
+
+            body["__getattr__"] = look_up  # parameters are found there, as no module has them in its `__dict__`
         cls = type(base.__name__, (base, Adapted), body)  # base first: a class with bases of its own keeps its layout
         cls.__qualname__ = base.__qualname__
-        _CLASSES[base] = cls
+        _CLASSES[base, read] = cls
     return cls
 
 
@@ -507,6 +521,8 @@ class Takeover:
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
+        if "__getattr__" in vars(type(module)):
+            module = stand_in(module)  # the layer's own tensors, and not what its adapters make of them
         if self.instance_forward is not None:
             return self.instance_forward(module, *args, **kwargs)
         return self.base.forward(module, *args, **kwargs)
@@ -563,6 +579,23 @@ class Takeover:
             if links:
                 return self.module.kind.forward(self.module, self, layer, links, args, kwargs)
         return self.inner(layer, live, args, kwargs)
+
+    def read(self, layer: nn.Module, name: str) -> Tensor | None:
+        """A tensor of the layer as its active adapters make it, or None where it is the layer's own."""
+        if self.router.rows() is not None:
+            return None
+        live = self.router.live()
+        if self.opaque is not None:
+            for adapter in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
+                if adapter in self.opaque.entries:
+                    found: Tensor = getattr(layer._modules[copy_name(adapter)], name)
+                    return found
+        site = self.main
+        links = site.links(live) if site is not None and name == site.param else []
+        if site is None or not links:
+            return None
+        weight, _ = site.kind.compose(site, links, site.current_weight(), site.current_bias())
+        return site.kind.restored(site, weight)
 
     def unpacked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a block with the prefix in place of the cache that checkpointing took away."""

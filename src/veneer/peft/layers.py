@@ -41,8 +41,10 @@ def entries(layer: nn.Module) -> dict[str, tuple[Site, Entry]]:
 
 
 def is_layer(module: Any) -> bool:
-    """Whether adapters act on a module's weights."""
-    return isinstance(module, Adapted) and "_veneer" in module.__dict__ and bool(sites(module))  # type: ignore[arg-type]
+    """Whether adapters act on a module's weights; rows of `trainable_token_indices` do not count."""
+    if not isinstance(module, Adapted) or "_veneer" not in module.__dict__:
+        return False
+    return any(not getattr(e.method, "wrapped", False) for _, e in entries(module).values())  # type: ignore[arg-type]
 
 
 def is_copied(module: Any) -> bool:

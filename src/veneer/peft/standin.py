@@ -97,19 +97,21 @@ def enable() -> None:
             "anything imports it (transformers, trl and diffusers do when they are used), or run the whole script with "
             "python -m veneer.peft SCRIPT"
         )
-    from . import layers
+    from . import layers, trainers
 
     layers.show()
+    trainers.show()
     sys.meta_path.insert(0, Finder())
     os.environ[VARIABLE] = "1"
 
 
 def disable() -> None:
     """Stop standing in. Modules that were imported as peft until now keep what they have."""
-    from . import layers
+    from . import layers, trainers
 
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, Finder)]
     for name in [n for n in sys.modules if n == NAME or n.startswith(f"{NAME}.")]:
         del sys.modules[name]
     layers.hide()
+    trainers.hide()
     os.environ.pop(VARIABLE, None)

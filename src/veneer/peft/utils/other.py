@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...codec import attached
 from ...kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from ..layers import is_copied, is_layer, state_of
+from ...site import Adapted
+from ..layers import entries, is_copied
 from .constants import CONFIG_NAME as CONFIG_NAME
 from .constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .constants import WEIGHTS_NAME as WEIGHTS_NAME
@@ -24,8 +25,10 @@ class _Copied(type):
     def __instancecheck__(cls, module: Any) -> bool:
         if not cls.rows:
             return is_copied(module)
-        return is_layer(module) and any(
-            e.method.peft_name == "TRAINABLE_TOKENS" for s in (state_of(module).main,) if s for e in s.entries.values()
+        return (
+            isinstance(module, nn.Module)
+            and isinstance(module, Adapted)
+            and any(e.method.peft_name == "TRAINABLE_TOKENS" for _, e in entries(module).values())
         )
 
 

@@ -52,8 +52,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-
-
 def whisper_names(found: dict[str, Any]) -> dict[str, Any]:
     """CTranslate2's variables under transformers' names: (out, in) weights stay as they are, fused ones are split."""
     import numpy as np
@@ -99,7 +97,9 @@ def whisper_names(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def layers(found: dict[str, Any], side: str) -> int:
-    return len({n.split("/")[1] for n in found if n.startswith(f"{side}/layer_") and "layer_norm" not in n.split("/")[1]})
+    return len(
+        {n.split("/")[1] for n in found if n.startswith(f"{side}/layer_") and "layer_norm" not in n.split("/")[1]}
+    )
 
 
 def whisper(source: Path, target: Path) -> None:

@@ -169,7 +169,7 @@ def keep_statistics(base: Any) -> None:
         frozen = all(not p.requires_grad for p in module.parameters())
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and frozen:
             module.eval()
-            module.train = lambda mode=True, module=module: module  # Trainer's model.train() leaves it so
+            vars(module)["train"] = lambda mode=True, module=module: module  # Trainer's model.train() leaves it so
 
 
 def place() -> tuple[int, int]:

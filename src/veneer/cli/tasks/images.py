@@ -85,7 +85,8 @@ def rgb(image: Any, where: str) -> Any:
 
     try:
         if isinstance(image, str | Path):
-            where, image = f"{where}: {str(image)!r}", Image.open(image)
+            where = f"{where}: {str(image)!r}"
+            image = Image.open(image)
             image.load()
         elif isinstance(image, np.ndarray):
             image = Image.fromarray(image)

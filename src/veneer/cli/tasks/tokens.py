@@ -41,8 +41,8 @@ class TokenClassification(Task):
                     )
 
     def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
-        seen = [[str(x) for r in rows for x in r[run.labels_column]] for rows in (train, held_out)]
-        return classes(run, *seen, run.labels_column)
+        taught, asked = ([str(x) for r in rows for x in r[run.labels_column]] for rows in (train, held_out))
+        return classes(run, taught, asked, run.labels_column)
 
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         """The first piece of a word carries its label, the others none (-100); a box goes to all pieces of its word."""

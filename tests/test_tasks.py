@@ -42,7 +42,20 @@ from veneer.cli.tasks.images import rgb
 from veneer.cli.tasks.speech import sound
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DIGITS = ["--held-out", 200, "--steps", 120, "--batch-size", 32, "--r", 16, "--lora-alpha", 64, "--learning-rate", "5e-3"]
+DIGITS = [
+    "--held-out",
+    200,
+    "--steps",
+    120,
+    "--batch-size",
+    32,
+    "--r",
+    16,
+    "--lora-alpha",
+    64,
+    "--learning-rate",
+    "5e-3",
+]
 WORDS = [
     "pay",
     "to",

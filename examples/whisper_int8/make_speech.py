@@ -81,13 +81,15 @@ def with_library(text: str, voice: str, speed: int) -> tuple[Any, int]:
         rate = library.espeak_Initialize(retrieval, 0, str(data).encode(), 0)
     parts: list[Any] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
     def take(wave: Any, n: int, _: Any) -> int:
         if wave and n:
             parts.append(np.ctypeslib.as_array(wave, (n,)).copy())
         return 0
 
-    library.espeak_SetSynthCallback(take)
+    heard = callback(take)  # kept, as the library calls it later
+    library.espeak_SetSynthCallback(heard)
     language, _, _ = voice.partition("+")
     if library.espeak_SetVoiceByName(voice.encode()):
         # Some names are those of languages, which this library finds by their properties only.

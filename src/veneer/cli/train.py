@@ -75,7 +75,9 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with user_input():
         config = run.config().replace(base_model_name_or_path=run.model)
-        heads = [n for n, _ in base.named_children() if n in task.heads] or [n for n in task.heads if has_module(base, n)]
+        heads = [n for n, _ in base.named_children() if n in task.heads] or [
+            n for n in task.heads if has_module(base, n)
+        ]
         if heads and hasattr(config, "modules_to_save") and not config.modules_to_save:
             config = config.replace(modules_to_save=heads)
         model = veneer.get_peft_model(base, config)

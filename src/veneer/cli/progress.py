@@ -83,6 +83,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         names = {"loss": "loss", "eval_loss": "held_out_loss", "eval_accuracy": "accuracy", "grad_norm": "grad_norm",
                  "learning_rate": "learning_rate"}  # fmt: skip
+        names |= {k: k.removeprefix("eval_") for k in logs if k in ("eval_f1", "eval_exact_match")}
         line = {"step": state.global_step, **{n: logs[k] for k, n in names.items() if k in logs}}
         if len(line) > 1:
             with open(self.path, "a", encoding="utf-8") as file:

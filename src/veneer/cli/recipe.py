@@ -11,9 +11,9 @@ import yaml
 
 from ..targets import suggest
 from .models import QUANTIZED
+from .tasks import TASKS
 
 PLAIN = {"learning_rate": 1e-3, "warmup": 0}  # where neither the user nor the method says more
-TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 PACKAGED = Path(__file__).parent / "recipes"
 
 
@@ -29,9 +29,10 @@ class Run:
         ValueError: a value of the wrong type or out of range.
     """
 
-    model: str = setting("", "hub id, folder, or embedded name (smollm2-135m, minilm-l6-v2)")
+    model: str = setting("", "hub id, folder, or embedded name (smollm2-135m, minilm-l6-v2, whisper-tiny.en, ...)")
     data: str = setting(
-        "", "embedded name (ui-en-es, movie-sentiment, ...), a JSONL, CSV or Parquet file, or a datasets id"
+        "",
+        "embedded name (ui-en-es, movie-sentiment, ...), a JSONL, CSV or Parquet file, a folder with a folder of images for each class, or a datasets id",
     )
     task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASKS), allowed=tuple(TASKS))
     method: dict[str, Any] = field(
@@ -47,8 +48,23 @@ class Run:
     held_out: float = setting(0.1, "part of the data, or number of rows, kept for measuring", low=0)
     prompt_column: str = setting("prompt", "column with the input of a completion")
     completion_column: str = setting("completion", "column with the text to learn")
-    text_column: str = setting("text", "column with plain text, or with what is classified")
+    text_column: str = setting("text", "column with plain text, with what is classified, or with what is said")
     label_column: str = setting("label", "column with the class")
+    image_column: str = setting("image", "column with an image: its path, beside the data file or from here")
+    audio_column: str = setting("audio", "column with a sound file: its path, beside the data file or from here")
+    words_column: str = setting("words", "column with lists of words")
+    labels_column: str = setting("labels", "column with lists of the words' classes")
+    boxes_column: str = setting("boxes", "column with lists of where the words stand on a page of 1000 by 1000")
+    context_column: str = setting("context", "column with the text that answers stand in")
+    question_column: str = setting("question", "column with the question")
+    answer_column: str = setting("answer", "column with the answer, a text or SQuAD's text and answer_start")
+    image_size: int | None = setting(None, "pixels of an image's side [default: the model's]", low=8)
+    evaluate: str = setting(
+        "loss",
+        "what is measured before and after, of causal-lm and seq2seq-lm: loss, or generate, the share of held-out "
+        "completions that are generated word for word too",
+        allowed=("loss", "generate"),
+    )
     chat: bool = setting(False, "wrap prompts and completions in the model's chat template")
     limit: int | None = setting(None, "use this many training rows at most", low=1)
     epochs: float = setting(1.0, "passes over the data, unless --steps is given", low=0)
@@ -122,7 +138,7 @@ class Run:
                     f"method {name!r} has no field {key!r}{suggest(key, fields)}; see: veneer methods {name}"
                 )
         try:
-            return cls(task_type=TASKS[self.task], **options)
+            return cls(task_type=TASKS[self.task].peft_type, **options)
         except TypeError as error:
             raise ValueError(f"method {name!r}: {error}") from error
 

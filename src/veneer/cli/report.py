@@ -15,13 +15,18 @@ from .. import codec
 
 @dataclass
 class Report:
-    """Figures of one run. Sizes are bytes, times seconds, losses mean cross-entropy on held-out rows (nats)."""
+    """Figures of one run. Sizes are bytes, times seconds, losses means on held-out rows (nats).
+
+    Attributes:
+        measured: what else was measured on held-out rows, before and after.
+    """
 
     run: dict[str, Any]
     loss_before: float
     loss_after: float
     accuracy_before: float | None
     accuracy_after: float | None
+    measured: dict[str, tuple[float, float]]
     samples: list[dict[str, str]]
     trained_parameters: int
     all_parameters: int
@@ -34,8 +39,7 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """The figures as text."""
         rows = [("held-out loss", f"{self.loss_before:.3f} -> {self.loss_after:.3f}")]
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            rows.append(("held-out accuracy", f"{self.accuracy_before:.3f} -> {self.accuracy_after:.3f}"))
+        rows += [(f"held-out {n.replace('_', ' ')}", f"{b:.3f} -> {a:.3f}") for n, (b, a) in self.measured.items()]
         share = 100 * self.trained_parameters / self.all_parameters
         rows += [
             ("trained parameters", f"{self.trained_parameters:,} of {self.all_parameters:,} ({share:.2f}%)"),

@@ -18,12 +18,12 @@ from ..interop import liger, optimizers
 from ..interop.sharding import shape_of
 from . import data as rows_of
 from .errors import InputError, user_input
-from .generate import complete
 from .launch import check_rows
 from .malloc import give_back
-from .models import load_model, load_tokenizer
+from .models import load_model
 from .recipe import Run
 from .report import Report, peak_memory, plot, show
+from .tasks import TASKS, Task
 
 OURS = (codec.CONFIG_NAME, codec.WEIGHTS_NAME, "metrics.jsonl", "loss.png", "report.json", "report.md", "recipe.yaml")
 
@@ -42,7 +42,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     rank, processes = place()
     check_rows(run, processes)
     console = Console(quiet=rank > 0)
-    folder = prepare_folder(run, resume, overwrite, write=rank == 0)
+    task = TASKS[run.task]
     found = rows_of.load(run)
     import torch
     import transformers
@@ -54,15 +54,21 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     transformers.utils.logging.set_verbosity_error()
     transformers.set_seed(run.seed)
     with console.status(f"loading {run.model}"):
-        tokenizer = load_tokenizer(run.model)
-        train_rows = rows_of.encode(run, found.train, tokenizer, found.labels)
-        held_out = rows_of.encode(run, found.held_out, tokenizer, found.labels)
+        processor = task.processor(run)
+        train_rows = task.encode(run, found.train, processor, found.labels)
+        held_out = task.encode(run, found.held_out, processor, found.labels)
+        # Only now, so that data which cannot be used replace no earlier run.
+        folder = prepare_folder(run, resume, overwrite, write=rank == 0)
         # Before the model: under ZeRO-3 each process then keeps its part of the weights only, as they are read.
         arguments = settings(run, len(train_rows), folder)
-        options = {"num_labels": len(found.labels), "id2label": dict(enumerate(found.labels))} if found.labels else {}
+        options: dict[str, Any] = {}
+        if found.labels:
+            names = dict(enumerate(found.labels))
+            options = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+            options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
         base = load_model(run.model, run.task, run.dtype, run.quantize, **options)
-        if base.config.pad_token_id is None:
-            base.config.pad_token_id = tokenizer.pad_token_id
+        if getattr(base.config, "pad_token_id", None) is None:
+            base.config.pad_token_id = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
         if run.quantize is not None:
             veneer.prepare_model_for_kbit_training(
                 base,
@@ -73,7 +79,13 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with user_input():
         config = run.config().replace(base_model_name_or_path=run.model)
+        heads = [n for n, _ in base.named_children() if n in task.heads] or [
+            n for n in task.heads if has_module(base, n)
+        ]
+        if heads and hasattr(config, "modules_to_save") and not config.modules_to_save:
+            config = config.replace(modules_to_save=heads)
         model = veneer.get_peft_model(base, config)
+        keep_statistics(base)
         if run.liger:
             arguments.use_liger_kernel, arguments.liger_kernel_config = True, liger.loss_only(base)
     trained, total = model.get_nb_trainable_parameters()
@@ -84,8 +96,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     if rank == 0:
         model.print_trainable_parameters()
 
-    prompts = [rows_of.prompt_text(run.chat, str(r[run.prompt_column]), tokenizer) for r in found.held_out
-               if run.prompt_column in r][: run.samples if run.task != "classification" else 0]  # fmt: skip
+    answered = found.held_out if task.scored(run) else found.held_out[: run.samples]
+    prompts = task.asked(run, answered, processor)
     started = time.perf_counter()
     checkpoint = last_checkpoint(folder) if resume else None
     says_before: list[str] = []
@@ -95,20 +107,22 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         """When all is in place for the first step, so that sharded layers find their weights."""
         with console.status("measuring before training"):
             with model.disable_adapter():  # the base model itself, also when a run is resumed
-                says_before.extend(complete(base, tokenizer, prompts, run.max_new_tokens))
+                says_before.extend(task.answers(run, base, processor, answered))
             if checkpoint is None:
                 before.update(trainer.evaluate())
+                before.update(task.scores(run, answered, says_before) if task.scored(run) else {})
         if checkpoint is not None:
             before.update(json.loads((folder / "before.json").read_text()))
             console.print(f"resuming from {checkpoint}")
         elif rank == 0:
             codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
 
-    trainer = make_trainer(run, arguments, model, tokenizer, train_rows, held_out, folder, console, measure)
+    trainer = make_trainer(run, arguments, model, processor, train_rows, held_out, folder, console, measure)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with console.status("measuring after training"):
         after = trainer.evaluate()
-        says_after = complete(base, tokenizer, prompts, run.max_new_tokens)
+        says_after = task.answers(run, base, processor, answered)
+        after.update(task.scores(run, answered, says_after) if task.scored(run) else {})
     with user_input():
         model.save_pretrained(folder, is_main_process=rank == 0)
     trainer.accelerator.wait_for_everyone()
@@ -120,9 +134,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         loss_after=after["eval_loss"],
         accuracy_before=before.get("eval_accuracy"),
         accuracy_after=after.get("eval_accuracy"),
+        measured={k.removeprefix("eval_"): (before[k], after[k]) for k in after if k in before and measures(k)},
         samples=[
             {"prompt": p, "before": b, "after": a} for p, b, a in zip(prompts, says_before, says_after, strict=True)
-        ],
+        ][: run.samples],
         trained_parameters=trained,
         all_parameters=total,
         adapter_bytes=(folder / codec.WEIGHTS_NAME).stat().st_size,
@@ -140,6 +155,27 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
 
         dist.destroy_process_group()
     return report
+
+
+def measures(key: str) -> bool:
+    """Whether a figure of Trainer's is of the model, and not of the time it took or the loss, which is apart."""
+    return key.startswith("eval_") and not key.endswith(("_loss", "_runtime", "_per_second", "_preparation_time"))
+
+
+def has_module(base: Any, name: str) -> bool:
+    """Whether a module somewhere in a model has this name."""
+    return any(n.rpartition(".")[2] == name for n, _ in base.named_modules())
+
+
+def keep_statistics(base: Any) -> None:
+    """Frozen batch norms keep the means and variances of their pretraining, as the adapter's files hold none."""
+    import torch
+
+    for module in base.modules():
+        frozen = all(not p.requires_grad for p in module.parameters())
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and frozen:
+            module.eval()
+            vars(module)["train"] = lambda mode=True, module=module: module  # Trainer's model.train() leaves it so
 
 
 def place() -> tuple[int, int]:
@@ -228,23 +264,22 @@ def settings(run: Run, rows: int, folder: Path) -> Any:
         save_strategy="steps" if run.save_every else "no",
         save_steps=run.save_every or 500,
         save_total_limit=2,
-        prediction_loss_only=run.task != "classification",
+        prediction_loss_only=type(TASKS[run.task]).metrics is Task.metrics,
         disable_tqdm=True,
         report_to=[],
         seed=run.seed,
         data_seed=run.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if TASKS[run.task].by_length else "random",
     )
 
 
 def make_trainer(
-    run: Run, arguments: Any, adapted: Any, tokenizer: Any, train_rows: Any, held_out: Any, folder: Path,
+    run: Run, arguments: Any, adapted: Any, processor: Any, train_rows: Any, held_out: Any, folder: Path,
     console: Any, measure: Callable[[], None],
 ) -> Any:  # fmt: skip
     """Trainer on the adapted base model, saving and loading only the adapter; it calls `measure` before it trains."""
-    import numpy as np
     import torch
     import transformers
     from transformers import Trainer
@@ -256,7 +291,7 @@ def make_trainer(
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
-            if run.task == "classification":
+            if not task.by_token:
                 return dict(super().evaluate(*args, **kwargs))
             base = self.model
             totals = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
@@ -329,16 +364,8 @@ def make_trainer(
             for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-    if run.task == "classification":
-        collator: Any = transformers.DataCollatorWithPadding(tokenizer)
-    else:
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
-
-    def accuracy(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids).mean())}
-
-    base = adapted.get_base_model()
+    task, base = TASKS[run.task], adapted.get_base_model()
+    collator = task.collator(run, processor, base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base._hf_peft_config_loaded = True  # else it takes a quantized model for one that is trained itself
@@ -348,7 +375,7 @@ def make_trainer(
             train_dataset=train_rows,
             eval_dataset=held_out,
             data_collator=collator,
-            compute_metrics=accuracy if run.task == "classification" else None,
+            compute_metrics=None if arguments.prediction_loss_only else task.metrics,
             callbacks=[Metrics(folder / "metrics.jsonl"), Before(measure), Bar(console, arguments.max_steps)]
             if place()[0] == 0
             else [Before(measure)],

@@ -100,3 +100,25 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
         "assert isinstance(accelerator.unwrap_model(model), peft.PeftModel)\n"
     )
     run("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "veneer.peft", script)
+
+
+@pytest.mark.parametrize("how", ["peft", "veneer"])
+def test_the_announcements_code(how: str, tmp_path: Path) -> None:
+    """Hub names are folders here, where a tiny mT5 that reads bytes stands for mt0-large."""
+    import torch
+    from transformers import ByT5Tokenizer, MT5Config, MT5ForConditionalGeneration
+
+    folder = tmp_path / "bigscience" / "mt0-large"
+    torch.manual_seed(0)
+    config = MT5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    MT5ForConditionalGeneration(config).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    before = ["-m", "veneer.peft"] if how == "veneer" else []
+    done = subprocess.run(
+        [sys.executable, *before, str(SCRIPTS / "announcement.py")], env=ENVIRONMENT, cwd=tmp_path, check=False,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # 2 layers with attention of the encoder, and two of the decoder, q and v: 12 matrices of r (32 + 32) numbers.
+    assert "trainable params: 6,144 || all params: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "complaint"

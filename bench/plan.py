@@ -43,7 +43,8 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     import transformers
     from transformers import AutoConfig
 
-    from veneer.cli.models import AUTO, load_model, locate
+    from veneer.cli.models import load_model, locate
+    from veneer.cli.tasks import TASKS
 
     torch.set_num_threads(1)
     if layout != "one":
@@ -52,7 +53,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     # The libraries start in a small model of the same kind, and not in what is measured.
     config = AutoConfig.from_pretrained(locate(name), num_hidden_layers=1, vocab_size=1024)
     config.pad_token_id = config.pad_token_id or 0
-    small = getattr(transformers, AUTO[task]).from_config(config, dtype=getattr(torch, dtype))
+    small = getattr(transformers, TASKS[task].auto).from_config(config, dtype=getattr(torch, dtype))
     # In a thread of its own, whose scratch memory goes with it.
     thread = threading.Thread(target=train, args=(small, task, rows, tokens, checkpointing, layout))
     thread.start()

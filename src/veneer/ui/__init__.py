@@ -1,0 +1,1 @@
+"""`veneer ui`: a page in the browser over the commands, which run as processes of their own."""

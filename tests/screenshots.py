@@ -90,7 +90,7 @@ def pictures(out: Path, folder: Path, how: str) -> None:
         keep(page, out / f"ui-dreambooth-{how}.png")
 
 
-def main(out: Path) -> None:
+def main(out: Path, wanted: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -99,9 +99,9 @@ def main(out: Path) -> None:
         diffusion.pipeline(folder / "parts").save_pretrained(folder / "models" / "tiny-sd")
         diffusion.images(folder / "pictures")
         (folder / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PAIRS))
-        for how in LOOKS:
+        for how in wanted or LOOKS:
             pictures(out, folder, how)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

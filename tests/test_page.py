@@ -185,7 +185,7 @@ def until(page: Any, selector: str, text: str, seconds: int = 60) -> str:
         said: str = page.locator(selector).inner_text()
         if text in said:
             return said
-        assert f"{text.split()[0]} failed" not in said or text.endswith("failed"), said
+        assert f"{text.split(maxsplit=1)[0]} failed" not in said or text.endswith("failed"), said
         page.wait_for_timeout(250)
     raise AssertionError(f"{text!r} did not come: {said}")
 

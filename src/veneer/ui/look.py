@@ -46,14 +46,18 @@ def theme() -> Any:
 
 
 def curve(folder: Path) -> pd.DataFrame | None:
-    """The losses of a run: step, loss, and which; None before the first, as a plot without curves never gets any."""
+    """The losses of a run: step, loss, and which; None before the first of training, as a plot never shows a curve that it began without."""
     rows = [
         (int(m["step"]), float(m[key]), label)
         for m in metrics(folder / "metrics.jsonl")
         for key, label in CURVES.items()
         if key in m and "step" in m
     ]
-    return pd.DataFrame(rows, columns=["step", "loss", "curve"]) if rows else None
+    return (
+        pd.DataFrame(rows, columns=["step", "loss", "curve"])
+        if any(which == "training" for *_, which in rows)
+        else None
+    )
 
 
 def duration(seconds: float) -> str:

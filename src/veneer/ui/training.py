@@ -155,7 +155,7 @@ class Training:
             with gr.Column(scale=6):
                 state = gr.HTML(look.state(None), elem_id="state")
                 plot = gr.LinePlot(
-                    None, x="step", y="loss", color="curve", color_map=look.COLOURS, height=330, label="Loss", elem_id="loss",
+                    None, x="step", y="loss", color="curve", color_map=look.COLOURS, height=330, label="Loss: training green, held out orange", elem_id="loss",
                     x_title="optimizer step", y_title="loss", color_title=" ",
                 )  # fmt: skip
                 figures = gr.Markdown(elem_id="figures")

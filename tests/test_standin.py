@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import hub
 import veneer
 
 HERE = Path(__file__).parent
@@ -19,9 +21,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(veneer.__file__).parents[1])
                "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
 
 
-def run(*arguments: object, ok: bool = True) -> str:
+def run(*arguments: object, ok: bool = True, more: dict[str, str] | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=180)
+    done = subprocess.run(
+        command, env=ENVIRONMENT | (more or {}), capture_output=True, text=True, check=False, timeout=180
+    )
     assert (done.returncode == 0) is ok, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -32,14 +36,42 @@ def test_a_script_runs_under_both(script: str, how: str) -> None:
     run(*(["-m", "veneer.peft"] if how == "veneer" else []), SCRIPTS / f"{script}.py")
 
 
-def test_diffusers_draws_the_same_images(tmp_path: Path) -> None:
+def figures(script: str, folder: Path) -> tuple[Any, Any]:
+    """What a script finds out under peft, and under Veneer."""
     for how, before in (("peft", []), ("veneer", ["-m", "veneer.peft"])):
-        run(*before, SCRIPTS / "in_diffusers.py", tmp_path / f"{how}.npz")
-    a, b = (np.load(tmp_path / f"{how}.npz") for how in ("peft", "veneer"))
+        run(*before, SCRIPTS / f"{script}.py", folder / f"{how}.npz")
+    a, b = (np.load(folder / f"{how}.npz") for how in ("peft", "veneer"))
     assert a.files == b.files
+    return a, b
+
+
+@pytest.mark.parametrize("script", ["in_diffusers", "in_xl_and_flux"])
+def test_diffusers_draws_the_same_images(script: str, tmp_path: Path) -> None:
+    a, b = figures(script, tmp_path)
     for name in a.files:
+        base = name.rpartition(":")[0] + ": base" if ":" in name else "base"
         assert abs(a[name] - b[name]).max() <= 1, name  # of 255
-        assert name == "base" or abs(b[name] - b["base"]).max() > 3, name
+        assert name == base or abs(b[name] - b[base]).max() > 3, name
+
+
+def test_sentence_transformers_embeds_the_same(tmp_path: Path) -> None:
+    a, b = figures("in_sentence_transformers", tmp_path)
+    for name in a.files:
+        assert abs(a[name] - b[name]).max() <= 1e-5, name
+    assert abs(b["first"] - b["base"]).max() > 1e-2 and abs(b["trained"] - b["first"]).max() > 1e-2
+
+
+def test_to_the_hub_and_back(tmp_path: Path) -> None:
+    with hub.serving() as there:
+        more = {"HF_ENDPOINT": there.address, "HF_TOKEN": hub.TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+        for how, before in (("peft", []), ("veneer", ["-m", "veneer.peft"])):
+            run(*before, SCRIPTS / "on_the_hub.py", how, more=more)
+        card = there.repositories["me/veneer-adapter"]["main"]["README.md"].decode()
+        assert "base_model: me/veneer-base" in card and "library_name: peft" in card
+        assert "me/veneer-adapter" in there.private and "the first" in there.messages
+        trained = there.repositories["me/veneer-trained"]["main"]
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(trained)
 
 
 def test_modules_names_and_versions_are_veneers(tmp_path: Path) -> None:

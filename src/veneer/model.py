@@ -586,6 +586,24 @@ class PeftModel(nn.Module):
         if (len(names) > 1 or listed) and is_main_process:
             codec.save_set(names, [n for n in self.active_adapters if n in names], save_directory)
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """See that the README.md in a folder says what it is an adapter for, as the hub wants; Trainer calls it.
+
+        What the card says besides, such as the figures that Trainer writes, stays.
+        """
+        from huggingface_hub import ModelCard
+
+        path = Path(output_dir) / "README.md"
+        config = self.active_peft_config if self.active_adapters else next(iter(self.peft_config.values()))
+        config = with_base_name(config, self.get_base_model())
+        own: Any = ModelCard(codec.model_card(config))
+        card: Any = ModelCard.load(path) if path.is_file() else own
+        card.data.library_name = own.data.library_name
+        card.data.tags = sorted({*(card.data.tags or []), *(own.data.tags or [])})
+        if own.data.base_model is not None:
+            card.data.base_model = own.data.base_model
+        codec.write_atomic(path, lambda p: codec.write_text(p, str(card)))
+
     def push_to_hub(
         self,
         repo_id: str,

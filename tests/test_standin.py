@@ -96,6 +96,35 @@ def test_modules_names_and_versions_are_veneers(tmp_path: Path) -> None:
     assert "no such file" in run("-m", "veneer.peft", tmp_path / "nowhere.py", ok=False)
 
 
+def test_processes_that_it_starts_stand_in_too(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.of_the_user = True\n")
+    (tmp_path / "work.py").write_text(
+        "import importlib.metadata, sys\n"
+        "def work(_=None):\n"
+        "    assert sys.of_the_user and 'torch' not in sys.modules  # nothing heavy before somebody asks\n"
+        "    assert importlib.metadata.version('peft') == '0.22.0' and importlib.metadata.version('numpy')\n"
+        "    import peft.tuners.lora\n"
+        "    return peft.__file__, peft.LoraConfig(r=3).r\n"
+        "if __name__ == '__main__':\n    print(work())\n"
+    )
+    (tmp_path / "script.py").write_text(
+        "import multiprocessing, subprocess, sys\nimport work\n"
+        "if __name__ == '__main__':\n"
+        "    import peft\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        assert pool.map(work.work, [0]) == [(peft.__file__, 3)]\n"
+        "    said = subprocess.run([sys.executable, 'work.py'], capture_output=True, text=True, check=True).stdout\n"
+        "    assert 'veneer' in said and said.strip().endswith(', 3)'), said\n"
+        "    assert 'veneer' in peft.__file__\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "veneer.peft", "script.py"],
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{tmp_path}"},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_off_unless_asked_for_and_never_a_mixture() -> None:
     code = (
         "import sys, veneer\nassert 'peft' not in sys.modules and 'veneer.peft' not in sys.modules\n"
@@ -107,6 +136,9 @@ def test_off_unless_asked_for_and_never_a_mixture() -> None:
     code = (
         "import veneer.peft\nveneer.peft.enable()\nimport peft\nassert peft is veneer.peft\nveneer.peft.disable()\n"
         "import peft\nassert 'veneer' not in peft.__file__\n"
+        "import os, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', 'import peft; assert \"veneer\" not in peft.__file__'], check=True)\n"
+        "assert 'children' not in os.environ.get('PYTHONPATH', '')\n"
     )
     run("-c", code)
 

@@ -22,6 +22,7 @@ NAME, OWN = "peft", "veneer.peft"
 NAMES_OF = "0.21.2"  # the release whose public names `--check` counts
 VERSION = "0.22.0"  # what is told: transformers 5.24 uses its adapters with no earlier one, and works with what is here
 VARIABLE = "VENEER_STANDS_IN_FOR_PEFT"  # "1" in processes that a standing-in one starts
+CHILDREN = str(Path(__file__).parent / "children")  # what makes them stand in as well
 
 
 class Loader(importlib.abc.Loader):
@@ -83,7 +84,9 @@ def enabled() -> bool:
 
 
 def enable() -> None:
-    """From now on `import peft` is Veneer, in this process and in those that it starts with `python -m veneer.peft`.
+    """From now on `import peft` is Veneer, in this process and in those that it starts, by whatever means.
+
+    They are reached through PYTHONPATH; one that is started with `python -E` or `-I` is not.
 
     Raises:
         RuntimeError: the real peft was imported already; a mixture of both would follow.
@@ -103,6 +106,9 @@ def enable() -> None:
     trainers.show()
     sys.meta_path.insert(0, Finder())
     os.environ[VARIABLE] = "1"
+    before = os.environ.get("PYTHONPATH")
+    if CHILDREN not in (before or "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *([before] if before else [])])
 
 
 def disable() -> None:
@@ -115,3 +121,8 @@ def disable() -> None:
     layers.hide()
     trainers.hide()
     os.environ.pop(VARIABLE, None)
+    left = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != CHILDREN]
+    if left:
+        os.environ["PYTHONPATH"] = os.pathsep.join(left)
+    else:
+        os.environ.pop("PYTHONPATH", None)

@@ -139,15 +139,12 @@ def reason(module: nn.Module, inputs: Any) -> str:
             return f"its {name!r} is not finite; " + (
                 whose if ":" in name else "the base model's file or dtype is broken"
             )
-    if not finite(inputs):
-        return "what goes into it is not finite already: look at the batch, and at what is computed between the modules before"
-    largest = max((float(t.abs().max()) for t in floats(inputs) if t.numel()), default=0.0)
     dtypes = {t.dtype for t in floats(inputs)} | {p.dtype for p in module.parameters() if p.is_floating_point()}
+    overflows = f"computes in float16, whose largest number is {HALF_LIMIT:g}; use bfloat16 or float32"
+    if not finite(inputs):
+        before = "what goes into it is not finite already: look at the batch, and at what is computed between the modules before"
+        return f"{before}, which {overflows}" if torch.float16 in dtypes else before
+    largest = max((float(t.abs().max()) for t in floats(inputs) if t.numel()), default=0.0)
     if torch.float16 in dtypes:
-        return (
-            f"it computes in float16, whose largest number is {HALF_LIMIT:g}, on inputs up to {largest:.3g}: "
-            "use bfloat16 or float32"
-        )
-    return (
-        f"its inputs are finite, up to {largest:.3g}: it divides by 0, or takes a root or logarithm where there is none"
-    )
+        return f"inputs are finite, up to {largest:.3g}, and it {overflows}"
+    return f"inputs are finite, up to {largest:.3g}: it divides by 0, or takes a root or logarithm where there is none"

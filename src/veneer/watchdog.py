@@ -69,7 +69,7 @@ class Finding:
     fatal: bool = False
 
     def __str__(self) -> str:
-        return f"{self.what}. {self.cause}; {self.remedy}"
+        return f"{self.what}. {self.cause}. Remedy: {self.remedy}"
 
 
 @dataclass
@@ -144,14 +144,14 @@ class Watch:
         """Forget what was seen of one step."""
         self.call: Call | None = None
         self.used: set[tuple[int, str]] = set()  # runtime and adapter that forwards of this step applied
-        self.off: list[Runtime] = []  # whose adapters were disabled in a forward of this step
+        self.off: list[Finding] = []  # forwards with adapters disabled
         self.trained: list[Trained] = []
         self.marked: dict[int, Any] = {}  # parameters whose gradient is looked for
         self.arrived: list[tuple[int, Tensor]] = []  # parameters in the order of the backward, and whether finite
         self.outer: Tensor | None = None  # whether the gradient that the model's output gets is finite
         self.labels: list[bool] = []  # of each batch, whether all are ignored
         self.losses: list[Tensor] = []
-        self.backwards, self.overflow = 0, False
+        self.backwards, self.overflow, self.closure = 0, False, False
         self.done: set[int] = set()  # optimizers that have stepped
         self.before_step: dict[int, tuple[Tensor, Tensor, Tensor, float]] | None = None
 
@@ -173,17 +173,19 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        dead = [self.why_idle(runtime) for runtime in self.off]
-        if isinstance(error, RuntimeError) and not isinstance(error, WatchError) and dead and not self.closed:
+        off = self.off[:1]
+        if isinstance(error, RuntimeError) and not isinstance(error, WatchError) and off and not self.closed:
             self.close()
-            raise WatchError(dead[:1]) from error
+            self.findings += off
+            raise WatchError(off) from error
         if error is None and not self.closed:
             self.finish()
         self.close()
 
     def finish(self) -> None:
         """Say what can be said where training ended before the second step."""
-        if self.backwards and self.optimizers and not self.steps and not self.done:
+        unstepped = self.backwards and self.optimizers and not self.steps and not self.done
+        if unstepped and not any(f.kind == "still" for f in self.findings):
             self.report([self.unstepped(fatal=False)])
         self.close()
 
@@ -193,9 +195,7 @@ class Watch:
         for handle in (*self.handles, *self.passing, *self.marked.values()):
             handle.remove()
         self.handles, self.passing, self.sample, self.optimizers = [], [], None, []
-        off = self.off
         self.begin()
-        self.off = off
 
     # What is seen.
 
@@ -256,6 +256,8 @@ class Watch:
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach())
         self.look_at_output(tensors, loss if isinstance(loss, Tensor) else None)
+        if self.closed:
+            return
         self.look_for_idle(runtime_of(module), any(t.requires_grad for t in tensors), bool(tensors))
         last = next((t for t in tensors if t.requires_grad), None)
         if last is not None and not self.closed:
@@ -282,11 +284,11 @@ class Watch:
 
     def stepping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Before an optimizer's step."""
-        if self.call is None or not self.backwards or torch.compiler.is_compiling() or scaled_away(optimizer):
+        if torch.compiler.is_compiling() or scaled_away(optimizer):
             return
-        if any(a is not None for a in (*args[1:], *kwargs.values())):  # a closure computes the gradients
-            self.before_step = self.before_step or {}
-        elif self.before_step is None:
+        if any(a is not None for a in (*args[1:], *kwargs.values())):  # a closure will compute the gradients
+            self.before_step, self.closure = self.before_step or {}, True
+        elif self.before_step is None and self.call is not None and self.backwards:
             self.before_step = {}
             self.report([*self.look_for_gradients(), *self.look_at_gradients()])
             if not self.closed:
@@ -302,9 +304,12 @@ class Watch:
 
     def settle(self) -> None:
         """After a step of all optimizers."""
+        if self.closure:
+            self.report([*self.look_for_gradients(), *self.look_at_gradients()])
         self.steps += 1
         self.discarded = 0
-        self.report([*self.look_at_movement(), *self.look_at_base()])
+        if not self.closed:
+            self.report([*self.look_at_movement(), *self.look_at_base()])
         if self.closed:
             return
         if self.steps == STEPS:
@@ -326,11 +331,12 @@ class Watch:
         new = [f for f in found if f not in self.findings]
         self.findings += new
         fatal = [f for f in new if f.fatal and self.action == "raise"]
+        if any(f.fatal for f in new):
+            self.close()  # what follows would follow from it
         for finding in new:
             if finding not in fatal and rank() == 0:
                 warnings.warn(str(finding), WatchWarning, stacklevel=3)
         if fatal:
-            self.close()
             raise WatchError(fatal)
 
     # What it means.
@@ -368,7 +374,7 @@ class Watch:
                     "The model was cast after adapters were attached, or they were attached with "
                     f"autocast_adapter_dtype=False; small updates of {kind} numbers are rounded away",
                     "cast the model before get_peft_model, which keeps adapters in float32, or cast them back: "
-                    "[p.data = p.data.float() for p in model.parameters() if p.requires_grad]",
+                    "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data",
                 )
             )
         base = [t for t in self.trained if t.adapter is None and any(inside(root, t.parameter) for root in self.roots)]
@@ -415,7 +421,7 @@ class Watch:
             return
         if not working:
             if runtime is not None and self.trained and not runtime.router.enabled:
-                self.off.append(runtime)  # for a moment perhaps, as for the outputs of a reference
+                self.off.append(self.why_idle(runtime))  # for a moment perhaps, as for the outputs of a reference
                 return
             self.report([self.why_idle(runtime)])
         elif tensors and not needs:

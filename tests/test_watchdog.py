@@ -182,7 +182,11 @@ def nan_in_the_backward() -> Watch:
 
 
 def loss_without_a_gradient() -> Watch:
-    return run(adapted(), loss=lambda m: (lambda z: z.mean() + (z - z.detach()).sqrt().sum())(m(input_ids=IDS).logits))
+    def loss(model: Any) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=IDS).logits
+        return logits.mean() + (logits - logits.detach()).sqrt().sum()
+
+    return run(adapted(), loss=loss)
 
 
 def half_precision() -> Watch:
@@ -427,6 +431,7 @@ HEALTHY: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "prefix tuning": ("llama", soft("PrefixTuningConfig"), {}),
     "prefix tuning, projected": ("llama", soft("PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=16), {}),
     "cpt": ("llama", veneer.CPTConfig(cpt_token_ids=[3, 4, 5, 6], cpt_tokens_type_mask=[1, 2, 3, 4]), {}),
+    "cpt, as it comes": ("llama", veneer.CPTConfig(cpt_token_ids=[3, 4, 5]), {}),
     "token rows": ("llama_tied", veneer.TrainableTokensConfig(token_indices=[3, 10]), {}),
     "seq2seq": ("t5", veneer.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"]), {}),
     "classification": ("bert", veneer.LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier"]), {}),
@@ -523,15 +528,15 @@ def test_healthy_recipes_are_let_be(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lora with dropout and warm-up", "nf4", "two adapters by row", "vera"])
 def test_the_numbers_are_the_same_unwatched(name: str, tmp_path: Path) -> None:
-    made = []
+    ends = []
     for watched in (True, False):
         torch.manual_seed(3)
         model, optimizer, step = healthy(name, tmp_path)
         with veneer.watch(model, optimizer) if watched else nullcontext():
             for _ in range(3):
                 step()
-        made.append([p.detach().clone() for p in trained(model)])
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+        ends.append([p.detach().clone() for p in trained(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 # In a Trainer, and in `veneer train`.
@@ -553,11 +558,11 @@ def trainer(model: Any, folder: Path, **options: Any) -> Any:
 )
 def test_a_trainer_is_watched(options: dict[str, Any], tmp_path: Path) -> None:
     model = adapted(lora_dropout=0.1)
-    made = trainer(model, tmp_path, **options)
+    own = trainer(model, tmp_path, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", veneer.WatchWarning)
-        made.train()
-    (callback,) = [c for c in made.callback_handler.callbacks if isinstance(c, veneer.WatchCallback)]
+        own.train()
+    (callback,) = [c for c in own.callback_handler.callbacks if isinstance(c, veneer.WatchCallback)]
     assert callback.watch.steps == 2 and callback.watch.findings == [] and hooks(model) <= 1  # transformers' own
 
 
@@ -571,7 +576,10 @@ def test_a_trainer_stops_where_it_is_pointless(tmp_path: Path) -> None:
         trainer(model, tmp_path).train()
 
 
-def test_train_is_watched(made: Path, tmp_path: Path) -> None:
+def test_train_is_watched(
+    made: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     given = ["--model", made / "causal", "--data", made / "pairs.jsonl", *SMALL, "--out", tmp_path, "--samples", "0"]
     given += ["--learning-rate", "0", "--target-modules", LINEAR]
     done = CliRunner().invoke(app, ["train", *map(str, given)])
@@ -581,6 +589,23 @@ def test_train_is_watched(made: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and (tmp_path / "report.json").exists()
 
 
-def test_an_optimizer_of_ours_to_see() -> None:
+def test_forwards_without_gradients_between_are_let_be() -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    with veneer.watch(model, optimizer) as watch:
+        for _ in range(2):
+            with torch.inference_mode():
+                loss_of(model)
+            loss = loss_of(model)
+            with torch.no_grad():
+                loss_of(model.eval())
+            model.train()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watch.findings == [] and watch.steps == 2
+
+
+def test_an_action_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="must be 'raise' or 'warn'"):
         veneer.watch(adapted(), action="stop")

@@ -123,13 +123,14 @@ class Watch:
         self.findings: list[Finding] = []
         self.roots = [m for m in self.model.modules() if runtime_of(m) is not None] or [self.model]
         self.handles: list[Any] = []  # of what stays until the end
-        self.passing: list[Any] = []  # of one forward
+        self.passing: list[Any] = []  # on layers, for one forward
         self.sample: list[tuple[str, Tensor, Tensor, Tensor]] | None = None  # name, tensor, where, values
         self.steps, self.discarded = 0, 0
-        self.closed = False
+        self.closed = self.trains = False
         self.never: dict[str, set[int]] = {}  # kind -> parameters it holds for in every step so far
         self.moved: set[int] = set()
-        self.said_idle = False
+        self.marked: dict[int, Any] = {}  # hooks on parameters whose gradient is looked for
+        self.ends: list[Any] = []  # hooks on outputs
         self.begin()
         for root in self.roots:
             for other in watches(root):
@@ -142,11 +143,13 @@ class Watch:
 
     def begin(self) -> None:
         """Forget what was seen of one step."""
+        for handle in (*self.marked.values(), *self.ends):
+            handle.remove()
         self.call: Call | None = None
         self.used: set[tuple[int, str]] = set()  # runtime and adapter that forwards of this step applied
         self.off: list[Finding] = []  # forwards with adapters disabled
         self.trained: list[Trained] = []
-        self.marked: dict[int, Any] = {}  # parameters whose gradient is looked for
+        self.marked, self.ends = {}, []
         self.arrived: list[tuple[int, Tensor]] = []  # parameters in the order of the backward, and whether finite
         self.outer: Tensor | None = None  # whether the gradient that the model's output gets is finite
         self.labels: list[bool] = []  # of each batch, whether all are ignored
@@ -191,16 +194,18 @@ class Watch:
 
     def close(self) -> None:
         """Remove all hooks."""
-        self.closed = True
-        for handle in (*self.handles, *self.passing, *self.marked.values()):
-            handle.remove()
-        self.handles, self.passing, self.sample, self.optimizers = [], [], None, []
+        self.closed, self.trains = True, False
+        self.let_go()
         self.begin()
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.sample, self.optimizers = [], None, []
 
     # What is seen.
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.let_go()
+        self.trains = False
         if torch.compiler.is_compiling():
             return
         if any(is_sharded(p) for p in module.parameters()):
@@ -235,6 +240,7 @@ class Watch:
             if id(one.parameter) not in self.marked and not one.sharded:
                 hook: Any = one.parameter.register_hook
                 self.marked[id(one.parameter)] = hook(partial(self.arrives, id(one.parameter)))
+        self.trains = True
         self.call = Call.of(module, args, kwargs, None if runtime is None else runtime.router)
 
     def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: Any) -> None:
@@ -249,7 +255,7 @@ class Watch:
         self.arrived.append((key, values.detach().isfinite().all()))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.call is None or self.call.root is not module or self.closed or torch.compiler.is_compiling():
+        if not self.trains or self.call is None or self.call.root is not module or torch.compiler.is_compiling():
             return
         tensors = list(floats(output))
         loss = output.get("loss") if hasattr(output, "get") else tensors[0] if tensors and not tensors[0].ndim else None
@@ -262,7 +268,7 @@ class Watch:
         last = next((t for t in tensors if t.requires_grad), None)
         if last is not None and not self.closed:
             hook: Any = last.register_hook
-            self.passing.append(hook(self.reaches_the_end))
+            self.ends.append(hook(self.reaches_the_end))
 
     def reaches_the_end(self, gradient: Tensor) -> None:
         """Have `ended` run when the backward that reached the output is over."""
@@ -316,9 +322,6 @@ class Watch:
             self.report(self.verdict())
             self.close()
             return
-        self.let_go()
-        for handle in self.marked.values():
-            handle.remove()
         self.begin()
 
     def let_go(self) -> None:

@@ -21,7 +21,7 @@ from models import IDS, MODELS
 from small import llama, scramble
 from test_cli import SMALL, made  # noqa: F401
 from veneer.cli.app import app
-from veneer.watchdog import Watch
+from veneer.watchdog import Watch, spread
 
 LINEAR = "all-linear"
 
@@ -604,6 +604,12 @@ def test_forwards_without_gradients_between_are_let_be() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert watch.findings == [] and watch.steps == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 17, 28311552, 2**33 + 1])
+def test_entries_that_are_compared_are_there(size: int) -> None:
+    where = spread(size).tolist()
+    assert where[0] == 0 and where[-1] == size - 1 and len(set(where)) == min(size, 16)
 
 
 def test_an_action_is_one_of_two() -> None:

@@ -812,9 +812,15 @@ def samples(root: nn.Module) -> list[tuple[str, Tensor, Tensor, Tensor]]:
                 found.append((f"{name}.running_mean", module.running_mean))
     taken = []
     for name, tensor in found:
-        where = torch.linspace(0, tensor.numel() - 1, min(SAMPLED, tensor.numel()), device=tensor.device).long()
+        where = spread(tensor.numel(), tensor.device)
         taken.append((name, tensor, where, torch.take(tensor.detach(), where)))
     return taken
+
+
+def spread(size: int, device: torch.device | None = None) -> Tensor:
+    """Positions of some entries from the first to the last of `size`, in whole numbers: float32 cannot count so far."""
+    count = min(SAMPLED, size)
+    return torch.arange(count, device=device) * (size - 1) // max(count - 1, 1)
 
 
 def places(trained: Iterable[Trained], rates: dict[int, float]) -> dict[int, tuple[Tensor, Tensor, Tensor, float]]:

@@ -297,7 +297,8 @@ def make_trainer(
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
             if not task.by_token:
-                return dict(super().evaluate(*args, **kwargs))
+                with torch.random.fork_rng(devices=[]):  # its loader draws from what dropout draws from
+                    return dict(super().evaluate(*args, **kwargs))
             base = self.model
             totals = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
             was_training = base.training

@@ -615,3 +615,47 @@ def test_entries_that_are_compared_are_there(size: int) -> None:
 def test_an_action_is_one_of_two() -> None:
     with pytest.raises(ValueError, match="must be 'raise' or 'warn'"):
         veneer.watch(adapted(), action="stop")
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_that_deepspeed_takes_away_are_let_be(accumulation: int) -> None:
+    """ZeRO's stages 1 and 2 keep gradients and what is updated in flat tensors of their own."""
+    model = adapted()
+    own = [nn.Parameter(p.detach().clone()) for p in trained(model)]
+    for p, flat in zip(trained(model), own, strict=True):
+        p._hp_mapping = flat  # type: ignore[attr-defined]
+
+        def take(p: nn.Parameter, flat: nn.Parameter = flat) -> None:
+            flat.grad, p.grad = p.grad, None
+
+        p.register_post_accumulate_grad_hook(take)
+    optimizer = torch.optim.AdamW(own, lr=1e-2)
+    with veneer.watch(model, optimizer) as watch:
+        for _ in range(3):
+            for _ in range(accumulation):
+                loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert watch.findings == [] and watch.steps == 2
+
+
+@pytest.mark.parametrize("how", ["a module", "in place"])
+def test_compiled_models(how: str) -> None:
+    model = adapted(llama(layers=1))
+    torch._dynamo.reset()
+    if how == "in place":
+        model.get_base_model().compile(backend="eager")
+    called = model if how == "in place" else torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    graphs = []
+    with veneer.watch(called, optimizer) as watch:
+        for _ in range(4):
+            steps(called, optimizer, count=1)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert watch.findings == [] and watch.steps == 2
+    assert graphs[0] == graphs[-1]  # nothing is compiled anew when it goes
+    with pytest.raises(veneer.WatchError, match="lacks 14 of 14"), veneer.watch(called, optimizer):
+        model.add_adapter("b", veneer.LoraConfig(r=4, target_modules=LINEAR))
+        model.set_adapter("b")
+        model.delete_adapter("default")
+        steps(called, optimizer)

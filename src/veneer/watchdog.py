@@ -72,7 +72,7 @@ class Finding:
         return f"{self.what}. {self.cause}. Remedy: {self.remedy}"
 
 
-@dataclass
+@dataclass(eq=False)
 class Trained:
     """A trained parameter, and whose it is."""
 
@@ -85,7 +85,13 @@ class Trained:
 
     @property
     def sharded(self) -> bool:
-        return is_sharded(self.parameter) or by_deepspeed(self.parameter)
+        """Whether each process holds a part of it, and no hook on it says what happens."""
+        return is_sharded(self.parameter)
+
+    @property
+    def taken(self) -> bool:
+        """Whether its gradient and its updates are elsewhere than with it."""
+        return self.sharded or by_deepspeed(self.parameter)
 
 
 def watch(model: nn.Module, optimizer: Any = None, *, action: str = "raise") -> Watch:
@@ -114,7 +120,9 @@ def watch(model: nn.Module, optimizer: Any = None, *, action: str = "raise") -> 
 class Watch:
     """See `watch`. `findings` are what was found so far; `close` ends it."""
 
-    def __init__(self, model: nn.Module, optimizer: Any = None, *, action: str = "raise") -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any = None, *, action: str = "raise", compiled: bool = False
+    ) -> None:
         if action not in ("raise", "warn"):
             raise ValueError(f"action={action!r}: must be 'raise' or 'warn'")
         self.model, self.action = bare(model), action
@@ -132,11 +140,16 @@ class Watch:
         self.marked: dict[int, Any] = {}  # hooks on parameters whose gradient is looked for
         self.ends: list[Any] = []  # hooks on outputs
         self.begin()
+        # A hook inside compiled code would become a part of it; around it there is room where it is a module.
+        self.seen = {model: model._modules["_orig_mod"]} if "_orig_mod" in model._modules else {}
+        if not self.seen and not compiled:
+            self.seen = {r: r for r in self.roots if r.__dict__.get("_compiled_call_impl") is None}
         for root in self.roots:
             for other in watches(root):
                 other.close()
-            self.handles.append(root.register_forward_pre_hook(self.before, with_kwargs=True))
-            self.handles.append(root.register_forward_hook(self.after, with_kwargs=True))
+        for module in self.seen:
+            self.handles.append(module.register_forward_pre_hook(self.before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.after, with_kwargs=True))
         for one in self.optimizers:
             self.handles.append(one.register_step_pre_hook(self.stepping))
             self.handles.append(one.register_step_post_hook(self.stepped))
@@ -220,19 +233,9 @@ class Watch:
             self.look_for_gradients_lost()
         if self.closed:
             return
-        runtime = runtime_of(module)
-        self.trained = survey(self.model)
-        if runtime is not None:
-            router = runtime.router
-            rows = router.rows()
-            names = list(flat(router.live())) if rows is None else list(rows.distinct)
-            while names:
-                name = names.pop()
-                self.used.add((id(runtime), name))
-                names += runtime.configs[name].uses if name in runtime.configs else ()
-        if self.sample is None:
-            self.sample = [s for root in self.roots for s in samples(root)]
-            self.report(self.look_at_parameters())
+        within = self.seen[module]
+        runtime = runtime_of(bare(within))
+        self.look_at_model([] if runtime is None else [runtime])
         labels = kwargs.get("labels")
         if isinstance(labels, Tensor) and labels.numel() and not labels.is_floating_point():
             self.labels.append(bool((labels == IGNORED).all()))
@@ -241,7 +244,21 @@ class Watch:
                 hook: Any = one.parameter.register_hook
                 self.marked[id(one.parameter)] = hook(partial(self.arrives, id(one.parameter)))
         self.trains = True
-        self.call = Call.of(module, args, kwargs, None if runtime is None else runtime.router)
+        self.call = Call.of(within, args, kwargs, None if runtime is None else runtime.router)
+
+    def look_at_model(self, runtimes: Iterable[Runtime]) -> None:
+        """What is trained, and what of that is at work now."""
+        self.trained = survey(self.model)
+        for runtime in runtimes:
+            rows = runtime.router.rows()
+            names = list(flat(runtime.router.live())) if rows is None else list(rows.distinct)
+            while names:
+                name = names.pop()
+                self.used.add((id(runtime), name))
+                names += runtime.configs[name].uses if name in runtime.configs else ()
+        if self.sample is None:
+            self.sample = [s for root in self.roots for s in samples(root)]
+            self.report(self.look_at_parameters())
 
     def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: Any) -> None:
         for backend in backends():
@@ -255,7 +272,7 @@ class Watch:
         self.arrived.append((key, values.detach().isfinite().all()))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.trains or self.call is None or self.call.root is not module or torch.compiler.is_compiling():
+        if not self.trains or self.call is None or self.seen[module] is not self.call.root:
             return
         tensors = list(floats(output))
         loss = output.get("loss") if hasattr(output, "get") else tensors[0] if tensors and not tensors[0].ndim else None
@@ -264,7 +281,7 @@ class Watch:
         self.look_at_output(tensors, loss if isinstance(loss, Tensor) else None)
         if self.closed:
             return
-        self.look_for_idle(runtime_of(module), any(t.requires_grad for t in tensors), bool(tensors))
+        self.look_for_idle(runtime_of(bare(self.seen[module])), any(t.requires_grad for t in tensors), bool(tensors))
         last = next((t for t in tensors if t.requires_grad), None)
         if last is not None and not self.closed:
             hook: Any = last.register_hook
@@ -292,9 +309,12 @@ class Watch:
         """Before an optimizer's step."""
         if torch.compiler.is_compiling() or scaled_away(optimizer):
             return
+        if not self.seen:  # compiled as a whole: what is there after the backward is all there is to see
+            self.look_at_model(r for r in map(runtime_of, self.roots) if r is not None)
+            self.backwards = sum(t.parameter.grad is not None for t in self.trained)
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # a closure will compute the gradients
             self.before_step, self.closure = self.before_step or {}, True
-        elif self.before_step is None and self.call is not None and self.backwards:
+        elif self.before_step is None and self.backwards and not self.closed:
             self.before_step = {}
             self.report([*self.look_for_gradients(), *self.look_at_gradients()])
             if not self.closed:
@@ -361,7 +381,7 @@ class Watch:
         """The last forward once more; nothing is seen of sharded models, whose processes would have to agree on it."""
         if self.call is None or any(is_sharded(p) for p in self.model.parameters()):
             return Seen()
-        runtime = runtime_of(self.call.root)
+        runtime = runtime_of(bare(self.call.root))
         return replay(self.call, None if runtime is None else runtime.router)
 
     def look_at_parameters(self) -> list[Finding]:
@@ -462,7 +482,7 @@ class Watch:
         """After the backwards of a step: trained parameters that got no gradient."""
         got = {key for key, _ in self.arrived}
         working = [t for t in self.trained if self.live(t) and not is_partitioned(t.parameter)]
-        lacking = [t for t in working if id(t.parameter) not in got and (t.parameter.grad is None or not t.sharded)]
+        lacking = [t for t in working if id(t.parameter) not in got and t.parameter.grad is None]
         ran: list[nn.Module] = []
         if lacking:
             ran = self.again().ran
@@ -471,7 +491,7 @@ class Watch:
             first = min((order[t.layer] for t in called if t.layer is not None), default=None)
             starved = [t for t in called if t.layer is not None and order[t.layer] == first]
             lacking = [t for t in lacking if t.layer is None or t.layer in order or t.sharded]
-            if len(lacking) == len(working) or (starved and all(id(t.parameter) not in got for t in starved)):
+            if len(lacking) == len(working) or (starved and all(t in lacking for t in starved)):
                 return [cut(lacking, self.trained, checkpointed(self.model))]
         self.keep("no gradient", lacking)
         return []
@@ -484,7 +504,7 @@ class Watch:
     def look_at_gradients(self) -> list[Finding]:
         """Before an optimizer's step: gradients that are not finite or all zero, and the dtypes of gradients."""
         found = []
-        whole = [t for t in self.trained if t.parameter.grad is not None and not t.sharded]
+        whole = [t for t in self.trained if t.parameter.grad is not None and not t.taken]
         sizes = largest([t.parameter.grad for t in whole])  # type: ignore[misc]
         weights = largest([t.parameter for t in whole])
         bad = [t for t, size in zip(whole, sizes, strict=True) if not torch.isfinite(torch.tensor(size))]
@@ -565,6 +585,7 @@ class Watch:
         found = []
         mine = {id(p) for p in self.model.parameters()}
         stale = [k for k, p in held.items() if k not in mine and p.requires_grad and p.grad is None]
+        stale = [] if any(t.taken for t in self.trained) else stale
         self.never["stale"] = self.never["stale"] & set(stale) if "stale" in self.never else set(stale)
         lacking = [t for t in still if id(t.parameter) not in held]
         if lacking and not waiting:
@@ -711,8 +732,8 @@ class Watch:
         """Whether gradients went away since the last backward, with no step of the optimizer."""
         if not self.optimizers or self.before_step is not None:
             return
-        grads = [t.parameter.grad for t in self.trained if not t.sharded and t.parameter.grad is not None]
-        if grads and any(largest(grads)):
+        here = [t.parameter.grad for t in self.trained if not t.taken]
+        if not here or any(largest([g for g in here if g is not None])):
             return
         self.discarded += 1
         overflow = self.overflow
@@ -828,7 +849,7 @@ def places(trained: Iterable[Trained], rates: dict[int, float]) -> dict[int, tup
     found = {}
     for one in trained:
         p, gradient = one.parameter, one.parameter.grad
-        if gradient is None or one.sharded or not p.numel():
+        if gradient is None or one.taken or not p.numel():
             continue
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         where = gradient.detach().abs().argmax()

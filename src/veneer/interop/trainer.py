@@ -26,7 +26,8 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         self.watch: Watch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watch = Watch(kwargs["model"], kwargs.get("optimizer"), action=self.action)
+        compiled = bool(getattr(args, "torch_compile", False))
+        self.watch = Watch(kwargs["model"], kwargs.get("optimizer"), action=self.action, compiled=compiled)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch is not None and not self.watch.closed:

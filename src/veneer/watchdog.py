@@ -141,7 +141,9 @@ class Watch:
         self.ends: list[Any] = []  # hooks on outputs
         self.begin()
         # A hook inside compiled code would become a part of it; around it there is room where it is a module.
-        self.seen = {model: model._modules["_orig_mod"]} if "_orig_mod" in model._modules else {}
+        self.seen: dict[nn.Module, nn.Module] = {}  # what has the hooks -> what runs
+        if "_orig_mod" in model._modules:
+            self.seen = {model: model.get_submodule("_orig_mod")}
         if not self.seen and not compiled:
             self.seen = {r: r for r in self.roots if r.__dict__.get("_compiled_call_impl") is None}
         for root in self.roots:

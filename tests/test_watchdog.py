@@ -659,3 +659,18 @@ def test_compiled_models(how: str) -> None:
         model.set_adapter("b")
         model.delete_adapter("default")
         steps(called, optimizer)
+
+
+def test_losses_from_a_part_of_the_output_are_seen() -> None:
+    """As TRL's, which come from the logits while the model computes a loss of its own too."""
+    base = llama()
+    base.model.layers[0].register_forward_hook(lambda m, a, y: y.detach())
+    model = adapted(base)
+    optimizer = sgd(model)
+    with pytest.raises(veneer.WatchError, match="14 of 28"), veneer.watch(model, optimizer):
+        steps(model, optimizer, lambda m: m(input_ids=IDS, labels=IDS).logits.square().mean())
+    model = adapted()
+    optimizer = sgd(model)
+    with veneer.watch(model, optimizer) as watch:
+        steps(model, optimizer, lambda m: m(input_ids=IDS, labels=IDS).logits.square().mean())
+    assert watch.steps == 2 and watch.findings == []

@@ -134,7 +134,7 @@ class Watch:
         self.passing: list[Any] = []  # on layers, for one forward
         self.sample: list[tuple[str, Tensor, Tensor, Tensor]] | None = None  # name, tensor, where, values
         self.steps, self.discarded = 0, 0
-        self.closed = self.trains = False
+        self.closed = self.trains = self.queued = False
         self.never: dict[str, set[int]] = {}  # kind -> parameters it holds for in every step so far
         self.moved: set[int] = set()
         self.marked: dict[int, Any] = {}  # hooks on parameters whose gradient is looked for
@@ -166,7 +166,7 @@ class Watch:
         self.trained: list[Trained] = []
         self.marked, self.ends = {}, []
         self.arrived: list[tuple[int, Tensor]] = []  # parameters in the order of the backward, and whether finite
-        self.outer: Tensor | None = None  # whether the gradient that the model's output gets is finite
+        self.outer: list[Tensor] = []  # whether the gradients that the model's outputs get are finite
         self.labels: list[bool] = []  # of each batch, whether all are ignored
         self.losses: list[Tensor] = []
         self.backwards, self.overflow, self.closure = 0, False, False
@@ -202,7 +202,7 @@ class Watch:
 
     def finish(self) -> None:
         """Say what can be said where training ended before the second step."""
-        unstepped = self.backwards and self.optimizers and not self.steps and not self.done
+        unstepped = (self.backwards or self.arrived) and self.optimizers and not self.steps and not self.done
         if unstepped and not any(f.kind == "still" for f in self.findings):
             self.report([self.unstepped(fatal=False)])
         self.close()
@@ -220,7 +220,7 @@ class Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.let_go()
-        self.trains = False
+        self.trains = self.queued = False
         if torch.compiler.is_compiling():
             return
         if any(is_sharded(p) for p in module.parameters()):
@@ -231,7 +231,7 @@ class Watch:
             return
         if self.done:  # not all optimizers step each time
             self.settle()
-        elif self.backwards:
+        elif self.backwards or self.arrived:
             self.look_for_gradients_lost()
         if self.closed:
             return
@@ -284,18 +284,22 @@ class Watch:
         if self.closed:
             return
         self.look_for_idle(runtime_of(bare(self.seen[module])), any(t.requires_grad for t in tensors), bool(tensors))
-        last = next((t for t in tensors if t.requires_grad), None)
-        if last is not None and not self.closed:
-            hook: Any = last.register_hook
-            self.ends.append(hook(self.reaches_the_end))
+        for tensor in tensors if not self.closed else ():  # which of them the loss is computed from is not known
+            if tensor.requires_grad:
+                hook: Any = tensor.register_hook
+                self.ends.append(hook(self.reaches_an_output))
 
-    def reaches_the_end(self, gradient: Tensor) -> None:
-        """Have `ended` run when the backward that reached the output is over."""
-        self.outer = gradient.detach().isfinite().all()
-        torch.autograd.Variable._execution_engine.queue_callback(self.ended)
+    def reaches_an_output(self, gradient: Tensor) -> None:
+        """Have `ended` run when the backward that reached an output is over."""
+        if not self.arrived:
+            self.outer.append(gradient.detach().isfinite().all())
+        if not self.queued:
+            self.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.ended)
 
     def ended(self) -> None:
         """At the end of a backward."""
+        self.queued = False
         if self.closed:
             return
         self.backwards += 1
@@ -316,7 +320,7 @@ class Watch:
             self.backwards = sum(t.parameter.grad is not None for t in self.trained)
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # a closure will compute the gradients
             self.before_step, self.closure = self.before_step or {}, True
-        elif self.before_step is None and self.backwards and not self.closed:
+        elif self.before_step is None and (self.backwards or self.arrived) and not self.closed:
             self.before_step = {}
             self.report([*self.look_for_gradients(), *self.look_at_gradients()])
             if not self.closed:
@@ -551,7 +555,7 @@ class Watch:
         names = {id(t.parameter): t.name for t in self.trained}
         keys = {id(t.parameter) for t in bad}
         at = next((i for i, (key, good) in enumerate(self.arrived) if key in keys and not bool(good)), None)
-        if self.outer is not None and not bool(self.outer):
+        if not all(map(bool, self.outer)):
             where, cause = (
                 "it comes into the model's output already",
                 "The loss computed from the output is not differentiable there",

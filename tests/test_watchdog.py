@@ -674,3 +674,29 @@ def test_losses_from_a_part_of_the_output_are_seen() -> None:
     with veneer.watch(model, optimizer) as watch:
         steps(model, optimizer, lambda m: m(input_ids=IDS, labels=IDS).logits.square().mean())
     assert watch.steps == 2 and watch.findings == []
+
+
+def test_other_hooks_of_the_optimizer_run_on() -> None:
+    model = adapted()
+    optimizer = sgd(model)
+    calls = []
+    with veneer.watch(model, optimizer):
+        optimizer.register_step_pre_hook(lambda *a: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *a: calls.append("post"))
+        steps(model, optimizer, count=3)
+    assert calls == ["pre", "post"] * 3
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_batches_without_a_gradient_between_are_let_be(set_to_none: bool) -> None:
+    """Rewards that are all alike give gradients of 0; others of the same step do not."""
+    model = adapted()
+    optimizer = sgd(model)
+    with veneer.watch(model, optimizer) as watch:
+        for _ in range(3):
+            for weight in (0, 0, 0, 1):
+                (loss_of(model) * weight).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+    assert watch.findings == [] and watch.steps == 2

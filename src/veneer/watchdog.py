@@ -134,7 +134,7 @@ class Watch:
         self.passing: list[Any] = []  # on layers, for one forward
         self.sample: list[tuple[str, Tensor, Tensor, Tensor]] | None = None  # name, tensor, where, values
         self.steps, self.discarded = 0, 0
-        self.closed = self.trains = self.queued = False
+        self.closed = self.trains = self.queued = self.hooked = False
         self.never: dict[str, set[int]] = {}  # kind -> parameters it holds for in every step so far
         self.moved: set[int] = set()
         self.marked: dict[int, Any] = {}  # hooks on parameters whose gradient is looked for
@@ -166,12 +166,13 @@ class Watch:
         self.trained: list[Trained] = []
         self.marked, self.ends = {}, []
         self.arrived: list[tuple[int, Tensor]] = []  # parameters in the order of the backward, and whether finite
+        self.nonzero: list[Tensor] = []  # whether they are more than zeros
         self.outer: list[Tensor] = []  # whether the gradients that the model's outputs get are finite
         self.labels: list[bool] = []  # of each batch, whether all are ignored
         self.losses: list[Tensor] = []
         self.backwards, self.overflow, self.closure = 0, False, False
         self.done: set[int] = set()  # optimizers that have stepped
-        self.before_step: dict[int, tuple[Tensor, Tensor, Tensor, float]] | None = None
+        self.before_step: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model is trained by another optimizer."""
@@ -181,6 +182,9 @@ class Watch:
             "call": None,
             "sample": None,
             "arrived": [],
+            "nonzero": [],
+            "outer": [],
+            "ends": [],
             "marked": {},
             "passing": [],
         }
@@ -212,9 +216,8 @@ class Watch:
         self.closed, self.trains = True, False
         self.let_go()
         self.begin()
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.sample, self.optimizers = [], None, []
+        self.handles = [h for h in self.handles if not removed(h, running=self.hooked)]
+        self.sample, self.optimizers = None, []
 
     # What is seen.
 
@@ -270,8 +273,9 @@ class Watch:
                 raise RuntimeError(f"{name}: {error}") from None
 
     def arrives(self, key: int, gradient: Tensor) -> None:
-        values = gradient.coalesce().values() if gradient.is_sparse else gradient
-        self.arrived.append((key, values.detach().isfinite().all()))
+        values = (gradient.coalesce().values() if gradient.is_sparse else gradient).detach()
+        self.arrived.append((key, values.isfinite().all()))
+        self.nonzero.append(values.any())
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.trains or self.call is None or self.seen[module] is not self.call.root:
@@ -313,6 +317,13 @@ class Watch:
 
     def stepping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Before an optimizer's step."""
+        self.hooked = True
+        try:
+            self.look_before_step(optimizer, args, kwargs)
+        finally:
+            self.hooked = False
+
+    def look_before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or scaled_away(optimizer):
             return
         if not self.seen:  # compiled as a whole: what is there after the backward is all there is to see
@@ -324,15 +335,19 @@ class Watch:
             self.before_step = {}
             self.report([*self.look_for_gradients(), *self.look_at_gradients()])
             if not self.closed:
-                self.before_step = places(self.trained, self.rates())
+                self.before_step = places(self.trained)
 
     def stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """After an optimizer's step."""
         if self.before_step is None or self.closed:
             return
         self.done.add(id(optimizer))
-        if len(self.done) == len(self.optimizers):
-            self.settle()
+        self.hooked = True
+        try:
+            if len(self.done) == len(self.optimizers):
+                self.settle()
+        finally:
+            self.hooked = False
 
     def settle(self) -> None:
         """After a step of all optimizers."""
@@ -357,7 +372,8 @@ class Watch:
 
     def report(self, found: Iterable[Finding]) -> None:
         """Warn of findings, or raise them where one is fatal."""
-        new = [f for f in found if f not in self.findings]
+        known = {(f.kind, f.cause) for f in self.findings}
+        new = [f for f in found if (f.kind, f.cause) not in known]
         self.findings += new
         fatal = [f for f in new if f.fatal and self.action == "raise"]
         if any(f.fatal for f in new):
@@ -422,7 +438,7 @@ class Watch:
         """Whether loss and outputs of a forward are finite."""
         if loss is not None and bool(loss.isfinite().all()):
             return
-        if loss is None and not any(bool(t.isnan().any()) for t in tensors):
+        if loss is None and not any(bool(t.isnan().any()) for t in tensors if t.requires_grad):
             return
         if loss is not None and self.labels and self.labels[-1]:
             self.report([no_labels(f"the loss is {float(loss.detach().sum()):g}")])
@@ -438,7 +454,7 @@ class Watch:
                     f"{what} in step {self.steps + 1}: {first}",
                     f"There {cause}" if seen.first else cause.capitalize(),
                     "nothing was updated yet, the weights are as they were",
-                    fatal=True,
+                    fatal=loss is not None,  # else what is not finite may be left out of the loss
                 )
             ]
         )
@@ -739,7 +755,7 @@ class Watch:
         if not self.optimizers or self.before_step is not None:
             return
         here = [t.parameter.grad for t in self.trained if not t.taken]
-        if not here or any(largest([g for g in here if g is not None])):
+        if not here or any(largest([g for g in here if g is not None])) or not any(map(bool, self.nonzero)):
             return
         self.discarded += 1
         overflow = self.overflow
@@ -747,7 +763,7 @@ class Watch:
             self.report([self.unstepped(fatal=not overflow)])
             self.discarded = 0
         if not self.closed:
-            self.backwards, self.overflow, self.arrived = 0, False, []
+            self.backwards, self.overflow, self.arrived, self.nonzero = 0, False, [], []
 
     def unstepped(self, *, fatal: bool) -> Finding:
         kind = type(self.optimizers[0]).__name__
@@ -783,6 +799,23 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
+def removed(handle: Any, *, running: bool) -> bool:
+    """Take a hook away, and say whether it is gone.
+
+    An optimizer goes through its hooks as they are stored, so while it does one that others come after is only emptied.
+    """
+    hooks = handle.hooks_dict_ref()
+    if running and hooks is not None and handle.id in hooks and next(reversed(hooks)) != handle.id:
+        hooks[handle.id] = nothing
+        return False
+    handle.remove()
+    return True
+
+
+def nothing(*args: Any) -> None:
+    """What is left of a hook."""
+
+
 def watches(root: nn.Module) -> list[Watch]:
     """Those that look at a model now."""
     found = [getattr(hook, "__self__", None) for hook in root._forward_pre_hooks.values()]
@@ -810,7 +843,7 @@ def survey(model: nn.Module) -> list[Trained]:
                     parts = [] if copied is None else list(copied.parameters())
                 else:
                     parts = [site.owner._parameters[a] for _, a in site.entries[adapter].trained]  # type: ignore[misc]
-                lookup = site.kind.whole or site.lookup
+                lookup = isinstance(layer, nn.Embedding) or site.lookup
                 for part in parts:
                     whose.setdefault(id(part), (adapter, layer, site.name, lookup))
             for part in runtime.router.shared.trained(adapter):
@@ -850,8 +883,8 @@ def spread(size: int, device: torch.device | None = None) -> Tensor:
     return torch.arange(count, device=device) * (size - 1) // max(count - 1, 1)
 
 
-def places(trained: Iterable[Trained], rates: dict[int, float]) -> dict[int, tuple[Tensor, Tensor, Tensor, float]]:
-    """Of each parameter with a gradient: where that is largest, the value there, the gradient there, and its rate."""
+def places(trained: Iterable[Trained]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Of each parameter with a gradient: where that is largest, the value and the gradient there."""
     found = {}
     for one in trained:
         p, gradient = one.parameter, one.parameter.grad
@@ -859,12 +892,7 @@ def places(trained: Iterable[Trained], rates: dict[int, float]) -> dict[int, tup
             continue
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         where = gradient.detach().abs().argmax()
-        found[id(p)] = (
-            where,
-            torch.take(p.detach(), where),
-            torch.take(gradient.detach(), where),
-            rates.get(id(p), 0.0),
-        )
+        found[id(p)] = where, torch.take(p.detach(), where), torch.take(gradient.detach(), where)
     return found
 
 
@@ -875,9 +903,9 @@ def largest(tensors: Sequence[Tensor]) -> list[float]:
     return [float(v) for v in found]
 
 
-def expected(one: Trained, before: dict[int, tuple[Tensor, Tensor, Tensor, float]], rates: dict[int, float]) -> bool:
+def expected(one: Trained, before: dict[int, tuple[Tensor, Tensor, Tensor]], rates: dict[int, float]) -> bool:
     """Whether a step should have moved a float32 parameter by more than its precision."""
-    _, value, gradient, _ = before[id(one.parameter)]
+    _, value, gradient = before[id(one.parameter)]
     step = rates[id(one.parameter)] * min(abs(float(gradient)), 1.0)
     return one.parameter.dtype == torch.float32 and step > 8 * torch.finfo(torch.float32).eps * abs(float(value)) > 0
 

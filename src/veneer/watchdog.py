@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import backends
 from .interop.optimizers import by_deepspeed, innermost
-from .interop.sharding import is_partitioned, is_sharded, rank
+from .interop.sharding import distributed, is_partitioned, is_sharded, rank
 from .replay import Call, Seen, floats, replay
 from .router import flat
 from .runtime import HALF, Runtime, runtime_of
@@ -226,7 +226,7 @@ class Watch:
         self.trains = self.queued = False
         if torch.compiler.is_compiling():
             return
-        if any(is_sharded(p) for p in module.parameters()):
+        if distributed() and any(is_sharded(p) for p in module.parameters()):
             for name, owner in module.named_modules():
                 if owner._parameters.get("weight") is not None:
                     self.passing.append(owner.register_forward_pre_hook(partial(self.gathered, name, owner)))

@@ -22,7 +22,6 @@ from veneer.cli.app import app
 TASKS = {
     "causal": ("causal", "pairs.jsonl", "causal-lm", "all-linear"),
     "classifier": ("classifier", "labelled.csv", "classification", "[query,value]"),
-    "seq2seq": ("seq2seq", "pairs.jsonl", "seq2seq-lm", "[q,v]"),
 }
 QUIET = {"eval-every": 0, "save-every": 0, "log-every": 5, "samples": 0}
 # What must make no difference.

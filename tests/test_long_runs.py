@@ -33,7 +33,7 @@ def test_a_choice_that_all_threads_share_is_seen(monkeypatch: Any) -> None:
         __init__ = router.Local.__init__
 
     monkeypatch.setattr(router, "Local", Everywhere)
-    assert not concurrency.threads_generate(2)["ok"]
+    assert not concurrency.threads_generate(1)["ok"]
 
 
 def test_an_adapter_that_is_kept_is_seen(monkeypatch: Any) -> None:

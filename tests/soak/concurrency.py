@@ -201,6 +201,6 @@ def threads_load_beside(size: int) -> dict[str, Any]:
 
 
 SCENARIOS = [
-    ("threads generate", threads_generate, 200, 6, "every result equals the serial one"),
-    ("threads generate beside loads", threads_load_beside, 100, 3, "every result equals the serial one"),
+    ("threads generate", threads_generate, 200, 3, "every result equals the serial one"),
+    ("threads generate beside loads", threads_load_beside, 100, 2, "every result equals the serial one"),
 ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .convert import save_as_lora as save_as_lora
     from .dense import DenseReport as DenseReport
     from .dense import export_dense as export_dense
+    from .interop.trainer import WatchCallback as WatchCallback
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .method import PeftConfig as PeftConfig
     from .method import PeftType as PeftType
@@ -52,6 +53,9 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .router import Average as Average
     from .router import Parallel as Parallel
     from .runtime import AdapterLoadError as AdapterLoadError
+    from .watchdog import WatchError as WatchError
+    from .watchdog import WatchWarning as WatchWarning
+    from .watchdog import watch as watch
 
 
 __version__ = "0.1.0"
@@ -79,6 +83,8 @@ _HOMES = {
     "veneer.router": ("Average", "Parallel"),
     "veneer.kbit": ("prepare_model_for_kbit_training",),
     "veneer.runtime": ("AdapterLoadError",),
+    "veneer.interop.trainer": ("WatchCallback",),
+    "veneer.watchdog": ("WatchError", "WatchWarning", "watch"),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -209,9 +209,9 @@ class Runtime:
             draft = self.draft(adapter, config, tensors=tensors, **rules)
             self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
         if trainable and any(p.site.backend is not None and p.site.backend.packed for p in draft.places):
-            from .kbit import FirstStep
+            from .watchdog import look_once
 
-            FirstStep.watch(self.root)
+            look_once(self.root)
         return draft.report
 
     @contextmanager

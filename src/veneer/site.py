@@ -259,8 +259,8 @@ class Site:
         if self.backend is not None:
             weight: Tensor = self.backend.storage(self.owner, self.param)
             return weight
-        own = [p for n, p in self.near.named_parameters() if ":" not in n]
-        return next((p for p in own if p.is_floating_point()), own[0] if own else torch.empty(0))
+        found = next((p for p in own_parameters(self.near) if p.is_floating_point()), None)
+        return next(own_parameters(self.near), torch.empty(0)) if found is None else found
 
     @property
     def float_dtype(self) -> torch.dtype:
@@ -370,6 +370,16 @@ class Site:
 
     def __repr__(self) -> str:
         return f"Site({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
+
+
+def own_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """A module's parameters without its adapters', which another thread may attach meanwhile."""
+    for name, parameter in dict(module._parameters).items():
+        if parameter is not None and ":" not in name:
+            yield parameter
+    for name, child in dict(module._modules).items():
+        if child is not None and ":" not in name:
+            yield from own_parameters(child)
 
 
 def link(method: Method, p: Mapping[str, Tensor], site: Site) -> Link:

@@ -14,6 +14,10 @@ class InputError(click.ClickException):
     exit_code = 2
 
 
+class PointlessError(click.ClickException):
+    """Training that would lead nowhere, as the watchdog found: one message, exit status 1, no traceback."""
+
+
 @contextmanager
 def user_input() -> Iterator[None]:
     """Turn the library's own complaints about values, files and missing packages into an `InputError`."""

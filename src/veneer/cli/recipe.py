@@ -85,6 +85,7 @@ class Run:
     eval_every: int = setting(25, "steps between measurements of the held-out loss; 0 only at the ends", low=0)
     save_every: int = setting(50, "steps between checkpoints; 0 for none", low=0)
     log_every: int = setting(5, "steps between lines of metrics.jsonl", low=1)
+    watch: bool = setting(True, "look at the first two steps for what would make training pointless")
     samples: int = setting(3, "generations shown before and after", low=0)
     max_new_tokens: int = setting(32, "tokens of a shown generation", low=1)
     seed: int = setting(0, "seed of everything random", low=0)

@@ -16,8 +16,9 @@ from typing import Any
 from .. import codec
 from ..interop import liger, optimizers
 from ..interop.sharding import shape_of
+from ..watchdog import WatchError
 from . import data as rows_of
-from .errors import InputError, user_input
+from .errors import InputError, PointlessError, user_input
 from .launch import check_rows
 from .malloc import give_back
 from .models import load_model
@@ -118,7 +119,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
             codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
 
     trainer = make_trainer(run, arguments, model, processor, train_rows, held_out, folder, console, measure)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except WatchError as error:
+        raise PointlessError(f"{error}\n(--no-watch trains all the same)") from error
     with console.status("measuring after training"):
         after = trainer.evaluate()
         says_after = task.answers(run, base, processor, answered)
@@ -201,7 +205,7 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool, write: bool = True) 
             raise InputError(f"{folder} holds no checkpoint to resume from; start it without --resume")
         before = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
         now = json.loads(json.dumps(dataclasses.asdict(run)))
-        free = ("out", "samples", "max_new_tokens", "save_every", "log_every")
+        free = ("out", "samples", "max_new_tokens", "save_every", "log_every", "watch")
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             k = changed[0]
@@ -284,6 +288,7 @@ def make_trainer(
     import transformers
     from transformers import Trainer
 
+    from ..interop.trainer import WatchCallback
     from .progress import Bar, Before, Metrics
 
     class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -292,7 +297,8 @@ def make_trainer(
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
             if not task.by_token:
-                return dict(super().evaluate(*args, **kwargs))
+                with torch.random.fork_rng(devices=[]):  # its loader draws from what dropout draws from
+                    return dict(super().evaluate(*args, **kwargs))
             base = self.model
             totals = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
             was_training = base.training
@@ -382,4 +388,6 @@ def make_trainer(
         )
     del base._hf_peft_config_loaded
     trainer.remove_callback(transformers.PrinterCallback)
+    if run.watch:
+        trainer.add_callback(WatchCallback())  # after what measures before the first step
     return trainer

@@ -98,13 +98,17 @@ def writes(tensors: Iterable[Tensor]) -> bool:
     return rank() == 0 or not any(is_sharded(t) for t in tensors)
 
 
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if distributed() else 0
 
 
 def wait(tensors: Iterable[Tensor]) -> None:
     """Where tensors are sharded, wait for every process, so that nobody reads a file before it is written."""
-    if dist.is_available() and dist.is_initialized() and any(is_sharded(t) for t in tensors):
+    if distributed() and any(is_sharded(t) for t in tensors):
         dist.barrier()
 
 

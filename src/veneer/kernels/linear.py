@@ -90,7 +90,8 @@ class Member:
         if len(links) == 1 and isinstance(link, Link) and link.left is None and link.shift is None:
             op = link.delta
             if isinstance(op, Factored):
-                held = {id(p): name for name, p in self.layer._parameters.items()}
+                # A copy, as another thread may attach an adapter meanwhile.
+                held = {id(p): name for name, p in dict(self.layer._parameters).items()}
                 if id(op.A) in held and id(op.B) in held:
                     self.names = held[id(op.A)], held[id(op.B)]
                     self.scale, self.dropout = float(op.scale), op.dropout

@@ -128,7 +128,8 @@ class CPTConfig(PromptLearningConfig):
         own = self.kinds(device).expand(batch, -1)  # (batch, T)
         given = inputs.get("input_type_mask")
         theirs = torch.full_like(labels, 4) if given is None else given.to(labels)  # (batch, tokens)
-        kinds = torch.cat([own, torch.where(theirs > 0, theirs + own.max(), theirs)], 1)  # (batch, T + tokens)
+        before = (own.max() + 3) // 4 * 4  # theirs go on after the last example, whole or not
+        kinds = torch.cat([own, torch.where(theirs > 0, theirs + before, theirs)], 1)  # (batch, T + tokens)
         ids = torch.tensor(self.cpt_token_ids, device=device).expand(batch, -1)
         is_label = (kinds > 0) & (kinds % 4 == 0)
         wanted = torch.where(is_label, torch.cat([ids, labels], 1), -100)[:, 1:]

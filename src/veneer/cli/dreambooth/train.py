@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ... import codec
-from ..errors import InputError, user_input
+from ...watchdog import WatchError
+from ..errors import InputError, PointlessError, user_input
 from ..report import peak_memory, plot
 from ..train import last_checkpoint
 from . import images
@@ -82,7 +83,10 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     else:
         text = json.dumps({"loss": loss_before})
         codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, text))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except WatchError as error:
+        raise PointlessError(str(error)) from error
     save(pipeline, parts, run, folder)
     report = {
         "run": dataclasses.asdict(run),
@@ -283,6 +287,7 @@ def make_trainer(
     import transformers
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from ...interop.trainer import WatchCallback
     from ..progress import Bar, Metrics
 
     own = ids(pipeline, run.instance_prompt)  # (tokens,)
@@ -349,7 +354,7 @@ def make_trainer(
             args=arguments,
             train_dataset=data,
             data_collator=collate,
-            callbacks=[Samples(), Bar(console, run.steps), Metrics(folder / "metrics.jsonl")],
+            callbacks=[Samples(), Bar(console, run.steps), Metrics(folder / "metrics.jsonl"), WatchCallback()],
         )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from . import fingerprint
+from .fingerprint import BaseMismatchWarning, Differences, Fingerprint
 from .interop import sharding
 from .interop.sharding import fill, shape_of, whole
 from .method import Method, refuse_foreign, registry, suggest
@@ -150,10 +152,50 @@ def load_weights(
     Raises:
         ValueError: there is no weights file, or it is damaged.
     """
+    return read_tensors(weights_path(where, subfolder=subfolder, **hub), device)
+
+
+def weights_path(where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The file of an adapter's weights; see `load_weights`."""
     path = find_file(where, WEIGHTS_NAME, subfolder, **hub) or find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(where)!r} holds neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
-    return read_tensors(path, device)
+    return path
+
+
+def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differences | None:
+    """Hold a base model against the one that the adapter in a file was trained on, where the file says which.
+
+    Args:
+        strict: whether another architecture or another size raises, or only warns.
+
+    Returns:
+        What differs, or None where the file has no fingerprint.
+
+    Raises:
+        AdapterLoadError: `strict`, and it is another architecture or size.
+        ValueError: the file's fingerprint is none.
+    """
+    then = fingerprint.read(path) if path.suffix == ".safetensors" else None
+    if then is None:
+        return None
+    if then.weights == runtime.known_base().weights and then.sizes == runtime.known_base().sizes:
+        return Differences(compared=len(then.weights))
+    found = fingerprint.compare(then, runtime.root)
+    if found.shapes and strict:
+        raise AdapterLoadError(
+            f"{path} was trained on another base model, a {then.architecture}: {found.describe()}. Load it onto the base that "
+            "its adapter_config.json names, or pass strict=False to load what fits",
+            LoadReport(),
+        )
+    if found.shapes or found.weights:
+        warnings.warn(
+            f"{path} was trained on a base model with other values: {found.describe()}. It acts on this one all the same, "
+            "but not as it was trained to; see which base its adapter_config.json names",
+            BaseMismatchWarning,
+            stacklevel=4,
+        )
+    return found
 
 
 def read_tensors(path: str | os.PathLike[str], device: str | None = None) -> dict[str, Tensor]:
@@ -233,8 +275,14 @@ def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) 
     write_atomic(target / CONFIG_NAME, partial(write_text, text=text))
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], *, name: str = WEIGHTS_NAME) -> None:
-    """Write `adapter_model.safetensors`, or another file of this kind.
+def save_weights(
+    tensors: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    name: str = WEIGHTS_NAME,
+    base: Fingerprint | None = None,
+) -> None:
+    """Write `adapter_model.safetensors`, or another file of this kind, with the fingerprint of the base model.
 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
@@ -249,7 +297,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], 
         )
     target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    data = save(ready, metadata={"format": "pt"})
+    data = save(ready, metadata={"format": "pt"} | ({} if base is None else {fingerprint.KEY: base.to_json()}))
     write_atomic(target / name, lambda p: write_bytes(p, data))
 
 
@@ -268,6 +316,7 @@ def save_adapter(
     """
     config = runtime.known(adapter)
     tensors = adapter_tensors(runtime, adapter, embeddings=embeddings)
+    runtime.known_base()  # every process takes part, where it has to be taken again
     own = list(runtime.parameters(adapter))
     try:
         if write and sharding.writes(own):
@@ -284,7 +333,7 @@ def write_adapter(
         base = type(runtime.root)
         base = getattr(base, "_veneer_base", base)
         fields["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    save_weights(tensors, folder)
+    save_weights(tensors, folder, base=runtime.known_base())
     save_config(config, folder, **{"inference_mode": True, **fields})
     card = Path(folder) / "README.md"
     if not card.exists():

@@ -388,7 +388,9 @@ class PeftModel(nn.Module):
         if config is None:
             config = codec.config_from_dict(values, where=path)
         config = config.replace(inference_mode=not is_trainable)
-        tensors = codec.load_weights(model_id, **kwargs)
+        file = codec.weights_path(model_id, **kwargs)
+        tensors = codec.read_tensors(file)
+        codec.check_base(self.runtime, file, strict=strict)
         if adapter_name in self.peft_config and alike(self.peft_config[adapter_name], config):
             return codec.set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
         return self.runtime.attach(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import door, layers, targets
+from . import door, fingerprint, layers, targets
 from .backends import backend_of, bare_of, settle
 from .backends.plain import PLAIN
 from .door import DOOR, Door
@@ -148,6 +148,7 @@ class Runtime:
         sites: site name -> site.
         places: adapter name -> the sites it has, in the model's order.
         slots: room for further low-rank adapters, or None.
+        base: fingerprint of the base model from before anything was attached, or None.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -159,6 +160,7 @@ class Runtime:
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
         self.places: dict[str, list[Site]] = {}
         self.slots: Slots | None = None
+        self.base: fingerprint.Fingerprint | None = None
         self.named: dict[str, nn.Module] = {}  # the model's modules, while an adapter is being attached
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -566,8 +568,15 @@ class Runtime:
         """Freeze a base model that has nothing of ours so far, and stay with it."""
         if runtime_of(self.root) is None:
             settle(self.root)
+            self.known_base()
             self.root.requires_grad_(False)
             self.root.__dict__[ATTRIBUTE] = self
+
+    def known_base(self) -> fingerprint.Fingerprint:
+        """The base model's fingerprint; of a skeleton it is taken again when there are values."""
+        if self.base is None or not self.base.weights:
+            self.base = fingerprint.of(self.root)
+        return self.base
 
     def commit(
         self,

@@ -190,7 +190,7 @@ def positions(entries: int) -> Tensor:
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:
     """`model_type` and sizes, as the model's config says, or nothing."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = {"model_type": getattr(config, "model_type", None)}
     for size, spellings in SIZES.items():

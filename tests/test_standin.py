@@ -61,6 +61,13 @@ def test_sentence_transformers_embeds_the_same(tmp_path: Path) -> None:
     assert abs(b["first"] - b["base"]).max() > 1e-2 and abs(b["trained"] - b["first"]).max() > 1e-2
 
 
+def test_every_method_trains_the_same(tmp_path: Path) -> None:
+    a, b = figures("methods", tmp_path)
+    assert len(a.files) > 50
+    for name in a.files:
+        assert abs(a[name] - b[name]).max() <= 1e-4, (name, a[name], b[name])
+
+
 def test_to_the_hub_and_back(tmp_path: Path) -> None:
     with hub.serving() as there:
         more = {"HF_ENDPOINT": there.address, "HF_TOKEN": hub.TOKEN, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",

@@ -309,7 +309,21 @@ def own_parameters(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-SHOWN = {name: value for name, value in vars(View).items() if not name.startswith("__")}
+class Seen:
+    """An attribute that is computed, unless the layer has one of that name: attention has a `scaling` of its own."""
+
+    def __init__(self, compute: Any) -> None:
+        self.compute = compute
+
+    def __get__(self, layer: Any, owner: Any = None) -> Any:
+        return self if layer is None else self.compute(layer)
+
+
+SHOWN = {
+    name: Seen(value.fget) if isinstance(value, property) else value
+    for name, value in vars(View).items()
+    if not name.startswith("__")
+}
 
 
 def show() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +161,9 @@ RANDOM = (
 def draw(model):
     """Values that are the same in whatever library, by their key in the file: drawn, or near the start that is fixed."""
     state, drawn = get_peft_model_state_dict(model), {}
-    for i, key in enumerate(sorted(state)):
+    for key in sorted(state):
         value = state[key]
-        generator = torch.Generator().manual_seed(i)
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         moved = torch.randn(value.shape, generator=generator) * 0.05
         random = any(part in key for part in RANDOM)
         moved *= "base_layer" not in key  # where the base's own embeddings are in the file

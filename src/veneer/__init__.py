@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .convert import save_as_lora as save_as_lora
     from .dense import DenseReport as DenseReport
     from .dense import export_dense as export_dense
+    from .fingerprint import BaseMismatchWarning as BaseMismatchWarning
     from .interop.trainer import WatchCallback as WatchCallback
     from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .method import PeftConfig as PeftConfig
@@ -53,6 +54,9 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .router import Average as Average
     from .router import Parallel as Parallel
     from .runtime import AdapterLoadError as AdapterLoadError
+    from .verification import Certificate as Certificate
+    from .verification import CertificateWarning as CertificateWarning
+    from .verification import verify as verify
     from .watchdog import WatchError as WatchError
     from .watchdog import WatchWarning as WatchWarning
     from .watchdog import watch as watch
@@ -83,6 +87,8 @@ _HOMES = {
     "veneer.router": ("Average", "Parallel"),
     "veneer.kbit": ("prepare_model_for_kbit_training",),
     "veneer.runtime": ("AdapterLoadError",),
+    "veneer.verification": ("Certificate", "CertificateWarning", "verify"),
+    "veneer.fingerprint": ("BaseMismatchWarning",),
     "veneer.interop.trainer": ("WatchCallback",),
     "veneer.watchdog": ("WatchError", "WatchWarning", "watch"),
 }

@@ -25,6 +25,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
 TRAINING_NAME = "adapter_training.safetensors"  # in checkpoints
+CERTIFICATE_NAME = "adapter_certificate.json"  # what `verify` found
 SET_NAME = "adapters.json"  # which adapters a folder holds, where they are several
 PEFT_VERSION = "0.21.2"  # the layout written here
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
@@ -176,6 +177,10 @@ def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differen
         AdapterLoadError: `strict`, and it is another architecture or size.
         ValueError: the file's fingerprint is none.
     """
+    if (path.parent / CERTIFICATE_NAME).is_file():
+        from .verification import recheck
+
+        recheck(path.parent)
     then = fingerprint.read(path) if path.suffix == ".safetensors" else None
     if then is None:
         return None

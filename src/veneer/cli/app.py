@@ -214,6 +214,23 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
 
 @app.command()
 @click.argument("adapter")
+@click.option("--model", metavar="MODEL", help="base model [default: the one that ADAPTER names]")
+@click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> None:
+    """Load, merge and unmerge ADAPTER in new processes and compare what the model says.
+
+    Writes a certificate into the adapter's folder, which `inspect` shows and loading holds against the files. Exits with 0
+    where all passed, 1 where something failed, 2 where it could not be looked at.
+    """
+    from .verify import verify as start
+
+    if not start(adapter, model, task, dtype):
+        sys.exit(1)
+
+
+@app.command()
+@click.argument("adapter")
 @click.option("--to", type=click.Choice(["lora"]), default="lora", show_default=True, help="what it becomes")
 @click.option("--rank", metavar="N", required=True, help="rank; or a fraction such as 0.95 of each change to keep")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="where it is written")

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from .. import codec
@@ -54,8 +55,29 @@ def about(adapter: str) -> list[tuple[str, str]]:
         ("task", str(config.task_type)),
         ("parameters", f"{size:,} in {len(tensors)} tensors, {', '.join(dtypes)}"),
         ("file", f"{path} ({os.path.getsize(path) / 1e6:.2f} MB)"),
+        *trust(path),
         ("config", ", ".join(f"{k}={v}" for k, v in sorted(set_fields.items()))),
     ]
+
+
+def trust(path: Path) -> list[tuple[str, str]]:
+    """What an adapter's file says of its base, and what its certificate says of it."""
+    from .. import fingerprint
+    from ..verification import Certificate
+
+    found = []
+    if (base := fingerprint.read(path)) is not None:
+        sizes = ", ".join(f"{k} {v}" for k, v in base.sizes.items())
+        found.append(("trained on", f"{base.architecture}, {sizes}; fingerprint {base.id}"))
+    if (certificate := Certificate.load(path.parent)) is not None:
+        failed = [c.name for c in certificate.checks if c.passed is False]
+        changed = certificate.differs(path.parent, whole=True)
+        said = f"failed: {', '.join(failed)}" if failed else "passed"
+        said = f"of other files: {'; '.join(changed)}" if changed else said
+        found.append(
+            ("verified", f"{certificate.date}, {said}; moves outputs by {certificate.effect:.2g} of the largest")
+        )
+    return found
 
 
 def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:

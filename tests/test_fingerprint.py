@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import veneer
+import words
 from models import MODELS
 from small import llama, lora
 from veneer import codec, fingerprint
+from veneer.cli.app import app
 from veneer.fingerprint import BaseMismatchWarning, Fingerprint
 
 
@@ -181,6 +184,28 @@ def test_another_tokenizer_is_said() -> None:
     then = fingerprint.of(base, Tokenizer(["a", "b"]))
     assert not fingerprint.compare(then, base, Tokenizer(["a", "b"])).describe()
     assert "tokenizer has another vocabulary" in fingerprint.compare(then, base, Tokenizer(["b", "a"])).describe()
+
+
+def test_training_notes_the_tokenizer_and_generation_looks_at_it(tmp_path: Path) -> None:
+    words.write_models(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in words.PAIRS))
+    command = ["train", "--model", str(tmp_path / "causal"), "--data", str(tmp_path / "pairs.jsonl"), "--steps", "2",
+               "--save-every", "0", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert CliRunner().invoke(app, command).exit_code == 0
+    then = fingerprint.read(tmp_path / "run" / codec.WEIGHTS_NAME)
+    assert then is not None and then.tokenizer
+    use = ["generate", str(tmp_path / "causal"), "--adapter", str(tmp_path / "run"), "-p", "say red 1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        assert CliRunner().invoke(app, use).exit_code == 0
+    path = tmp_path / "causal" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] = {
+        k: v for (k, _), v in zip(reversed(values["model"]["vocab"].items()), values["model"]["vocab"].values())
+    }
+    path.write_text(json.dumps(values))
+    with pytest.warns(BaseMismatchWarning, match="its ids mean other words"):
+        CliRunner().invoke(app, use)
 
 
 def test_metadata_stays_small(tmp_path: Path) -> None:

@@ -240,6 +240,20 @@ def read_safetensors(path: Path, device: str | None = None) -> dict[str, Tensor]
         ) from error
 
 
+def check_tokenizer(where: str | os.PathLike[str], tokenizer: Any) -> None:
+    """Warn where an adapter was trained with another tokenizer, as far as its file says which."""
+    path = weights_path(where)
+    then = fingerprint.read(path) if path.suffix == ".safetensors" else None
+    now = fingerprint.of_tokenizer(tokenizer)
+    if then is not None and then.tokenizer and now and then.tokenizer != now:
+        warnings.warn(
+            f"{path} was trained with a tokenizer of another vocabulary or other special tokens than the base model's here: "
+            "its ids mean other words; load the base model that adapter_config.json names, or its tokenizer",
+            BaseMismatchWarning,
+            stacklevel=3,
+        )
+
+
 # Writing.
 
 

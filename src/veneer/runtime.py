@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -577,6 +577,10 @@ class Runtime:
         if self.base is None or not self.base.weights:
             self.base = fingerprint.of(self.root)
         return self.base
+
+    def note_tokenizer(self, tokenizer: Any) -> None:
+        """Let the fingerprint that is saved with adapters say which tokenizer they are for."""
+        self.base = replace(self.known_base(), tokenizer=fingerprint.of_tokenizer(tokenizer))
 
     def commit(
         self,

@@ -48,6 +48,8 @@ def generate(
 
     import veneer
 
+    from .. import codec
+
     console = Console()
     torch.manual_seed(seed)
     with console.status("loading the model"):
@@ -55,6 +57,7 @@ def generate(
         if adapter:
             with user_input():
                 base = veneer.PeftModel.from_pretrained(base, adapter)
+                codec.check_tokenizer(adapter, tokenizer)
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     for prompt in prompts:
         with console.status("generating"):

@@ -86,6 +86,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         if heads and hasattr(config, "modules_to_save") and not config.modules_to_save:
             config = config.replace(modules_to_save=heads)
         model = veneer.get_peft_model(base, config)
+        model.runtime.note_tokenizer(processor)
         keep_statistics(base)
         if run.liger:
             arguments.use_liger_kernel, arguments.liger_kernel_config = True, liger.loss_only(base)

@@ -106,8 +106,11 @@ class Seq2SeqLM(Generation):
 
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         cut, made = {"truncation": True, "max_length": run.max_length}, []
+        end = processor.eos_token_id
         for row in rows:
             target = processor(text_target=str(row[run.completion_column]), **cut)["input_ids"]
+            if end is not None and end not in target and len(target) < run.max_length:
+                target = [*target, end]  # some tokenizers end no text; without an end, generation would not stop
             made.append({**processor(str(row[run.prompt_column]), **cut), "labels": target})
         return kept(run, made)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -162,9 +163,8 @@ def test_a_model(store: str, dtype: torch.dtype, tmp_path: Any) -> None:
         y = loaded(IDS).logits
         assert (y - out.logits).norm() < (1e-6 if other.config.to_dict().get("quantization_config") else 0.8) * y.norm()
     loaded.save_pretrained(tmp_path / "b")
-    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
-        tmp_path / "b/adapter_model.safetensors"
-    ).read_bytes()
+    a, b = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # their metadata tells the bases apart
 
     model.zero_grad(set_to_none=True)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -316,8 +316,20 @@ def save_weights(
         )
     target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    data = save(ready, metadata={"format": "pt"} | ({} if base is None else {fingerprint.KEY: base.to_json()}))
+    data = save(ready, metadata={"format": "pt"})
+    if base is not None:
+        data = with_metadata(data, {fingerprint.KEY: base.to_json()})
     write_atomic(target / name, lambda p: write_bytes(p, data))
+
+
+def with_metadata(data: bytes, more: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file with more metadata, in a fixed order: safetensors writes entries in any."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **more}.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def save_adapter(

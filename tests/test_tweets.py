@@ -34,7 +34,9 @@ def run(made: Path, recipe: str, model: str, out: Path, *more: Any) -> Any:
 
 @pytest.mark.parametrize(("recipe", "model"), [("causal.yaml", "causal"), ("seq2seq.yaml", "seq2seq")])
 def test_labels_are_learned(made: Path, recipe: str, model: str, tmp_path: Path) -> None:
-    result = run(made, recipe, model, tmp_path / "out", "--steps", 250, "--learning-rate", 1e-2, "--modules-to-save", "[lm_head]")
+    result = run(
+        made, recipe, model, tmp_path / "out", "--steps", 250, "--learning-rate", 1e-2, "--modules-to-save", "[lm_head]"
+    )
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     before, after = report["measured"]["exact_match"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import codec
-from .interop import adapterhub, checkpointing
+from .interop import adapterhub, checkpointing, layouts
 from .method import Method, registry
 from .router import Item, Rows, flat, stack
-from .runtime import PREFIX, LoadReport, Runtime
+from .runtime import PREFIX, AdapterLoadError, LoadReport, Runtime
 from .site import copy_name
 from .targets import suggest
 
@@ -389,18 +390,25 @@ class PeftModel(nn.Module):
             config = codec.config_from_dict(values, where=path)
         config = config.replace(inference_mode=not is_trainable)
         file = codec.weights_path(model_id, **kwargs)
-        tensors = codec.read_tensors(file)
+        tensors: Mapping[str, Tensor] = codec.read_tensors(file)
         codec.check_base(self.runtime, file, strict=strict)
         if adapter_name in self.peft_config and alike(self.peft_config[adapter_name], config):
             return codec.set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
-        return self.runtime.attach(
-            adapter_name,
-            config,
-            tensors=tensors,
-            strict=strict,
-            trainable=is_trainable,
-            autocast=autocast_adapter_dtype,
-        )
+        given: dict[str, Any] = {"trainable": is_trainable, "autocast": autocast_adapter_dtype}
+        try:
+            return self.runtime.attach(adapter_name, config, tensors=tensors, **given)
+        except AdapterLoadError:
+            tensors, moved = layouts.translated(tensors, self.get_base_model())
+            if strict and not moved:
+                raise
+        if moved:
+            old, new = next(iter(moved.items()))
+            warnings.warn(
+                f"{file} is of a layout of another release of transformers: {len(moved)} modules have other paths here, {old} "
+                f"is {new}; saved again, it has those of this one",
+                stacklevel=3,
+            )
+        return self.runtime.attach(adapter_name, config, tensors=tensors, strict=strict, **given)
 
     @classmethod
     def from_pretrained(

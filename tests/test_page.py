@@ -190,6 +190,17 @@ def until(page: Any, selector: str, text: str, seconds: int = 60) -> str:
     raise AssertionError(f"{text!r} did not come: {said}")
 
 
+def give(page: Any, upload: Any, path: Path) -> None:
+    """Upload a file; again, where the page was not ready to take it."""
+    for _ in range(5):
+        upload.set_input_files(str(path))
+        for _ in range(20):
+            if page.get_by_text(path.name).first.is_visible():
+                return
+            page.wait_for_timeout(500)
+    raise AssertionError(f"{path.name} was not taken")
+
+
 def train(page: Any, name: str, steps: int, rate: str, state: str = "is finished") -> str:
     page.get_by_label("Name of the run").first.fill(name)
     page.get_by_label("Steps", exact=True).first.fill(str(steps))
@@ -215,15 +226,13 @@ def test_a_training_clicked_through(tmp_path: Path) -> None:
         page.keyboard.press("Enter")
 
         upload = page.locator("input[type=file]").first
-        upload.set_input_files(str(tmp_path / "wrong.jsonl"))
-        page.get_by_text("wrong.jsonl").wait_for()
+        give(page, upload, tmp_path / "wrong.jsonl")
         said = train(page, "wrong", 5, "", "failed")
         assert "'question'" in said and "\n" not in said.strip()
         assert page.get_by_label("Steps", exact=True).first.input_value() == "5"  # nothing that was typed is lost
 
         page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
-        upload.set_input_files(str(tmp_path / "pairs.jsonl"))
-        page.get_by_text("pairs.jsonl").first.wait_for()
+        give(page, upload, tmp_path / "pairs.jsonl")
         train(page, "first", 300, "2e-2")
         page.locator("#loss canvas, #loss svg").first.wait_for()
         until(page, "#figures", "held-out loss")
@@ -240,8 +249,7 @@ def test_a_training_clicked_through(tmp_path: Path) -> None:
         until(page, "#state", "first is finished")  # also for who comes back later
         page.get_by_label("Model", exact=True).first.fill("causal")
         page.keyboard.press("Enter")
-        page.locator("input[type=file]").first.set_input_files(str(tmp_path / "pairs.jsonl"))
-        page.get_by_text("pairs.jsonl").first.wait_for()
+        give(page, page.locator("input[type=file]").first, tmp_path / "pairs.jsonl")
         train(page, "second", 4, "1e-3")
 
         page.get_by_role("tab", name="Try").click()

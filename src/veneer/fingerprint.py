@@ -140,15 +140,25 @@ def of(model: nn.Module, tokenizer: Any = None) -> Fingerprint:
         tokenizer: its tokenizer, or None.
     """
     own = {n: p for n, p in model.named_parameters() if ":" not in n and comparable(p)}
-    names = list(own)
-    step = max(len(names) / TENSORS, 1.0)
-    chosen = [names[int(i * step)] for i in range(min(TENSORS, len(names)))]
     return Fingerprint(
         type(model).__dict__.get("_veneer_base", type(model)).__name__,
         sizes_of(model),
-        sampled({n: own[n] for n in chosen}),
+        sampled({n: own[n] for n in spread(list(own))}),
         None if tokenizer is None else of_tokenizer(tokenizer),
     )
+
+
+def outline(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a model without values, with zeros in their place: as long as the real one."""
+    own = {n: p for n, p in model.named_parameters() if ":" not in n and p.is_floating_point() and p.numel()}
+    zeros = {n: Sample(tuple(own[n].shape), bytes(2 * min(own[n].numel(), VALUES))) for n in spread(list(own))}
+    return Fingerprint(type(model).__dict__.get("_veneer_base", type(model)).__name__, sizes_of(model), zeros)
+
+
+def spread(names: list[str]) -> list[str]:
+    """At most 48 of the names, evenly."""
+    step = max(len(names) / TENSORS, 1.0)
+    return [names[int(i * step)] for i in range(min(TENSORS, len(names)))]
 
 
 def comparable(parameter: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig
 
 import veneer
 import words
@@ -215,3 +216,18 @@ def test_metadata_stays_small(tmp_path: Path) -> None:
     lora(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path)
     with safe_open(tmp_path / codec.WEIGHTS_NAME, "pt") as file:
         assert len(file.metadata()[fingerprint.KEY]) < 6_000
+
+
+def test_a_new_head_is_the_adapters_own(tmp_path: Path) -> None:
+    """Its values in the base are drawn anew each time, and say nothing of which base it is."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    base = BertForSequenceClassification(config)
+    model = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    then = fingerprint.read(tmp_path / "adapter_model.safetensors")
+    assert then is not None and "classifier.weight" not in then.weights
+    torch.nn.init.normal_(base.classifier.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        veneer.PeftModel.from_pretrained(base, tmp_path)

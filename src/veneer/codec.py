@@ -184,7 +184,8 @@ def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differen
     then = fingerprint.read(path) if path.suffix == ".safetensors" else None
     if then is None:
         return None
-    if then.weights == runtime.known_base().weights and then.sizes == runtime.known_base().sizes:
+    now = runtime.known_base()
+    if then.sizes == now.sizes and {n: now.weights.get(n) for n in then.weights} == then.weights:
         return Differences(compared=len(then.weights))
     found = fingerprint.compare(then, runtime.root)
     if found.shapes and strict:
@@ -318,7 +319,7 @@ def save_weights(
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     data = save(ready, metadata={"format": "pt"})
     if base is not None:
-        data = with_metadata(data, {fingerprint.KEY: base.to_json()})
+        data = with_metadata(data, {fingerprint.KEY: base.without(ready).to_json()})
     write_atomic(target / name, lambda p: write_bytes(p, data))
 
 

@@ -30,6 +30,9 @@ def load_base(request: dict[str, Any]) -> Any:
         options["dtype"] = getattr(torch, request["dtype"])
     if request["attention"]:
         options["attn_implementation"] = request["attention"]
+    classes = request["classes"]
+    if classes and transformers.AutoConfig.from_pretrained(where).num_labels != classes:
+        options |= {"num_labels": classes, "ignore_mismatched_sizes": True}  # the adapter brings the head for them
     return cls.from_pretrained(where, **options).eval()
 
 

@@ -8,11 +8,12 @@ model round alike; quantized weights are left out, as their values depend on the
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Fingerprint:
         mine = json.loads(self.to_json())
         mine.pop("tokenizer", None)
         return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()[:12]
+
+    def without(self, keys: Iterable[str]) -> Fingerprint:
+        """Less the tensors that an adapter's file brings itself, by its keys: full copies, as of a new head."""
+        brought = {k.removeprefix("base_model.model.") for k in keys}
+        return dataclasses.replace(self, weights={n: s for n, s in self.weights.items() if n not in brought})
 
     def to_json(self) -> str:
         weights = {n: [list(s.shape), base64.b64encode(s.values).decode()] for n, s in self.weights.items()}
@@ -219,7 +225,7 @@ def of_tokenizer(tokenizer: Any) -> str | None:
 
 
 def read(path: Path) -> Fingerprint | None:
-    """The fingerprint in a safetensors file, or None where there is none.
+    """The fingerprint in a safetensors file, less what the file brings itself, or None where there is none.
 
     Raises:
         ValueError: what stands in its place is none.
@@ -227,8 +233,9 @@ def read(path: Path) -> Fingerprint | None:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(KEY)
-    return None if text is None else Fingerprint.from_json(text, str(path))
+        text, keys = (file.metadata() or {}).get(KEY), file.keys()
+    found = None if text is None else Fingerprint.from_json(text, str(path))
+    return None if found is None else found.without(keys)
 
 
 def compare(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Differences:

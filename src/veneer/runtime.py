@@ -432,8 +432,10 @@ class Runtime:
         return None
 
     def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
-        places = []
+        places, names = [], list(names)
         for name in names:
+            if any(name.startswith(f"{other}.") for other in names):
+                continue  # the copy of what it is in holds it
             module = self.module(name)
             inside = [p.site.name for p in taken if (p.site.name + ".").startswith(name + ".")]
             if inside:

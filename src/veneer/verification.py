@@ -327,6 +327,7 @@ def verify(
             if isinstance(getattr(root, "dtype", None), torch.dtype)
             else None,
             "attention": getattr(getattr(root, "config", None), "_attn_implementation", None),
+            "classes": getattr(getattr(root, "config", None), "num_labels", None),
             "adapter": str(target.resolve()),
             "folder": str(place),
         }

@@ -150,19 +150,27 @@ def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **
 @click.argument("model")
 @click.option("--adapter", metavar="FOLDER", help="adapter to put on the model; folder or hub id")
 @click.option(
-    "--prompt", "-p", "prompts", multiple=True, help="text to continue, \\n for a new line; may be given several times"
+    "--prompt",
+    "-p",
+    "prompts",
+    multiple=True,
+    help="text to continue or to classify, \\n for a new line; a question; path of an image or a sound; may be given several times",
 )
 @click.option(
     "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="file with one prompt a line"
 )
-@click.option("--task", type=click.Choice(["causal-lm", "seq2seq-lm"]), default="causal-lm", show_default=True)
+@click.option("--context", metavar="TEXT", help="what the answer to a question stands in, for question-answering")
+@click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's, else causal-lm")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="storage of linear layers, by bitsandbytes")
 @click.option("--chat", is_flag=True, help="wrap each prompt in the model's chat template")
 @click.option("--seed", type=int, default=0, show_default=True)
 def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Path | None, **options: Any) -> None:
-    """Continue prompts with MODEL, with or without an adapter. Prompts can also come on standard input."""
+    """Ask MODEL, with or without an adapter: continue prompts, or say the class, the words or the answer.
+
+    Prompts can also come on standard input, one a line.
+    """
     texts = [*prompts, *(file.read_text("utf-8").splitlines() if file else [])]
     if not texts and not sys.stdin.isatty():
         texts = sys.stdin.read().splitlines()

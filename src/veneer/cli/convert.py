@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, user_input
-from .models import load_model
-from .tasks import TASKS
+from .trained import trained
 
 
 def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None) -> None:
@@ -26,9 +25,8 @@ def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | N
         base = model or config.base_model_name_or_path
         if not base:
             raise InputError(f"{adapter} names no base model, whose weights the conversion needs; give it with --model")
-        names = {str(t.peft_type): k for k, t in TASKS.items()}
         with console.status("loading the model"):
-            loaded: Any = load_model(base, task or names.get(config.task_type or "", "causal-lm"), "float32")
+            loaded: Any = trained(adapter, task).load(base)
             adapted = veneer.PeftModel.from_pretrained(loaded, adapter)
         with console.status("converting"):
             made = veneer.save_as_lora(out, adapted, wanted)

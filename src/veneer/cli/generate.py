@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import user_input
-from .models import load_model, load_tokenizer
-from .tasks.text import prompt_text
+from .errors import InputError, user_input
+from .tasks import TASKS
+from .trained import Trained, trained
 
 
 def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
@@ -35,14 +35,19 @@ def generate(
     model: str,
     adapter: str | None,
     prompts: list[str],
-    task: str,
+    task: str | None,
     max_new_tokens: int,
     temperature: float,
     chat: bool,
     quantize: str | None,
     seed: int,
+    context: str | None = None,
 ) -> None:
-    """Print what the model says after each prompt."""
+    """Print what the model says after each prompt, or of each text, image or sound file.
+
+    Raises:
+        InputError: no such model or adapter, they do not go together, or a prompt that the task cannot use.
+    """
     import torch
     from rich.console import Console
 
@@ -52,15 +57,29 @@ def generate(
 
     console = Console()
     torch.manual_seed(seed)
-    with console.status("loading the model"):
-        base, tokenizer = load_model(model, task, quantize=quantize), load_tokenizer(model)
-        if adapter:
-            with user_input():
-                base = veneer.PeftModel.from_pretrained(base, adapter)
-                codec.check_tokenizer(adapter, tokenizer)
+    with user_input():
+        purpose = trained(adapter, task) if adapter else Trained(task or "causal-lm")
+        of = TASKS[purpose.task]
+        if temperature and not of.by_token:
+            raise InputError(f"--temperature {temperature}: {purpose.task} draws nothing; leave it out")
+        if context is not None and purpose.task != "question-answering":
+            raise InputError(f"--context is the text of a question, and {purpose.task} asks none; leave it out")
+        run = purpose.run(model, chat=chat, max_new_tokens=max_new_tokens, max_length=512)
+        with console.status("loading the model"):
+            base, processor = purpose.load(model, quantize=quantize), of.processor(run)
+            adapted = base
+            if adapter:
+                adapted = veneer.PeftModel.from_pretrained(base, adapter)
+                codec.check_tokenizer(adapter, getattr(processor, "tokenizer", processor))
+        names = [str(n) for n in getattr(base.config, "id2label", {}).values()] if of.classes else []
+        rows = [of.row(run, p, context, names) for p in prompts]
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
-    for prompt in prompts:
-        with console.status("generating"):
-            text = complete(base, tokenizer, [prompt_text(chat, prompt, tokenizer)], max_new_tokens, **options)[0]
+    for prompt, row in zip(prompts, rows, strict=True):
+        with console.status("generating"), user_input():
+            if of.by_token:
+                asked = of.asked(run, [row], processor)
+                text = complete(adapted, processor, asked, max_new_tokens, **options)[0]
+            else:
+                text = of.answers(run, base, processor, [row])[0]
         console.print(prompt, style="dim", markup=False, highlight=False, end="\n" if prompt.endswith("\n") else " ")
         console.print(text, style="bold", markup=False, highlight=False)

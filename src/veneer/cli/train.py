@@ -21,12 +21,22 @@ from . import data as rows_of
 from .errors import InputError, PointlessError, user_input
 from .launch import check_rows
 from .malloc import give_back
-from .models import load_model
 from .recipe import Run
 from .report import Report, peak_memory, plot, show
 from .tasks import TASKS, Task
+from .trained import NAME as TASK_NAME
+from .trained import Trained
 
-OURS = (codec.CONFIG_NAME, codec.WEIGHTS_NAME, "metrics.jsonl", "loss.png", "report.json", "report.md", "recipe.yaml")
+OURS = (
+    codec.CONFIG_NAME,
+    codec.WEIGHTS_NAME,
+    TASK_NAME,
+    "metrics.jsonl",
+    "loss.png",
+    "report.json",
+    "report.md",
+    "recipe.yaml",
+)
 
 
 OPTIMIZER, SCHEDULE = "adapter_optimizer.safetensors", "adapter_schedule.json"  # in checkpoints
@@ -62,12 +72,8 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         folder = prepare_folder(run, resume, overwrite, write=rank == 0)
         # Before the model: under ZeRO-3 each process then keeps its part of the weights only, as they are read.
         arguments = settings(run, len(train_rows), folder)
-        options: dict[str, Any] = {}
-        if found.labels:
-            names = dict(enumerate(found.labels))
-            options = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-            options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
-        base = load_model(run.model, run.task, run.dtype, run.quantize, **options)
+        purpose = Trained(run.task, tuple(found.labels), run.image_size)
+        base = purpose.load(run.model, run.dtype, run.quantize)
         if getattr(base.config, "pad_token_id", None) is None:
             base.config.pad_token_id = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
         if run.quantize is not None:
@@ -132,6 +138,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         model.save_pretrained(folder, is_main_process=rank == 0)
     trainer.accelerator.wait_for_everyone()
     if rank == 0:
+        purpose.save(folder)
         plot(folder)
     report = Report(
         run=dataclasses.asdict(run),

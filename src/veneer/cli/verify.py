@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import InputError, user_input
-from .models import load_model
-from .tasks import TASKS
+from .trained import trained
 
 
 def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> bool:
@@ -30,10 +29,9 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> boo
         name = model or config.base_model_name_or_path
         if not name:
             raise InputError(f"{adapter} names no base model; give --model")
-        tasks = {str(t.peft_type): k for k, t in TASKS.items()}
-        chosen = task or tasks.get(config.task_type or "", "causal-lm")
+        purpose = trained(adapter, task)
         with console.status(f"loading {name}"):
-            base = load_model(name, chosen, dtype)
+            base = purpose.load(name, dtype)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)
         local = Path(adapter) if Path(adapter).is_dir() else None
         with console.status("loading, merging and unmerging in new processes"):

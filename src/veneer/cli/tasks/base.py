@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError
@@ -23,6 +23,7 @@ class Task:
         auto: transformers' class that loads the model.
         by_token: the held-out loss is a mean over tokens; else Trainer's own evaluation is used, with `metrics`.
         by_length: rows are drawn with others of their length; they have `input_ids`.
+        classes: it has an output for each of some classes.
     """
 
     name: ClassVar[str]
@@ -31,6 +32,7 @@ class Task:
     auto: ClassVar[str]
     by_token: ClassVar[bool] = False
     by_length: ClassVar[bool] = True
+    classes: ClassVar[bool] = False
 
     def auto_class(self, where: str) -> str:
         """The name of transformers' class for the model at `where`."""
@@ -77,6 +79,14 @@ class Task:
         """What is measured on transformers' `EvalPrediction`, where the loss is not by token."""
         return {}
 
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        """A row of what a user types: a text, a path, or a question and its context.
+
+        Raises:
+            InputError: it is not what the task needs.
+        """
+        raise NotImplementedError
+
     def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
         """What is shown of each row beside the model's answer; fewer where a row has no such thing."""
         return []
@@ -116,3 +126,26 @@ def accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     counted = prediction.label_ids != -100
     return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids)[counted].mean())}
+
+
+def likeliest(task: Task, run: Run, model: Any, processor: Any, rows: list[Row]) -> Iterator[tuple[Row, Any]]:
+    """Rows and their logits, in batches as the run has them, without loss and dropout."""
+    import torch
+
+    names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    batch, was_training = task.collator(run, processor, model), model.training
+    model.eval()
+    for at in range(0, len(rows), run.batch_size):
+        some = rows[at : at + run.batch_size]
+        inputs = {k: v.to(model.device) for k, v in batch(task.encode(run, some, processor, names)).items()}
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            logits = model(**inputs).logits.float()
+        yield from zip(some, zip(logits, labels, strict=True), strict=True)
+    model.train(was_training)
+
+
+def with_share(model: Any, logits: Any) -> str:
+    """The class of the largest of some logits (classes,), and its probability."""
+    share = logits.softmax(-1)
+    return f"{model.config.id2label[int(share.argmax())]} ({float(share.max()):.0%})"

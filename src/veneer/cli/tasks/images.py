@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes
+from .base import Row, Task, accuracy, classes, likeliest, with_share
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -19,7 +19,7 @@ class ImageClassification(Task):
     name, auto = "image-classification", "AutoModelForImageClassification"
     peft_type = None  # peft's list of tasks has none for images
     heads = ("classifier", "fc", "_fc", "head")
-    by_length = False
+    by_length, classes = False, True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.image_column, run.label_column)]
@@ -73,6 +73,18 @@ class ImageClassification(Task):
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         return accuracy(prediction)
+
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        rgb(text, "image")
+        return {run.image_column: text, run.label_column: labels[0]}
+
+    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+        """Paths of images; of images without one, what they are labelled."""
+        paths = [r[run.image_column] for r in rows]
+        return [p if isinstance(p, str) else f"{r[run.label_column]}" for p, r in zip(paths, rows, strict=True)]
+
+    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]
 
 
 def rgb(image: Any, where: str) -> Any:

@@ -85,6 +85,10 @@ class SpeechRecognition(Task):
 
         return batch
 
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        sound(text, "audio", None)
+        return {run.audio_column: text, run.text_column: text}
+
     def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
         return [str(r[run.text_column]) for r in rows]
 
@@ -101,6 +105,11 @@ class SpeechRecognition(Task):
                     ids = model.generate(**inputs, max_new_tokens=max(run.max_new_tokens, 1), do_sample=False)
                 else:
                     ids = model(**inputs).logits.argmax(-1)  # (B, frames)
+                    heard = inputs.get("attention_mask")  # (B, samples) or (B, frames of features)
+                    if heard is not None and hasattr(model, "_get_feat_extract_output_lengths"):
+                        frames = model._get_feat_extract_output_lengths(heard.sum(-1))  # (B,)
+                        silent = torch.arange(ids.shape[1], device=ids.device) >= frames.to(ids.device)[:, None]
+                        ids = ids.masked_fill(silent, model.config.pad_token_id)  # blank, where there is only padding
             said += [t.strip() for t in processor.batch_decode(ids, skip_special_tokens=True)]
         model.train(was_training)
         return said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes
+from .base import Row, Task, accuracy, classes, likeliest, with_share
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -15,6 +15,9 @@ class Generation(Task):
     """What causal and encoder-decoder models have in common."""
 
     by_token = True
+
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        return {run.prompt_column: text}
 
     def collator(self, run: Run, processor: Any, model: Any) -> Any:
         from transformers import DataCollatorForSeq2Seq
@@ -129,6 +132,7 @@ class Classification(Task):
     """Rows of a text and its class."""
 
     name, peft_type, auto = "classification", "SEQ_CLS", "AutoModelForSequenceClassification"
+    classes = True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.text_column, run.label_column)]
@@ -150,3 +154,12 @@ class Classification(Task):
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         return accuracy(prediction)
+
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        return {run.text_column: text, run.label_column: labels[0]}
+
+    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+        return [str(r[run.text_column]) for r in rows]
+
+    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes
+from .base import Row, Task, accuracy, classes, likeliest
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -17,6 +17,7 @@ class TokenClassification(Task):
     """Rows of words, a label for each, and where they stand on the page, for models of LayoutLM's kind."""
 
     name, peft_type, auto = "token-classification", "TOKEN_CLS", "AutoModelForTokenClassification"
+    classes = True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.words_column, run.labels_column)]
@@ -86,6 +87,23 @@ class TokenClassification(Task):
     def metrics(self, prediction: Any) -> dict[str, float]:
         return accuracy(prediction)
 
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        """Words between spaces; where they stand on a page is not said."""
+        words = text.split()
+        return {run.words_column: words, run.labels_column: [labels[0]] * len(words)}
+
+    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+        return [" ".join(map(str, r[run.words_column])) for r in rows]
+
+    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+        """Words with their classes, of the classes that are not the commonest outside of things, "O"."""
+        said = []
+        for row, (logits, labels) in likeliest(self, run, model, processor, rows):
+            found = logits[labels != -100].argmax(-1).tolist()  # of the words that were not cut off
+            pairs = zip(row[run.words_column], (model.config.id2label[i] for i in found), strict=False)
+            said.append(" ".join(f"{w}/{label}" for w, label in pairs if label != "O"))
+        return said
+
 
 def wants(processor: Any) -> list[str]:
     import inspect
@@ -154,6 +172,34 @@ class QuestionAnswering(Task):
         common = np.clip(np.minimum(e, last) - np.maximum(s, first) + 1, 0, None)
         f1 = 2 * common / ((e - s + 1) + (last - first + 1))
         return {"exact_match": float(((s == first) & (e == last)).mean()), "f1": float(f1.mean())}
+
+    def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
+        if not context:
+            raise InputError("question-answering: give the text that the answer stands in with --context")
+        return {run.question_column: text, run.context_column: context}
+
+    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+        return [str(r[run.question_column]) for r in rows]
+
+    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+        """The likeliest span (s, e) of the context, s <= e, as it is written there."""
+        import torch
+
+        was_training, said = model.training, []
+        model.eval()
+        for row in rows:
+            question, context = str(row[run.question_column]), str(row[run.context_column])
+            cut = {"truncation": "only_second", "max_length": run.max_length, "return_tensors": "pt"}
+            inputs = processor(question, context, **cut)
+            inside = torch.tensor([owner == 1 for owner in inputs.sequence_ids(0)])  # (T,) of the context
+            with torch.no_grad():
+                out = model(**{k: v.to(model.device) for k, v in inputs.items()})
+            pairs = (out.start_logits[0, :, None] + out.end_logits[0]).cpu().float()  # (T, T)
+            pairs = pairs.masked_fill(~(inside[:, None] & inside).triu(), -torch.inf)
+            s, e = divmod(int(pairs.argmax()), pairs.shape[1])
+            said.append(context[inputs.token_to_chars(s).start : inputs.token_to_chars(e).end])
+        model.train(was_training)
+        return said
 
 
 def answer(run: Run, row: Row) -> tuple[int, str]:

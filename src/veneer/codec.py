@@ -6,20 +6,20 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import fingerprint
+from . import fingerprint, reading
 from .fingerprint import BaseMismatchWarning, Differences, Fingerprint
 from .interop import sharding
 from .interop.sharding import fill, shape_of, whole
 from .method import Method, refuse_foreign, registry, suggest
 from .runtime import PREFIX, AdapterLoadError, Loader, LoadReport, Runtime, runtime_of
+from .writing import locked, pending, save_bytes, save_text, write_pair
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -28,6 +28,8 @@ TRAINING_NAME = "adapter_training.safetensors"  # in checkpoints
 CERTIFICATE_NAME = "adapter_certificate.json"  # what `verify` found
 SET_NAME = "adapters.json"  # which adapters a folder holds, where they are several
 PEFT_VERSION = "0.21.2"  # the layout written here
+FIELDS = "veneer.fields"  # in the metadata of weights: the fields of the config they were saved with
+APART = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")  # change no result
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "repo_type")
 
 
@@ -45,6 +47,7 @@ def find_file(where: str | os.PathLike[str], name: str, subfolder: str | None = 
         raise ValueError(f"subfolder={subfolder!r}: must be a path inside {str(where)!r}")
     if folder.is_dir():
         path = folder / (subfolder or "") / name
+        path = finished(path) if name == CONFIG_NAME else path
         return path if path.is_file() else None
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -89,13 +92,7 @@ def read_config(
     path = find_file(where, CONFIG_NAME, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(where)!r} holds no {CONFIG_NAME}; give the folder an adapter was saved to")
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); save the adapter again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; it must be an object of config fields")
-    return values, str(path)
+    return reading.json_object(path), str(path)
 
 
 def config_from_dict(
@@ -115,10 +112,11 @@ def config_from_dict(
             f"{where}: this is a config of {name!r} ({cls.__name__}), not of {expected.peft_name!r} "
             f"({expected.__name__}); use PeftConfig.from_pretrained to read any method"
         )
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.init}
     known, unknown = {}, []
     for key, value in values.items():
         if key in fields:
+            check_value(fields[key], value, f"{where}: {key}")
             known[key] = value
         elif key in cls.foreign:
             refuse_foreign(cls, key, value)
@@ -143,6 +141,41 @@ def config_from_dict(
         raise ValueError(f"{where}: {error}") from error
     config.from_file = True
     return config
+
+
+SIZES = 1 << 16  # the largest rank, number of virtual tokens or width that a file may ask memory for
+NUMBERS = ("seed", "key", "token_id")  # in the names of whole numbers that are no sizes
+PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+
+
+def check_value(annotation: str, value: Any, where: str) -> None:
+    """Raise ValueError where a field of a config file holds what its type does not allow, or a size beyond reason."""
+    if annotation == "Any":  # names of modules, which are held as a set
+        annotation = "list[str] | str | None"
+    if not any(allows(kind.strip(), value) for kind in annotation.split("|")) and "Combination" not in annotation:
+        raise ValueError(f"{where}={str(value)[:80]!r}: must be of the type {annotation.replace('None', 'null')}")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+    for held in (h for pair in pairs for h in pair):
+        if type(held) is int and abs(held) > SIZES and not any(n in where.rpartition(" ")[2] for n in NUMBERS):
+            raise ValueError(f"{where}={held}: {SIZES:,} is the most that a file may ask for")
+        if isinstance(held, str) and (len(held) > SIZES or "\0" in held):
+            raise ValueError(
+                f"{where}={held[:40]!r}...: {len(held):,} characters; {SIZES:,} are allowed, none of them NUL"
+            )
+
+
+def allows(kind: str, value: Any) -> bool:
+    """Whether a type, as a config's class writes it, has this value of JSON's."""
+    if kind.startswith(("list[", "dict[")):
+        inner = kind[5:-1].rpartition(", ")[2]
+        if kind.startswith("list["):
+            return isinstance(value, list) and all(allows(inner, v) for v in value)
+        return isinstance(value, dict) and all(
+            isinstance(v, list) if inner.startswith("list") else allows(inner, v) for v in value.values()
+        )
+    if isinstance(value, bool) and kind not in ("bool", "Any"):
+        return False
+    return isinstance(value, PLAIN.get(kind, object))
 
 
 def load_weights(
@@ -232,6 +265,7 @@ def read_safetensors(path: Path, device: str | None = None) -> dict[str, Tensor]
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    reading.check_tensors(path)
     try:
         return load_file(path, device=device or "cpu")
     except SafetensorError as error:
@@ -258,26 +292,6 @@ def check_tokenizer(where: str | os.PathLike[str], tokenizer: Any) -> None:
 # Writing.
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that a killed process leaves the old one or the new one: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
 def folder_to_write(folder: str | os.PathLike[str]) -> Path:
     """The folder, made if it is not there."""
     target = Path(folder)
@@ -289,24 +303,99 @@ def folder_to_write(folder: str | os.PathLike[str]) -> Path:
 
 def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
     """Write `adapter_config.json` with some fields changed."""
+    data = config_bytes({**config.to_dict(), **changes, "peft_version": PEFT_VERSION})
     target = folder_to_write(folder)
-    values = {**config.to_dict(), **changes, "peft_version": PEFT_VERSION}
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    write_atomic(target / CONFIG_NAME, partial(write_text, text=text))
+    with locked(target):
+        pending(target / CONFIG_NAME).unlink(missing_ok=True)
+        save_bytes(target / CONFIG_NAME, data)
 
 
-def save_weights(
-    tensors: Mapping[str, Tensor],
-    folder: str | os.PathLike[str],
-    *,
-    name: str = WEIGHTS_NAME,
-    base: Fingerprint | None = None,
-) -> None:
-    """Write `adapter_model.safetensors`, or another file of this kind, with the fingerprint of the base model.
+def config_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], *, name: str = WEIGHTS_NAME) -> None:
+    """Write a safetensors file with a checksum.
 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
     """
+    data = packed(tensors)
+    target = folder_to_write(folder)
+    with locked(target):
+        save_bytes(target / name, data)
+
+
+def save_pair(
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    base: Fingerprint | None = None,
+) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`: both new ones, or as they were before.
+
+    The first has in its metadata a checksum, what the fields of the second are, and the fingerprint of the base model.
+
+    Raises:
+        ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
+        OSError: they cannot be written; what was there is as before.
+    """
+    more = {FIELDS: json.dumps(marks(values), separators=(",", ":"))}
+    if base is not None:
+        more[fingerprint.KEY] = base.without(tensors).to_json()
+    data = packed(tensors, more)
+    target = folder_to_write(folder)
+    write_pair((target / WEIGHTS_NAME, data), (target / CONFIG_NAME, config_bytes(values)))
+
+
+def marks(values: Mapping[str, Any]) -> dict[str, str]:
+    """A short hash of each field of a config that says what the adapter computes."""
+    from xxhash import xxh3_64_hexdigest
+
+    texts = {k: json.dumps(v, sort_keys=True) for k, v in sorted(values.items()) if k not in APART}
+    return {k: xxh3_64_hexdigest(t.encode())[:8] for k, t in texts.items()}
+
+
+def changed_fields(values: Mapping[str, Any], weights: Path) -> list[str]:
+    """Fields of a config that are not what they were when a file of weights was saved with it; none where it does not say."""
+    if weights.suffix != ".safetensors":
+        return []
+    text = reading.tensor_header(weights)[1].get(FIELDS)
+    then = reading.json_text(text) if text is not None else None
+    if not isinstance(then, dict):
+        return []
+    now = marks(values)
+    return [k for k, mark in then.items() if now.get(k) != mark]
+
+
+def finished(config: Path) -> Path:
+    """The config that belongs to the weights beside it: where a save was killed between the two, the one that waits."""
+    waiting = pending(config)
+    weights = config.with_name(WEIGHTS_NAME)
+    if not waiting.is_file() or not weights.is_file():
+        return config
+    if config.is_file() and not changed_fields(reading.json_object(config), weights):
+        return config
+    return config if changed_fields(reading.json_object(waiting), weights) else waiting
+
+
+def check_config(values: Mapping[str, Any], weights: Path) -> None:
+    """Warn where a config was changed since its weights were saved."""
+    if changed := changed_fields(values, weights):
+        warnings.warn(
+            f"{weights.with_name(CONFIG_NAME)} was changed since the weights beside it were saved: {', '.join(changed)}; the "
+            "adapter computes what the file says now. Save it again if that is meant",
+            ConfigChangedWarning,
+            stacklevel=4,
+        )
+
+
+class ConfigChangedWarning(UserWarning):
+    """An adapter's config is not the one that its weights were saved with."""
+
+
+def packed(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file."""
     from safetensors.torch import save
 
     empty = [k for k, v in tensors.items() if v.numel() == 0 or v.device.type == "meta"]
@@ -315,19 +404,16 @@ def save_weights(
             f"{empty[0]} (and {len(empty) - 1} more) holds no data: it is sharded or on the meta device; gather the "
             "parameters before saving"
         )
-    target = folder_to_write(folder)
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    data = save(ready, metadata={"format": "pt"})
-    if base is not None:
-        data = with_metadata(data, {fingerprint.KEY: base.without(ready).to_json()})
-    write_atomic(target / name, lambda p: write_bytes(p, data))
+    return with_metadata(save(ready, metadata={"format": "pt"}), more or {})
 
 
 def with_metadata(data: bytes, more: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file with more metadata, in a fixed order: safetensors writes entries in any."""
+    """The bytes of a safetensors file with a checksum and more metadata, in a fixed order: safetensors writes them in any."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **more}.items()))
+    metadata = {**header.pop("__metadata__", {}), **more, reading.CHECKSUM: reading.checksum(header, data[end:])}
+    header = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + data[end:]
@@ -365,17 +451,17 @@ def write_adapter(
         base = type(runtime.root)
         base = getattr(base, "_veneer_base", base)
         fields["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    save_weights(tensors, folder, base=runtime.known_base())
-    save_config(config, folder, **{"inference_mode": True, **fields})
+    values = {**config.to_dict(), "inference_mode": True, **fields, "peft_version": PEFT_VERSION}
+    save_pair(tensors, values, folder, runtime.known_base())
     card = Path(folder) / "README.md"
     if not card.exists():
-        write_atomic(card, partial(write_text, text=model_card(config)))
+        save_text(card, model_card(config))
 
 
 def save_set(names: Sequence[str], active: Sequence[str], folder: str | os.PathLike[str]) -> None:
     """Write `adapters.json`: the adapters that a folder holds, and those that were active, in order."""
     text = json.dumps({"adapters": list(names), "active": list(active)}, indent=2) + "\n"
-    write_atomic(folder_to_write(folder) / SET_NAME, partial(write_text, text=text))
+    save_text(folder_to_write(folder) / SET_NAME, text)
 
 
 def load_set(where: str | os.PathLike[str], **hub: Any) -> tuple[list[str], list[str]]:
@@ -390,11 +476,12 @@ def load_set(where: str | os.PathLike[str], **hub: Any) -> tuple[list[str], list
             f"{os.fspath(where)!r} holds no {SET_NAME}, which save_pretrained writes for several adapters; leave "
             "adapters=... out to load one, and add others with load_adapter"
         )
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        names, active = list(found["adapters"]), list(found["active"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no list of adapters ({error}); save the model again") from error
+    found = reading.json_object(path)
+    names, active = found.get("adapters"), found.get("active")
+    if not isinstance(names, list) or not isinstance(active, list):
+        raise ValueError(
+            f"{path} is no list of adapters and of the active ones ({str(found)[:80]}); save the model again"
+        )
     if not all(isinstance(n, str) and n and not set(n) & set("/\\.:") for n in [*names, *active]):
         raise ValueError(
             f"{path}: names of adapters must be non-empty and without '/', '\\', '.' and ':'; it has {names}"
@@ -491,9 +578,12 @@ def resized(root: nn.Module, config: Method) -> bool:
     """Whether the vocabulary is not the one of the base model's own config file, where that can be read."""
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     path = Path(config.base_model_name_or_path or "") / "config.json"
-    if now is None or not config.base_model_name_or_path or not path.is_file():
+    if now is None or not config.base_model_name_or_path:
         return False
-    then = json.loads(path.read_text("utf-8")).get("vocab_size")
+    try:
+        then = reading.json_object(path).get("vocab_size")
+    except (OSError, ValueError):  # no folder, or none of a model
+        return False
     return then is not None and then != now
 
 

@@ -7,7 +7,6 @@ written, never the weights' change itself.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -21,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import codec
+from . import codec, fingerprint
+from .fingerprint import Fingerprint
 from .runtime import PREFIX
 from .targets import pattern_value
 
@@ -239,6 +239,7 @@ class Patient:
         tensors: by their key in the file.
         safe: whether they were in a safetensors file.
         pipeline: content of diffusers' own file, if it is there.
+        base: what its file says of its base model.
     """
 
     where: str
@@ -246,6 +247,7 @@ class Patient:
     tensors: dict[str, Tensor]
     safe: bool = True
     pipeline: dict[str, Tensor] | None = None
+    base: Fingerprint | None = None
 
     @classmethod
     def read(cls, where: str | os.PathLike[str]) -> Patient:
@@ -263,16 +265,15 @@ class Patient:
         safe = codec.find_file(where, codec.WEIGHTS_NAME) is not None
         own = codec.find_file(where, DIFFUSERS_NAME)
         pipeline = None if own is None else codec.read_tensors(own)
-        return cls(os.fspath(where), config, codec.load_weights(where), safe, pipeline)
+        base = fingerprint.read(codec.weights_path(where)) if safe else None
+        return cls(os.fspath(where), config, codec.load_weights(where), safe, pipeline, base)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files into a folder, each of them atomically."""
+        """Write the files into a folder, atomically."""
         target = codec.folder_to_write(folder)
-        codec.save_weights(self.tensors, target)
+        codec.save_pair(self.tensors, self.config, target, self.base)
         if self.pipeline is not None:
             codec.save_weights(self.pipeline, target, name=DIFFUSERS_NAME)
-        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-        codec.write_atomic(target / codec.CONFIG_NAME, lambda path: codec.write_text(path, text))
         (target / codec.OLD_WEIGHTS_NAME).unlink(missing_ok=True)
 
     @property

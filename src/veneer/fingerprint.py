@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import reading
 from .interop import sharding
 
 KEY = "veneer.base"  # in the metadata of a safetensors file
@@ -97,7 +98,7 @@ class Fingerprint:
         try:
             if len(text) > LARGEST:
                 raise ValueError(f"{len(text):,} characters; {LARGEST:,} are allowed")
-            values = json.loads(text)
+            values = reading.json_text(text)
             if not isinstance(values, dict):
                 raise ValueError("not an object")
             if values.get("format") != FORMAT:
@@ -230,10 +231,8 @@ def read(path: Path) -> Fingerprint | None:
     Raises:
         ValueError: what stands in its place is none.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text, keys = (file.metadata() or {}).get(KEY), file.keys()
+    keys, metadata = reading.tensor_header(path)
+    text = metadata.get(KEY)
     found = None if text is None else Fingerprint.from_json(text, str(path))
     return None if found is None else found.without(keys)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import codec
+from . import codec, writing
 from .interop import adapterhub, checkpointing, layouts
 from .method import Method, registry
 from .router import Item, Rows, flat, stack
@@ -391,6 +391,8 @@ class PeftModel(nn.Module):
         config = config.replace(inference_mode=not is_trainable)
         file = codec.weights_path(model_id, **kwargs)
         tensors: Mapping[str, Tensor] = codec.read_tensors(file)
+        if values:
+            codec.check_config(values, file)
         codec.check_base(self.runtime, file, strict=strict)
         if adapter_name in self.peft_config and alike(self.peft_config[adapter_name], config):
             return codec.set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
@@ -612,7 +614,7 @@ class PeftModel(nn.Module):
         card.data.tags = sorted({*(card.data.tags or []), *(own.data.tags or [])})
         if own.data.base_model is not None:
             card.data.base_model = own.data.base_model
-        codec.write_atomic(path, lambda p: codec.write_text(p, str(card)))
+        writing.save_text(path, str(card))
 
     def push_to_hub(
         self,
@@ -661,11 +663,8 @@ _FACADES: dict[type[nn.Module], type[PeftModel]] = {}
 
 def alike(one: Method, other: Method) -> bool:
     """Whether two configs describe the same adapter, wherever they were saved."""
-    here, there = ({k: v for k, v in c.to_dict().items() if k not in APART} for c in (one, other))
+    here, there = ({k: v for k, v in c.to_dict().items() if k not in codec.APART} for c in (one, other))
     return here == there
-
-
-APART = ("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version")
 
 
 def facade_of(base: type[nn.Module]) -> type[PeftModel]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import mmap
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 JSON_BYTES = 16 << 20  # of a file of settings; the largest of peft's, with a rank for each layer, have some 100 KB
 JSON_DEPTH = 32
+CHECKSUM = "veneer.checksum"  # in a safetensors file's metadata: xxh3 of its entries and its data
 HEADER_BYTES = 64 << 20  # of a safetensors file; safetensors itself takes 100 MB
 ITEM_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16,
@@ -36,12 +41,27 @@ def json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     return values
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file that has one a line; a last line that a killed process left half written is none."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        try:
+            found.append(json_text(line))
+        except ValueError:
+            continue
+    return [m for m in found if isinstance(m, dict)]
+
+
 def json_text(text: str) -> Any:
     """The value of a JSON text; see `json_object`."""
     try:
         values = json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(str(error)) from error
     level: list[Any] = [values]
     for _ in range(JSON_DEPTH):
         level = [v for x in level if isinstance(x, dict | list) for v in (x.values() if isinstance(x, dict) else x)]
@@ -70,8 +90,79 @@ def finite(text: str) -> float:
     return value
 
 
+class NotFiniteWarning(UserWarning):
+    """An adapter's file holds NaN or infinity."""
+
+
+def check_tensors(path: Path) -> None:
+    """Look at a safetensors file before it is loaded: its header, its checksum where it has one, and for NaN.
+
+    The checksum is for accidents, as of a disk or a copy, and not for forgers, who can compute it too.
+
+    Raises:
+        ValueError: a damaged or hostile file; says what is wrong with it.
+    """
+    import torch
+
+    entries, metadata, begin, header = header_of(path, stamp(path))
+    if os.stat(path).st_size == begin:
+        return
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, as torch wants it, and never written
+    if CHECKSUM in metadata and checksum(header, memoryview(data)[begin:]) != metadata[CHECKSUM]:
+        raise ValueError(
+            f"{path} is damaged: its tensors are not those that were written (checksum). Fetch or save it again; whoever "
+            f"changed it on purpose leaves {CHECKSUM!r} out of its metadata"
+        )
+    kinds = {dtype for dtype, _ in entries.values()}
+    if kinds <= FLOATS.keys() and len(kinds) == 1 and begin % 8 == 0:
+        whole = torch.frombuffer(data, dtype=getattr(torch, FLOATS[next(iter(kinds))]), offset=begin)
+        if bool(whole.sum(dtype=torch.float32 if whole.element_size() < 4 else None).isfinite()):
+            return  # nothing in it is NaN or infinite
+    bad = []
+    for key, (dtype, shape) in entries.items():
+        if dtype in FLOATS and math.prod(shape):
+            kind = getattr(torch, FLOATS[dtype])
+            start = begin + header[key]["data_offsets"][0]
+            held = torch.frombuffer(data, dtype=kind, offset=start, count=math.prod(shape))
+            if not bool(held.isfinite().all()):
+                bad.append(key)
+    if bad:
+        warnings.warn(
+            f"{path}: {bad[0]} and {len(bad) - 1} more of {len(entries)} tensors hold NaN or infinity, and so will what the "
+            "model says with it; it was saved from a run that had diverged",
+            NotFiniteWarning,
+            stacklevel=5,
+        )
+
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def checksum(header: Mapping[str, Any], data: Any) -> str:
+    """A hash over a safetensors file's entries, by key, and the bytes of its tensors."""
+    from xxhash import xxh3_128
+
+    entries = [[k, v["dtype"], v["shape"], v["data_offsets"]] for k, v in sorted(header.items())]
+    made = xxh3_128(json.dumps(entries).encode())
+    made.update(data)
+    return made.hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def tensor_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
-    """Key -> dtype and shape of the tensors in a safetensors file, and its metadata, from its header alone.
+    """Key -> dtype and shape of the tensors in a safetensors file, and its metadata; see `header_of`."""
+    entries, metadata, _, _ = header_of(path, stamp(path))
+    return dict(entries), dict(metadata)
+
+
+@functools.lru_cache(maxsize=4)
+def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, str], int, dict[str, Any]]:
+    """Dtypes and shapes of the tensors in a safetensors file, its metadata, where its data begin, and the header itself.
 
     The header is held against the file's size, so that nothing is allocated for what is not there, and its offsets must
     tile the data without gap or overlap, so that no two tensors are the same memory.
@@ -122,4 +213,4 @@ def tensor_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], d
         at = end
     if at != size - 8 - length:
         raise damaged(f"its tensors have {at:,} bytes, and there are {size - 8 - length:,}")
-    return found, metadata
+    return found, metadata, 8 + length, header

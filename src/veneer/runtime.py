@@ -93,8 +93,9 @@ class LoadReport:
 class Loader:
     """Hands out the tensors of a file by key, and notes what does not fit."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
         self.left = dict(tensors)
+        self.strict = strict
         self.report = LoadReport()
 
     def take(self, key: str, shape: torch.Size) -> Tensor | None:
@@ -241,7 +242,7 @@ class Runtime:
         with self.looking():
             config = copy.deepcopy(config).prepare(self.root)
             prefix = prefix_of(config, prefix)
-            loader = None if tensors is None else Loader(tensors)
+            loader = None if tensors is None else Loader(tensors, strict)
             plan: list[Place] = []
             shared: dict[str, Tensor] = {}
             parts = [config, *config.companions(self.root)]
@@ -312,7 +313,9 @@ class Runtime:
                 fresh[key] = found.to(device=device, dtype=site.dtype)
         # What the file does not bring, and what a lenient load leaves at its start.
         lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
-        if lacking and home.type != "meta":
+        if (
+            lacking and home.type != "meta" and not (loader.strict and not loader.report.clean)
+        ):  # nothing for a refused file
             site.device = home
             start = entry.method.loaded(site)
             fresh.update({k: start[k] for k in lacking})

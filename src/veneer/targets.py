@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .backends import bare_of, linear_of, unknown, unread
+from .patterns import Timed, compiled
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
@@ -157,7 +158,7 @@ def matches(key: str, spec: str | Collection[str] | None) -> bool:
     if spec is None:
         return False
     if isinstance(spec, str):
-        return re.fullmatch(spec, key) is not None
+        return compiled(spec, "pattern").fullmatch(key) is not None
     if key in spec:
         return True
     at = key.rfind(".")
@@ -316,7 +317,7 @@ def in_layers(
     return [n for n in names if n in exact or index.get(n) in layers]
 
 
-def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str]]) -> dict[str, int]:
+def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | Timed]) -> dict[str, int]:
     """Name -> index of its layer, for the names that have one."""
     found = {}
     for name in names:
@@ -357,7 +358,7 @@ def not_copied(names: list[str], said: str, copies: Collection[str] | None, hidd
     if copies:
         check_names(copies, "modules_to_save")
         joined = "|".join(f"(?:{compiled(c, 'modules_to_save').pattern})" for c in copies)
-        copied = re.compile(rf"(?:^|.*\.)(?:{joined})(?:$|\..*)")
+        copied = compiled(rf"(?:^|.*\.)(?:{joined})(?:$|\..*)", "modules_to_save", show(copies))
         kept = [n for n in kept if not copied.match(n)]
     if names and not kept:
         raise ValueError(
@@ -384,7 +385,7 @@ def nothing(
         return f"{said} matches no module: there is no {hints(sorted(spec), modules, parameters)}; {sample}"
     if near := difflib.get_close_matches(spec.lower(), [ALL_LINEAR], cutoff=0.75):
         return f"{said} matches no module; did you mean {near[0]!r}?"
-    whole = re.compile(rf".*\.({spec})")
+    whole = compiled(rf".*\.({spec})", "target_modules", spec)
     if any(whole.fullmatch(n) for n in modules):
         return (
             f"{said} matches no module: a string is a regular expression for the whole name; write it as "
@@ -413,13 +414,6 @@ def hints(entries: Iterable[str], names: Iterable[str], parameters: Iterable[str
 def check_names(spec: object, field: str) -> None:
     if isinstance(spec, str) or not isinstance(spec, Collection) or not all(isinstance(e, str) for e in spec):
         raise TypeError(f'{field}={spec!r}: must be a list of names, such as ["q_proj", "v_proj"]')
-
-
-def compiled(pattern: str, field: str, value: str | None = None) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field}={value or pattern!r} is no valid regular expression: {error}") from error
 
 
 def show(spec: object) -> str:
@@ -484,11 +478,8 @@ def pattern_value(patterns: Mapping[str, T], key: str, default: T) -> T:
         ValueError: a bad regular expression.
     """
     for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", key):
-                return value
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is no valid regular expression: {error}") from error
+        if compiled(rf"(.*\.)?({pattern})$", "pattern", pattern).match(key):
+            return value
     return default
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import codec, fingerprint
+from . import codec, fingerprint, reading, writing
 from .site import copy_name
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Certificate:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `adapter_certificate.json` beside an adapter's files."""
-        codec.write_atomic(Path(folder) / NAME, lambda p: codec.write_text(p, self.to_json()))
+        writing.save_text(Path(folder) / NAME, self.to_json())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Certificate | None:
@@ -107,9 +107,7 @@ class Certificate:
         if not path.is_file():
             return None
         try:
-            if path.stat().st_size > LARGEST:
-                raise ValueError(f"{path.stat().st_size:,} bytes; {LARGEST:,} are allowed")
-            values = json.loads(path.read_text("utf-8"))
+            values = reading.json_object(path, LARGEST)
             if values["format"] != FORMAT:
                 return None
             checks = tuple(Check(**c) for c in values["checks"])

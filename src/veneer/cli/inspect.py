@@ -9,8 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .. import codec
-from .errors import InputError
+from .. import codec, reading
+from .errors import InputError, user_input
 
 
 def inspect(adapter: str, everything: bool, check: bool) -> None:
@@ -82,14 +82,8 @@ def trust(path: Path) -> list[tuple[str, str]]:
 
 def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Key -> shape and dtype, from the file's header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-            return {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}; fetch or save it again") from error
+    with user_input():
+        return {key: (shape, dtype) for key, (dtype, shape) in reading.tensor_header(Path(path))[0].items()}
 
 
 def report(console: Any, adapter: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .. import reading, writing
+
 
 class Before(TrainerCallback):  # type: ignore[misc]
     """Calls something when everything is ready for the first step."""
@@ -76,9 +78,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and self.path.is_file():
-            lines = [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
-            kept = [line for line in lines if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+            kept = [m for m in reading.json_lines(self.path) if m.get("step", 0) <= state.global_step]
+            writing.save_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         names = {"loss": "loss", "eval_loss": "held_out_loss", "eval_accuracy": "accuracy", "grad_norm": "grad_norm",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import codec
+from .. import reading, writing
 
 
 @dataclass
@@ -58,8 +58,8 @@ class Report:
             lines += ["", "| prompt | before | after |", "|---|---|---|"]
             lines += ["| " + " | ".join(cell(s[k]) for k in ("prompt", "before", "after")) + " |" for s in self.samples]
         lines += ["", "![loss](loss.png)", ""]
-        codec.write_atomic(folder / "report.md", lambda p: codec.write_text(p, "\n".join(lines)))
-        codec.write_atomic(folder / "report.json", lambda p: codec.write_text(p, text))
+        writing.save_text(folder / "report.md", "\n".join(lines))
+        writing.save_text(folder / "report.json", text)
 
 
 def cell(text: str) -> str:
@@ -83,7 +83,7 @@ def plot(folder: Path, what: str = "loss (nats a token)") -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = reading.json_lines(folder / "metrics.jsonl")
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
         points = {line["step"]: line[key] for line in lines if key in line}
@@ -93,7 +93,7 @@ def plot(folder: Path, what: str = "loss (nats a token)") -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    codec.write_atomic(folder / "loss.png", lambda p: figure.savefig(p, format="png"))
+    writing.write_atomic(folder / "loss.png", lambda p: figure.savefig(p, format="png"))
     plt.close(figure)
 
 

@@ -10,15 +10,17 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from .. import codec
+from .. import codec, reading, writing
 from ..interop import liger, optimizers
 from ..interop.sharding import shape_of
 from ..watchdog import WatchError
 from . import data as rows_of
-from .errors import InputError, PointlessError, user_input
+from .checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint
+from .errors import InputError, PointlessError, disk, user_input
 from .launch import check_rows
 from .malloc import give_back
 from .recipe import Run
@@ -48,6 +50,12 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
+    with disk(lambda: last_checkpoint(run.folder) is not None), ExitStack() as held:
+        return run_it(run, resume, overwrite, held)
+
+
+def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
+    """See `train`; `held` is left when it ends, and with it the run's folder is free."""
     from rich.console import Console
 
     rank, processes = place()
@@ -69,7 +77,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
         train_rows = task.encode(run, found.train, processor, found.labels)
         held_out = task.encode(run, found.held_out, processor, found.labels)
         # Only now, so that data which cannot be used replace no earlier run.
-        folder = prepare_folder(run, resume, overwrite, write=rank == 0)
+        folder = prepare_folder(run, resume, overwrite, held if rank == 0 else None)
         # Before the model: under ZeRO-3 each process then keeps its part of the weights only, as they are read.
         arguments = settings(run, len(train_rows), folder)
         purpose = Trained(run.task, tuple(found.labels), run.image_size)
@@ -120,10 +128,10 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
                 before.update(trainer.evaluate())
                 before.update(task.scores(run, answered, says_before) if task.scored(run) else {})
         if checkpoint is not None:
-            before.update(json.loads((folder / "before.json").read_text()))
+            before.update(reading.json_object(folder / "before.json"))
             console.print(f"resuming from {checkpoint}")
         elif rank == 0:
-            codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, json.dumps(before)))
+            writing.save_text(folder / "before.json", json.dumps(before))
 
     trainer = make_trainer(run, arguments, model, processor, train_rows, held_out, folder, console, measure)
     try:
@@ -195,8 +203,8 @@ def place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def prepare_folder(run: Run, resume: bool, overwrite: bool, write: bool = True) -> Path:
-    """The run's folder, without anything of another run in it; made by the process that is to `write`."""
+def prepare_folder(run: Run, resume: bool, overwrite: bool, held: ExitStack | None) -> Path:
+    """The run's folder, without anything of another run in it; made by the process that is to write, and `held` by it."""
     import yaml
 
     folder = run.folder
@@ -220,27 +228,25 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool, write: bool = True) 
             raise InputError(
                 f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe"
             )
+        if held is not None:
+            held.enter_context(alone(folder))
+            drop_broken(folder)
         return folder
-    if not write:  # the first process complains, and may have made its files by now
+    if held is None:  # the first process complains, and may have made its files by now
         return folder
     if (started or finished) and not overwrite:
         what = "a finished run" if finished else "an unfinished run"
         remedy = "" if finished else "--resume to continue it, "
         raise InputError(f"{folder} holds {what}; use {remedy}--overwrite to replace it, or another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(alone(folder))
     if overwrite:
         for name in OURS:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(run))), sort_keys=False, allow_unicode=True)
-    codec.write_atomic(folder / "recipe.yaml", lambda p: codec.write_text(p, text))
+    writing.save_text(folder / "recipe.yaml", text)
     return folder
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = [p for p in (folder / "checkpoints").glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def trained_by_name(adapted: Any) -> dict[str, Any]:
@@ -299,7 +305,7 @@ def make_trainer(
     from ..interop.trainer import WatchCallback
     from .progress import Bar, Before, Metrics
 
-    class AdapterTrainer(Trainer):  # type: ignore[misc]
+    class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         """The base model is trained in place; its checkpoints hold the adapter."""
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -344,7 +350,7 @@ def make_trainer(
             state = optimizers.read(self.optimizer, parameters)
             if self.args.process_index == 0:
                 codec.save_weights(state, output_dir, name=OPTIMIZER)
-                (Path(output_dir) / SCHEDULE).write_text(json.dumps({"steps": self.lr_scheduler.last_epoch}))
+                writing.save_text(Path(output_dir) / SCHEDULE, json.dumps({"steps": self.lr_scheduler.last_epoch}))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             """Left to `_prepare_for_training`: the parameters are sharded by then."""
@@ -372,7 +378,7 @@ def make_trainer(
                 optimizers.put_master(parameters, codec.read_tensors(checkpoint / codec.TRAINING_NAME))
                 optimizers.write(self.optimizer, parameters, codec.read_tensors(checkpoint / OPTIMIZER))
             # A schedule is a function of the step; how many groups the optimizer has differs between layouts.
-            schedule, steps = self.lr_scheduler, json.loads((checkpoint / SCHEDULE).read_text())["steps"]
+            schedule, steps = self.lr_scheduler, reading.json_object(checkpoint / SCHEDULE)["steps"]
             rates = [rate * of(steps) for rate, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
             schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, rates
             for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

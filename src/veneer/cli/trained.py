@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import codec, reading
+from .. import codec, reading, writing
 from .errors import InputError
 from .inspect import header
 from .models import load_model
@@ -37,7 +37,7 @@ class Trained:
     def save(self, folder: Path) -> None:
         values = {"task": self.task, "labels": list(self.labels), "image_size": self.image_size}
         text = json.dumps({k: v for k, v in values.items() if v}, indent=2, ensure_ascii=False) + "\n"
-        codec.write_atomic(folder / NAME, lambda p: codec.write_text(p, text))
+        writing.save_text(folder / NAME, text)
 
     def load(self, model: str, dtype: str = "float32", quantize: str | None = None) -> Any:
         """The base model with a head for these classes."""

@@ -11,14 +11,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import codec
+from .. import codec, reading, writing
 from ..method import Method, registry
 from ..places import Spot, nearest_config
 from ..runtime import PREFIX, LoadReport, Runtime
@@ -121,7 +120,11 @@ def load(
     path = codec.find_file(folder, FUSION_CONFIG if fusion else CONFIG, subfolder, **hub)
     if path is None:
         raise ValueError(f"{os.fspath(folder)!r} holds neither {CONFIG} nor {FUSION_CONFIG}")
-    values = json.loads(path.read_text("utf-8"))
+    values = reading.json_object(path)
+    if not isinstance(values.get("config"), str if fusion else dict) and not isinstance(values.get("config"), dict):
+        raise ValueError(f"{path}: has no 'config' that describes an adapter; it is not of AdapterHub's library")
+    if not isinstance(values.get("name"), str | list):
+        raise ValueError(f"{path}: has no 'name' of an adapter; it is not of AdapterHub's library")
     kind = nearest_config(dict(base.named_modules()), "")[0]
     if values.get("model_type") not in (kind, None):
         raise ValueError(f"{path}: made for model type {values['model_type']!r}; this model is a {kind!r}")
@@ -201,8 +204,8 @@ def save(
         codec.save_weights(tensors, target, name=weights)
     else:
         ready = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        codec.write_atomic(target / weights, lambda p: torch.save(ready, p))
-    codec.write_atomic(target / (FUSION_CONFIG if fusion else CONFIG), partial(codec.write_text, text=text))
+        writing.write_atomic(target / weights, lambda p: torch.save(ready, p))
+    writing.save_text(target / (FUSION_CONFIG if fusion else CONFIG), text)
 
 
 def fusion_regularization(model: nn.Module, adapter_name: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import stat
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .. import codec
+from .. import codec, writing
 from ..cli.errors import InputError
 
 HIDDEN = ".veneer-ui"  # uploads, logs and zips, below the folder
@@ -156,7 +155,7 @@ class Folder:
                     if f.is_file() and not f.is_symlink():
                         file.write(f, f"{name}/{f.name}")
 
-        codec.write_atomic(target, write)
+        writing.write_atomic(target, write)
         return target
 
     def unzip(self, upload: str, name: str) -> Path:
@@ -223,16 +222,3 @@ def copy(source: Any, out: Any, size: int, name: str) -> None:
         if left < 0:
             raise InputError(f"the zip's {name!r} is larger than the zip says")
         out.write(block)
-
-
-def metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl; the last one may be half written."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text("utf-8", "replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [m for m in found if isinstance(m, dict)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .. import codec
+from .. import codec, reading
 from ..cli.errors import InputError, user_input
 from .folder import LORA, Folder
 
@@ -35,7 +34,7 @@ class Talk:
         """What the page calls the base model of an adapter, or "" where it cannot tell."""
         path = self.folder.inside(run) / codec.CONFIG_NAME
         try:
-            said = str(json.loads(path.read_text("utf-8")).get("base_model_name_or_path") or "")
+            said = str(reading.json_object(path).get("base_model_name_or_path") or "")
         except (OSError, ValueError):
             return ""
         models = self.folder.models

@@ -6,17 +6,17 @@ import dataclasses
 import json
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ... import codec
+from ... import codec, reading, writing
 from ...watchdog import WatchError
-from ..errors import InputError, PointlessError, user_input
+from ..checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint
+from ..errors import InputError, PointlessError, disk, user_input
 from ..report import peak_memory, plot
-from ..train import last_checkpoint
 from . import images
 from .denoiser import Denoiser, set_attention
 from .settings import DreamBooth
@@ -36,6 +36,12 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
+    with disk(lambda: last_checkpoint(run.folder) is not None), ExitStack() as held:
+        return run_it(run, resume, overwrite, held)
+
+
+def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> dict[str, Any]:
+    """See `train`; `held` is left when it ends, and with it the run's folder is free."""
     from rich.console import Console
 
     import veneer
@@ -48,7 +54,11 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     torch.manual_seed(run.seed)
     with console.status(f"loading {run.model}"):
         pipeline = load(run)
-    if not resume:
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(alone(folder))
+    if resume:
+        drop_broken(folder)
+    else:
         begin(run, folder)
     others = class_images(run, pipeline, console) if run.class_prompt is not None else []
     parts = {"unet": pipeline.unet, **({"text_encoder": pipeline.text_encoder} if run.train_text_encoder else {})}
@@ -79,10 +89,10 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     if checkpoint is not None:
-        loss_before = json.loads((folder / "before.json").read_text("utf-8"))["loss"]
+        loss_before = reading.json_object(folder / "before.json")["loss"]
     else:
         text = json.dumps({"loss": loss_before})
-        codec.write_atomic(folder / "before.json", lambda p: codec.write_text(p, text))
+        writing.save_text(folder / "before.json", text)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except WatchError as error:
@@ -180,7 +190,7 @@ def check_folder(run: DreamBooth, resume: bool, overwrite: bool) -> Path:
     if resume:
         if last_checkpoint(folder) is None:
             raise InputError(f"--resume: {folder} has no checkpoint; leave --resume out to start")
-        before = json.loads(known.read_text("utf-8"))
+        before = reading.json_object(known)
         free = (
             "out",
             "samples",
@@ -208,9 +218,8 @@ def begin(run: DreamBooth, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "samples"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(run), indent=2)
-    codec.write_atomic(folder / "run.json", lambda p: codec.write_text(p, text))
+    writing.save_text(folder / "run.json", text)
 
 
 def class_images(run: DreamBooth, pipeline: Any, console: Any) -> list[Path]:
@@ -228,7 +237,7 @@ def class_images(run: DreamBooth, pipeline: Any, console: Any) -> list[Path]:
 
 
 def write_image(path: Path, image: Any) -> None:
-    codec.write_atomic(path, lambda p: image.save(p, format="png"))
+    writing.write_atomic(path, lambda p: image.save(p, format="png"))
 
 
 def draw(pipeline: Any, run: DreamBooth, prompt: str, seed: int) -> Any:
@@ -269,7 +278,7 @@ def save(pipeline: Any, parts: dict[str, Any], run: DreamBooth, folder: Path) ->
             path.parent, weight_name=path.name, **dict(zip(layers, whole, strict=True)), **configs
         )
 
-    codec.write_atomic(folder / WEIGHTS, write)
+    writing.write_atomic(folder / WEIGHTS, write)
 
 
 def ids(pipeline: Any, prompt: str) -> torch.Tensor:
@@ -300,7 +309,7 @@ def make_trainer(
             words += [others] * len(rows)
         return {"pixels": torch.stack(shown), "input_ids": torch.stack(words), "prior": others is not None}
 
-    class AdapterTrainer(Trainer):  # type: ignore[misc]
+    class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             target = Path(output_dir or self.args.output_dir)
             target.mkdir(parents=True, exist_ok=True)
@@ -394,8 +403,8 @@ def show(run: DreamBooth, report: dict[str, Any], folder: Path, console: Any) ->
         lines += ["", "Samples before (above) and after:", "", "![samples](samples.png)"]
     lines += ["", "![loss](loss.png)", ""]
     text = json.dumps(report, indent=2)
-    codec.write_atomic(folder / "report.md", lambda p: codec.write_text(p, "\n".join(lines)))
-    codec.write_atomic(folder / "report.json", lambda p: codec.write_text(p, text))
+    writing.save_text(folder / "report.md", "\n".join(lines))
+    writing.save_text(folder / "report.json", text)
     table = Table("", "", show_header=False, title="report", title_justify="left")
     for name, value in rows:
         table.add_row(name, value)

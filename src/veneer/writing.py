@@ -1,0 +1,130 @@
+"""Writing files so that nothing is lost: whole or not at all, one writer at a time, and an adapter's two files together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+WAIT = 60.0  # seconds for another writer of the same folder
+STALE = 60.0  # seconds after which the temporary file of a process that is gone is removed
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that a killed process leaves the old one or the new one: temporary file, fsync, rename.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk or in a read-only folder; what was there is as before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"{error.strerror or error}: {path} was not written, and what was there before is as it was"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """Write a file of these bytes; see `write_atomic`."""
+    write_atomic(path, lambda p: p.write_bytes(data))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file of this text, in UTF-8; see `write_atomic`."""
+    save_bytes(path, text.encode())
+
+
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk; not every system can for folders."""
+    folder = path.is_dir()
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left beside a file."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError, ValueError):
+            owner = int(left.suffixes[-2].removeprefix("."))
+            if owner != os.getpid() and not alive(owner) and time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it runs as somebody else
+    return True
+
+
+@contextmanager
+def locked(folder: Path, wait: float = WAIT) -> Iterator[None]:
+    """Hold a folder for one writer, of this process or another on this machine; a killed one lets go.
+
+    Where the system or the file system has no such locks, as on Windows, nothing is held.
+
+    Raises:
+        TimeoutError: another writer holds it for longer than `wait` seconds.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(
+                        f"{folder}: another process or thread has been writing into it for {wait:g} s; give each its own folder"
+                    ) from None
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes]) -> None:
+    """Write two files of one folder that belong together.
+
+    The second is written beside its place before the first is replaced, and put there after: a process that is killed
+    between leaves the new first file and, under `pending`, the new second one, which readers take where it is the one
+    that the first belongs with.
+    """
+    path, data = second
+    with locked(path.parent):
+        save_bytes(pending(path), data)
+        save_bytes(*first)
+        os.replace(pending(path), path)
+        sync(path.parent)
+
+
+def pending(path: Path) -> Path:
+    """Where the second file of a pair waits for the first."""
+    return path.with_name(f".{path.name}.next")

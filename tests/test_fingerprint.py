@@ -231,3 +231,20 @@ def test_a_new_head_is_the_adapters_own(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         veneer.PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_force_loads_onto_another_size(tmp_path: Path) -> None:
+    words.write_models(tmp_path)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "causal")
+    config = copy.deepcopy(made.config)
+    config.num_hidden_layers = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "deeper" / name).write_bytes((tmp_path / "causal" / name).read_bytes())
+    config = veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    veneer.get_peft_model(made, config).save_pretrained(tmp_path / "prompt")
+    use = ["generate", str(tmp_path / "deeper"), "--adapter", str(tmp_path / "prompt"), "-p", "say red 1"]
+    refused = CliRunner().invoke(app, use)
+    assert refused.exit_code == 2 and "layers was 1 and is 2 here" in " ".join(refused.output.split())
+    with pytest.warns(BaseMismatchWarning, match="layers was 1 and is 2 here"):
+        assert CliRunner().invoke(app, [*use, "--force"]).exit_code == 0

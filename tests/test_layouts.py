@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 import veneer
@@ -88,3 +91,128 @@ def test_what_no_table_knows_is_refused_as_before(tmp_path: Path) -> None:
     assert config["peft_type"] == "LORA"
     with pytest.raises(veneer.AdapterLoadError, match="elsewhere"):
         veneer.PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def experts_of_release_4(r: int, seed: int = 0, partial: bool = False) -> dict[str, torch.Tensor]:
+    """LoRA as release 4 had it: two factors for each layer of each expert."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for layer in range(2):
+        for expert in range(4):
+            for leaf, (out, width) in {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}.items():
+                if partial and (leaf == "w3" or expert == 2):
+                    continue
+                path = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}"
+                found[f"{path}.lora_A.weight"] = torch.randn(r, width, generator=generator) * 0.1
+                found[f"{path}.lora_B.weight"] = torch.randn(out, r, generator=generator) * 0.1
+        path = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        found[f"{path}.lora_A.weight"] = torch.randn(r, 32, generator=generator) * 0.1
+        found[f"{path}.lora_B.weight"] = torch.randn(32, r, generator=generator) * 0.1
+    return found
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / codec.WEIGHTS_NAME)
+    veneer.LoraConfig(**fields).save_pretrained(folder)
+    return folder
+
+
+def added(model: Any, tensors: dict[str, torch.Tensor], scales: dict[str, float]) -> Any:
+    """The base model with the layers' B A in its weights, by the plain formula."""
+    with torch.no_grad():
+        for key, A in tensors.items():
+            if not key.endswith("lora_A.weight"):
+                continue
+            path = (
+                key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace("block_sparse_moe", "mlp")
+            )
+            leaf = path.rpartition(".")[2]
+            change = scales.get(leaf, scales[""]) * tensors[key.replace("lora_A", "lora_B")] @ A
+            if ".experts." in path:
+                owner, _, rest = path.partition(".experts.")
+                experts, n = model.get_submodule(f"{owner}.experts"), int(rest.split(".")[0])
+                if leaf == "w2":
+                    experts.down_proj[n] += change
+                else:
+                    experts.gate_up_proj[n, 48 * (leaf == "w3") : 48 * (leaf == "w3") + 48] += change
+            else:
+                model.get_submodule(path).weight += change
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("partial", [False, True])
+def test_experts_of_release_4_become_stacked_ones(rslora: bool, partial: bool, tmp_path: Path) -> None:
+    tensors = experts_of_release_4(r=3, partial=partial)
+    fields: dict[str, Any] = {"r": 3, "lora_alpha": 6, "use_rslora": rslora, "alpha_pattern": {"w3": 12, "q_proj": 3}}
+    write(tmp_path / "old", tensors, target_modules=["w1", "w2", "w3", "q_proj"], **fields)
+    root = 3**0.5 if rslora else 3
+    wanted = added(mixtral(), tensors, {"": 6 / root, "w3": 12 / root, "q_proj": 3 / root})(input_ids=IDS).logits
+    with pytest.warns(UserWarning, match=r"layers such as .*experts.0.w1 are 4 fused ones here"):
+        model = veneer.PeftModel.from_pretrained(mixtral(), tmp_path / "old")
+    plain = mixtral()(input_ids=IDS).logits
+    assert (model(input_ids=IDS).logits - wanted).abs().max() < 1e-4 * (wanted - plain).abs().max()
+    model.save_pretrained(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = veneer.PeftModel.from_pretrained(mixtral(), tmp_path / "new")
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    model.merge_adapter()
+    assert (model(input_ids=IDS).logits - wanted).abs().max() < 1e-4 * (wanted - plain).abs().max()
+
+
+def test_peft_says_the_same_of_experts_of_release_4(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tensors = experts_of_release_4(r=2)
+    write(tmp_path, tensors, r=2, lora_alpha=4, target_modules=["w1", "w2", "w3", "q_proj"])
+    theirs = mixtral()
+    theirs.load_adapter(str(tmp_path))  # transformers' own way, with peft
+    del peft
+    with pytest.warns(UserWarning, match="another release"):
+        ours = veneer.PeftModel.from_pretrained(mixtral(), tmp_path)
+    assert torch.allclose(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits, atol=1e-5)
+
+
+def phi3() -> Any:
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**SIZES, vocab_size=64, num_key_value_heads=2, pad_token_id=0)).eval()
+
+
+def apart() -> Any:
+    """The Llama with the weights of `phi3`, each fused layer in its parts."""
+    fused, plain = phi3(), LlamaConfig(**SIZES, vocab_size=64, num_key_value_heads=2, rms_norm_eps=1e-5)
+    model = LlamaForCausalLM(plain).eval()
+    state = fused.state_dict()
+    for key in list(state):
+        for name, leaves, rows in (("qkv_proj", "qkv", (32, 16, 16)), ("gate_up_proj", ("gate", "up"), (48, 48))):
+            if f".{name}." in key:
+                for leaf, part in zip(leaves, state[key].split(rows), strict=True):
+                    state[key.replace(name, f"{leaf}_proj")] = part
+                del state[key]
+                break
+    model.load_state_dict(state)
+    return model
+
+
+def test_fused_and_separate_layers_both_ways(tmp_path: Path) -> None:
+    assert torch.allclose(phi3()(input_ids=IDS).logits, apart()(input_ids=IDS).logits, atol=1e-5)
+    separate = veneer.get_peft_model(apart(), veneer.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+                                                                rank_pattern={"v_proj": 3}, alpha_pattern={"up_proj": 5}))  # fmt: skip
+    scramble(separate)
+    separate.eval().save_pretrained(tmp_path / "separate")
+    with pytest.warns(UserWarning, match="fused ones here"):
+        loaded = veneer.PeftModel.from_pretrained(phi3(), tmp_path / "separate", strict=False)
+    assert torch.allclose(loaded(input_ids=IDS).logits, separate(input_ids=IDS).logits, atol=1e-5)
+    fused = veneer.get_peft_model(phi3(), veneer.LoraConfig(r=2, target_modules=["qkv_proj", "gate_up_proj", "o_proj"]))
+    scramble(fused)
+    fused.eval().save_pretrained(tmp_path / "fused")
+    with pytest.warns(UserWarning, match="layers that were fused are apart here"):
+        loaded = veneer.PeftModel.from_pretrained(apart(), tmp_path / "fused", strict=False)
+    assert torch.allclose(loaded(input_ids=IDS).logits, fused(input_ids=IDS).logits, atol=1e-5)
+
+
+def test_what_is_not_the_same_on_fused_layers_is_refused(tmp_path: Path) -> None:
+    model = veneer.get_peft_model(apart(), veneer.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="use_dora=True is not the same on those"):
+        veneer.PeftModel.from_pretrained(phi3(), tmp_path, strict=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import codec, writing
-from .interop import adapterhub, checkpointing, layouts
+from .interop import adapterhub, checkpointing, fused, layouts
 from .method import Method, registry
 from .router import Item, Rows, flat, stack
 from .runtime import PREFIX, AdapterLoadError, LoadReport, Runtime
@@ -399,15 +399,18 @@ class PeftModel(nn.Module):
         given: dict[str, Any] = {"trainable": is_trainable, "autocast": autocast_adapter_dtype}
         try:
             return self.runtime.attach(adapter_name, config, tensors=tensors, **given)
-        except AdapterLoadError:
-            tensors, moved = layouts.translated(tensors, self.get_base_model())
-            if strict and not moved:
+        except ValueError as error:
+            config, tensors, said = fused.refitted(self.runtime, config, tensors)
+            if not said:
+                tensors, moved = layouts.translated(tensors, self.get_base_model())
+                said = "".join(
+                    f"{len(moved)} modules have other paths here, {old} is {new}" for old, new in [*moved.items()][:1]
+                )
+            if not said and (strict or not isinstance(error, AdapterLoadError)):
                 raise
-        if moved:
-            old, new = next(iter(moved.items()))
+        if said:
             warnings.warn(
-                f"{file} is of a layout of another release of transformers: {len(moved)} modules have other paths here, {old} "
-                f"is {new}; saved again, it has those of this one",
+                f"{file} is of a layout of another release of transformers: {said}; saved again, it has those of this one",
                 stacklevel=3,
             )
         return self.runtime.attach(adapter_name, config, tensors=tensors, strict=strict, **given)

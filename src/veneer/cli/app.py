@@ -16,6 +16,10 @@ from .models import QUANTIZED
 from .recipe import FIELDS, HELP, build, read_recipe
 from .tasks import TASKS
 
+force = click.option(
+    "--force", is_flag=True, help="use ADAPTER although it is of another base model or does not fit; says what is wrong"
+)
+
 
 class LazyMethodFlags(click.Command):
     """A command with one flag for every field of every method's config."""
@@ -165,6 +169,7 @@ def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="storage of linear layers, by bitsandbytes")
 @click.option("--chat", is_flag=True, help="wrap each prompt in the model's chat template")
+@force
 @click.option("--seed", type=int, default=0, show_default=True)
 def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Path | None, **options: Any) -> None:
     """Ask MODEL, with or without an adapter: continue prompts, or say the class, the words or the answer.
@@ -197,6 +202,7 @@ def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Pa
     type=click.Choice(QUANTIZED),
     help="storage that MODEL had when ADAPTER was trained; it is dequantized as it was, and ADAPTER merged into that",
 )
+@force
 @click.option("--gguf", type=click.Path(path_type=Path), metavar="FILE", help="write a GGUF file for llama.cpp too")
 def merge(model: str, adapter: str, out: Path, **options: Any) -> None:
     """Bake ADAPTER into MODEL and write a plain model to the folder OUT.
@@ -243,12 +249,13 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> Non
 @click.option("--rank", metavar="N", required=True, help="rank; or a fraction such as 0.95 of each change to keep")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="where it is written")
 @click.option("--model", metavar="MODEL", help="base model [default: the one that ADAPTER names]")
+@force
 @click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's")
-def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None) -> None:
+def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None, force: bool) -> None:
     """Write ADAPTER, of any method that changes weights, as a LoRA, and say how near it comes."""
     from .convert import convert as start
 
-    start(adapter, out, rank, model, task)
+    start(adapter, out, rank, model, task, force)
 
 
 @app.command()

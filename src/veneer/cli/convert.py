@@ -9,7 +9,7 @@ from .errors import InputError, user_input
 from .trained import trained
 
 
-def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None) -> None:
+def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None, force: bool) -> None:
     """Convert an adapter and print how near each layer comes."""
     from rich.console import Console
     from rich.table import Table
@@ -27,7 +27,7 @@ def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | N
             raise InputError(f"{adapter} names no base model, whose weights the conversion needs; give it with --model")
         with console.status("loading the model"):
             loaded: Any = trained(adapter, task).load(base)
-            adapted = veneer.PeftModel.from_pretrained(loaded, adapter)
+            adapted = veneer.PeftModel.from_pretrained(loaded, adapter, strict=not force)
         with console.status("converting"):
             made = veneer.save_as_lora(out, adapted, wanted)
     table = Table("layer", "rank", "relative error")

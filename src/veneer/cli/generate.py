@@ -42,6 +42,7 @@ def generate(
     quantize: str | None,
     seed: int,
     context: str | None = None,
+    force: bool = False,
 ) -> None:
     """Print what the model says after each prompt, or of each text, image or sound file.
 
@@ -69,7 +70,7 @@ def generate(
             base, processor = purpose.load(model, quantize=quantize), of.processor(run)
             adapted = base
             if adapter:
-                adapted = veneer.PeftModel.from_pretrained(base, adapter)
+                adapted = veneer.PeftModel.from_pretrained(base, adapter, strict=not force)
                 codec.check_tokenizer(adapter, getattr(processor, "tokenizer", processor))
         names = [str(n) for n in getattr(base.config, "id2label", {}).values()] if of.classes else []
         rows = [of.row(run, p, context, names) for p in prompts]

@@ -22,6 +22,7 @@ def merge(
     dtype: str | None = None,
     quantize: str | None = None,
     gguf: Path | None = None,
+    force: bool = False,
 ) -> None:
     """Write base and adapter as one plain model that transformers loads by itself."""
     import torch
@@ -40,7 +41,7 @@ def merge(
         purpose = trained(adapter, task)
         with console.status("loading the model"):
             base = purpose.load(model, dtype if dtype and quantize is None else "float32", quantize)
-            adapted = veneer.PeftModel.from_pretrained(base, adapter)
+            adapted = veneer.PeftModel.from_pretrained(base, adapter, strict=not force)
         note = ""
         if quantized_layers(base):
             with console.status(f"merging into the dequantized weights, writing {out}"):

@@ -59,7 +59,7 @@ def module_of(key: str) -> str | None:
 def placed(path: str, modules: set[str]) -> str | None:
     """A path that is there: as it is, or without one component, as those of models within models."""
     parts = path.split(".")
-    fewer = [".".join(parts[:n] + parts[n + 1 :]) for n in range(len(parts)) if not parts[n].isdigit()]
+    fewer = [".".join(parts[:n] + parts[n + 1 :]) for n in range(len(parts) - 1) if not parts[n].isdigit()]
     found = [p for p in dict.fromkeys([path, *fewer]) if p in modules]
     return found[0] if found and (found[0] == path or len(found) == 1) else None
 

@@ -17,13 +17,16 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS, HASHES = ROOT / "constraints.txt", ROOT / "hashes.txt"
 OURS = {"veneer", "pip", "setuptools", "wheel"}
 SECONDS = 240
+ADVISORIES, PIP_AUDIT = "https://pypi.org", "pip-audit==2.10.1"
 
 
 def canonical(name: str) -> str:
@@ -96,30 +99,35 @@ def replaced(now: dict[str, str]) -> tuple[list[str], list[str]]:
 
 
 def vulnerable() -> tuple[list[str], str]:
-    """What pip-audit finds, and why it found nothing where it could not look."""
+    """What pip-audit finds, and why it found nothing where it could not look. It gets an environment of its own."""
     try:
-        importlib.metadata.version("pip-audit")
-    except importlib.metadata.PackageNotFoundError:
-        return [], "pip-audit is not installed"
-    command = [
-        sys.executable,
-        "-m",
-        "pip_audit",
-        "--local",
-        "--format",
-        "json",
-        "--progress-spinner",
-        "off",
-        "--timeout",
-        "10",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-        report = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return [], f"no answer in {SECONDS} s"
-    except ValueError:
-        return [], (done.stderr.strip().splitlines() or ["no answer"])[-1][:200]
+        with urllib.request.urlopen(f"{ADVISORIES}/pypi/pip/json", timeout=10) as answer:
+            json.load(answer)
+    except (OSError, ValueError) as error:
+        return [], f"{ADVISORIES} cannot be reached: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        python = str(Path(folder) / "bin" / "python")
+        without = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"}
+        look = [
+            python,
+            "-m",
+            "pip_audit",
+            "--path",
+            sysconfig.get_paths()["purelib"],
+            "--format",
+            "json",
+            "--progress-spinner",
+            "off",
+        ]
+        try:
+            for command in ([sys.executable, "-m", "venv", folder], [python, "-m", "pip", "install", "-q", PIP_AUDIT]):
+                subprocess.run(command, env=without, capture_output=True, timeout=SECONDS, check=True)
+            done = subprocess.run(look, capture_output=True, text=True, timeout=SECONDS, check=False)
+            report = json.loads(done.stdout)
+        except subprocess.SubprocessError as error:
+            return [], f"pip-audit: {error}"
+        except ValueError:
+            return [], (done.stderr.strip().splitlines() or ["pip-audit said nothing"])[-1][:200]
     found = [
         f"{d['name']} {d['version']}: {v['id']}, fixed in {', '.join(v['fix_versions']) or 'no version'}"
         for d in report["dependencies"]

@@ -13,7 +13,6 @@ from torch import nn
 
 import veneer
 from small import IDS, bits, llama, lora
-from veneer import codec
 
 BAD_CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("LoraConfig", {"r": 0}, r"r=0.*whole number"),
@@ -224,10 +223,11 @@ def test_a_save_that_fails_leaves_the_old_adapter(tmp_path: Path, monkeypatch: p
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full(path: Path, data: bytes) -> None:
-        path.write_text("half")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(codec, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         lora(seed=9).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

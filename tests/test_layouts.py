@@ -25,6 +25,7 @@ from transformers import (
 import veneer
 from small import llama, lora, scramble
 from veneer import codec
+from veneer.fingerprint import BaseMismatchWarning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(2, 12)[None]  # (1, 10)
@@ -214,5 +215,5 @@ def test_fused_and_separate_layers_both_ways(tmp_path: Path) -> None:
 def test_what_is_not_the_same_on_fused_layers_is_refused(tmp_path: Path) -> None:
     model = veneer.get_peft_model(apart(), veneer.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="use_dora=True is not the same on those"):
+    with pytest.warns(BaseMismatchWarning), pytest.raises(ValueError, match="use_dora=True is not the same on those"):
         veneer.PeftModel.from_pretrained(phi3(), tmp_path, strict=False)

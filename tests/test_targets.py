@@ -243,7 +243,7 @@ def test_pattern_values_are_pefts(key: str, patterns: list[str]) -> None:
 def test_no_spec_matches_nothing() -> None:
     assert not targets.matches("a.b", None)
     assert not targets.matches("a.b", [])
-    with pytest.raises(ValueError, match=r"pattern '\(' is no valid regular expression"):
+    with pytest.raises(ValueError, match=r"pattern='\(' is no valid regular expression"):
         targets.pattern_value({"(": 1}, "a", 0)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -340,12 +340,15 @@ def save_pair(
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
         OSError: they cannot be written; what was there is as before.
     """
-    more = {FIELDS: json.dumps(marks(values), separators=(",", ":"))}
-    if base is not None:
-        more[fingerprint.KEY] = base.without(tensors).to_json()
-    data = packed(tensors, more)
+    data = packed(tensors, metadata_of(tensors, values, base))
     target = folder_to_write(folder)
     write_pair((target / WEIGHTS_NAME, data), (target / CONFIG_NAME, config_bytes(values)))
+
+
+def metadata_of(keys: Iterable[str], values: Mapping[str, Any], base: Fingerprint | None) -> dict[str, str]:
+    """What the weights' metadata say of the config and of the base model, where the file has tensors of these keys."""
+    found = {FIELDS: json.dumps(marks(values), separators=(",", ":"))}
+    return found if base is None else {**found, fingerprint.KEY: base.without(keys).to_json()}
 
 
 def marks(values: Mapping[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import codec, fingerprint, layers, targets
+from .. import codec, fingerprint, layers, reading, targets
 from ..method import Method, registry
 from ..model import get_peft_model
 from ..runtime import runtime_of
@@ -343,7 +343,8 @@ def file_size(model: Any) -> int:
     tensors = dict(pairs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     if hasattr(model, "peft_config"):
-        header["__metadata__"][fingerprint.KEY] = fingerprint.outline(model.get_base_model()).to_json()
+        values, base = model.peft_config["default"].to_dict(), fingerprint.outline(model.get_base_model())
+        header["__metadata__"] |= {**codec.metadata_of(tensors, values, base), reading.CHECKSUM: "0" * 32}
     at = 0
     for key, t in sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])):
         end = at + t.numel() * t.element_size()

@@ -104,7 +104,10 @@ def vulnerable() -> tuple[list[str], str]:
     try:
         with urllib.request.urlopen(f"{ADVISORIES}/pypi/{VULNERABLE}/json", timeout=10) as answer:
             if not json.load(answer)["vulnerabilities"]:
-                return [], f"{ADVISORIES} here says that {VULNERABLE} has no vulnerability, so it would say so of anything"
+                return (
+                    [],
+                    f"{ADVISORIES} here says that {VULNERABLE} has no vulnerability, so it would say so of anything",
+                )
     except (OSError, ValueError, KeyError) as error:
         return [], f"{ADVISORIES} has no advisories here: {error}"
     with tempfile.TemporaryDirectory() as folder:

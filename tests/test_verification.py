@@ -110,6 +110,16 @@ def test_a_certificate_of_a_lora(tmp_path: Path) -> None:
         veneer.PeftModel.from_pretrained(llama(), tmp_path)
 
 
+def test_a_base_that_moved_is_seen() -> None:
+    model = lora()
+    assert verification.untouched(model).passed
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight.mul_(1.1)
+    found = verification.untouched(model)
+    assert found.passed is False and "embed_tokens.weight" in found.note
+
+
+@pytest.mark.slow
 def test_a_base_that_moved_is_caught(tmp_path: Path) -> None:
     """What trains the base along with the adapter makes an adapter that means nothing elsewhere."""
     base = llama()

@@ -199,6 +199,6 @@ def merges(size: int) -> dict[str, Any]:
 
 
 SCENARIOS = [
-    ("load, switch, delete", loads, 1000, 16, "resident memory grows by less than 1% after warm-up"),
+    ("load, switch, delete", loads, 1000, 8, "resident memory grows by less than 1% after warm-up"),
     ("merge and unmerge", merges, 1000, 4, "0 bits changed in bf16, fp16, nf4"),
 ]

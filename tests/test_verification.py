@@ -34,15 +34,30 @@ METHODS: dict[str, Any] = {
     "prompt": veneer.PromptTuningConfig(num_virtual_tokens=4, **CAUSAL),
     "prefix": veneer.PrefixTuningConfig(num_virtual_tokens=4, **CAUSAL),
     "p-tuning": veneer.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **CAUSAL),
+    "multitask prompt": veneer.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, num_ranks=2, **CAUSAL),
+    "cpt": veneer.CPTConfig(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 2], **CAUSAL),
+    "llama-adapter": veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, **CAUSAL),
+    "tokens": veneer.TrainableTokensConfig(token_indices=[1, 5], **CAUSAL),
+    "biases": veneer.BitFitConfig(),
+    "rslora and bias": veneer.LoraConfig(r=4, use_rslora=True, bias="all", target_modules="all-linear"),
+    "whole copies": veneer.LoraConfig(r=4, target_modules=["q_proj", "query", "q"]),
 }
+COPIES = {"llama": ["norm", "v_proj"], "bert": ["LayerNorm"], "t5": ["final_layer_norm", "wo"]}
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
-FITS = [
-    (n, m) for n in METHODS for m in TASKS if (n, m) not in {("vera", "bert"), ("vera", "t5"), ("bottleneck", "t5")}
-]
+UNFIT = {
+    "vera": ("bert", "t5"),
+    "bottleneck": ("t5",),
+    "cpt": ("bert", "t5"),
+    "llama-adapter": ("bert", "t5"),
+    "biases": ("llama", "t5"),
+}
+FITS = [(n, m) for n in METHODS for m in TASKS if m not in UNFIT.get(n, ())]
 
 
 def adapted(name: str, architecture: str = "llama") -> Any:
     config = METHODS[name].replace(task_type=TASKS[architecture])
+    if name == "whole copies":
+        config = config.replace(modules_to_save=COPIES[architecture])
     model = veneer.get_peft_model(MODELS[architecture].make(), config)
     scramble(model)
     return model
@@ -52,10 +67,12 @@ def adapted(name: str, architecture: str = "llama") -> Any:
 def test_merging_and_unmerging_every_method(name: str, architecture: str) -> None:
     model = adapted(name, architecture)
     inputs = verification.example(model.get_base_model())
+    if name == "multitask prompt":
+        inputs["task_ids"] = torch.tensor([0, 1])
     said = verification.outputs(model, inputs)
     checks = verification.merging(model, "default", inputs, said)
     assert all(c.passed is not False for c in checks), checks
-    if name in ("prompt", "prefix", "p-tuning", "bottleneck"):
+    if name in ("prompt", "prefix", "p-tuning", "bottleneck", "multitask prompt", "cpt", "llama-adapter"):
         assert checks[0].passed is None and "cannot be merged" in checks[0].note
     else:
         assert [c.passed for c in checks] == [True, True]

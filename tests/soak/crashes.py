@@ -117,7 +117,8 @@ def trained(source: Path, out: Path, *more: str) -> None:
 
 def kills_in_training(count: int, seed: int = 0) -> dict[str, Any]:
     """Kill a run at a random moment, go on with it until it ends, and compare the adapter's files; `count` times."""
-    import transformers  # noqa: F401  (before the forks)
+    import datasets  # noqa: F401  (before the forks, so that most of their time is training)
+    from transformers import Trainer  # noqa: F401
 
     import veneer.cli.train
     import words

@@ -247,7 +247,8 @@ def read_tensors(path: str | os.PathLike[str], device: str | None = None) -> dic
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
-        return read_safetensors(path, device)
+        found = reading.load_tensors(path)
+        return found if device in (None, "cpu") else {k: t.to(device) for k, t in found.items()}
     try:
         found = torch.load(path, map_location=device or "cpu", weights_only=True)
     except Exception as error:
@@ -258,21 +259,6 @@ def read_tensors(path: str | os.PathLike[str], device: str | None = None) -> dic
     if bad:
         raise ValueError(f"{path}: {bad[0]} is not a tensor")
     return dict(found)
-
-
-def read_safetensors(path: Path, device: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file; a truncated or foreign one is a ValueError that says so."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    reading.check_tensors(path)
-    try:
-        return load_file(path, device=device or "cpu")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged ({path.stat().st_size:,} bytes; {error}): the copy or download was cut short; "
-            "fetch or save it again"
-        ) from error
 
 
 def check_tokenizer(where: str | os.PathLike[str], tokenizer: Any) -> None:
@@ -408,7 +394,13 @@ def packed(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None)
             "parameters before saving"
         )
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return with_metadata(save(ready, metadata={"format": "pt"}), more or {})
+    more = dict(more or {})
+    if bad := reading.not_finite(ready):
+        more[reading.NOT_FINITE] = bad
+        warnings.warn(
+            f"saving an adapter that has diverged: {bad} hold NaN or infinity", reading.NotFiniteWarning, stacklevel=4
+        )
+    return with_metadata(save(ready, metadata={"format": "pt"}), more)
 
 
 def with_metadata(data: bytes, more: Mapping[str, str]) -> bytes:

@@ -233,8 +233,14 @@ def read(path: Path) -> Fingerprint | None:
     """
     keys, metadata = reading.tensor_header(path)
     text = metadata.get(KEY)
-    found = None if text is None else Fingerprint.from_json(text, str(path))
+    found = None if text is None else parsed(text, str(path))
     return None if found is None else found.without(keys)
+
+
+@functools.lru_cache(maxsize=8)
+def parsed(text: str, where: str) -> Fingerprint | None:
+    """See `Fingerprint.from_json`."""
+    return Fingerprint.from_json(text, where)
 
 
 def compare(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Differences:

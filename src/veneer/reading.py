@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 JSON_BYTES = 16 << 20  # of a file of settings; the largest of peft's, with a rank for each layer, have some 100 KB
 JSON_DEPTH = 32
-CHECKSUM = "veneer.checksum"  # in a safetensors file's metadata: xxh3 of its entries and its data
+# In a safetensors file's metadata: xxh3 of its entries and its data; which tensors hold NaN, where some do.
+CHECKSUM, NOT_FINITE = "veneer.checksum", "veneer.not_finite"
 HEADER_BYTES = 64 << 20  # of a safetensors file; safetensors itself takes 100 MB
-ITEM_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16,
-    "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64, "F4": 4,
-}  # fmt: skip
 
 
 def json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
@@ -94,49 +94,57 @@ class NotFiniteWarning(UserWarning):
     """An adapter's file holds NaN or infinity."""
 
 
-def check_tensors(path: Path) -> None:
-    """Look at a safetensors file before it is loaded: its header, its checksum where it has one, and for NaN.
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in its mapped memory, once its header and its checksum, if any, are right.
 
     The checksum is for accidents, as of a disk or a copy, and not for forgers, who can compute it too.
 
     Raises:
         ValueError: a damaged or hostile file; says what is wrong with it.
     """
-    import torch
-
     entries, metadata, begin, header = header_of(path, stamp(path))
     if os.stat(path).st_size == begin:
-        return
+        return {key: torch.empty(shape, dtype=DTYPES[dtype]) for key, (dtype, shape) in entries.items()}
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, as torch wants it, and never written
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes to a tensor stay in memory
     if CHECKSUM in metadata and checksum(header, memoryview(data)[begin:]) != metadata[CHECKSUM]:
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were written (checksum). Fetch or save it again; whoever "
             f"changed it on purpose leaves {CHECKSUM!r} out of its metadata"
         )
-    kinds = {dtype for dtype, _ in entries.values()}
-    if kinds <= FLOATS.keys() and len(kinds) == 1 and begin % 8 == 0:
-        whole = torch.frombuffer(data, dtype=getattr(torch, FLOATS[next(iter(kinds))]), offset=begin)
-        if bool(whole.sum(dtype=torch.float32 if whole.element_size() < 4 else None).isfinite()):
-            return  # nothing in it is NaN or infinite
-    bad = []
+    found = {}
     for key, (dtype, shape) in entries.items():
-        if dtype in FLOATS and math.prod(shape):
-            kind = getattr(torch, FLOATS[dtype])
-            start = begin + header[key]["data_offsets"][0]
-            held = torch.frombuffer(data, dtype=kind, offset=start, count=math.prod(shape))
-            if not bool(held.isfinite().all()):
-                bad.append(key)
-    if bad:
+        kind, start = DTYPES[dtype], begin + header[key]["data_offsets"][0]
+        count = math.prod(shape)
+        held = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
+        found[key] = (held if start % kind.itemsize == 0 else held.clone()).view(shape)
+    said = metadata.get(NOT_FINITE) if CHECKSUM in metadata else not_finite(found)  # we look when we write
+    if said:
         warnings.warn(
-            f"{path}: {bad[0]} and {len(bad) - 1} more of {len(entries)} tensors hold NaN or infinity, and so will what the "
-            "model says with it; it was saved from a run that had diverged",
+            f"{path}: {said} hold NaN or infinity, and so will what the model says with it; it was saved from a run that had "
+            "diverged",
             NotFiniteWarning,
             stacklevel=5,
         )
+    return found
 
 
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Which tensors hold NaN or infinity, in words; nothing where none does."""
+    floats = {k: t for k, t in tensors.items() if t.is_floating_point() and t.element_size() > 1}
+    # The sum of what is finite can be infinite, so that it only clears.
+    seldom = {
+        k: t for k, t in floats.items() if not bool(t.sum(dtype=torch.promote_types(t.dtype, torch.float32)).isfinite())
+    }
+    bad = [k for k, t in seldom.items() if not bool(t.isfinite().all())]
+    return f"{bad[0]} and {len(bad) - 1} more of {len(tensors)} tensors" if bad else ""
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
 
 
 def checksum(header: Mapping[str, Any], data: Any) -> str:
@@ -197,12 +205,12 @@ def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], 
     for key, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            bits = ITEM_BITS[dtype]
+            size_of = DTYPES[dtype].itemsize
         except (KeyError, TypeError, ValueError):
             raise damaged(f"{key[:80]!r} is described as {str(entry)[:80]}") from None
         if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
             raise damaged(f"{key[:80]!r} has the shape {str(shape)[:60]} at {start}, {end}")
-        if math.prod(shape) * bits != 8 * (end - start):
+        if math.prod(shape) * size_of != end - start:
             raise damaged(f"{key[:80]!r} of shape {shape} in {dtype} has {end - start:,} bytes")
         found[key] = dtype, shape
         spans.append((start, end, key))

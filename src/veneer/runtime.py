@@ -206,9 +206,9 @@ class Runtime:
             RuntimeError: the model's parameters are already sharded.
         """
         check_name(adapter, self.configs)
-        sharding.refuse_attaching(self.root)
         rules: dict[str, Any] = {"prefix": prefix, "strict": strict, "autocast": autocast, "meta": meta}
         with self.looking(), tensor_parallel.mixing():
+            sharding.refuse_attaching(self.root, self.named)
             draft = self.draft(adapter, config, tensors=tensors, **rules)
             self.commit(adapter, draft.config, draft.places, draft.shared, trainable, draft.overrides)
         if trainable and any(p.site.backend is not None and p.site.backend.packed for p in draft.places):
@@ -649,7 +649,7 @@ class Runtime:
         for module, param, value in overrides.values():
             with torch.no_grad():
                 module._parameters[param].copy_(value)  # type: ignore[union-attr]
-        if any(isinstance(m, nn.TransformerEncoderLayer) for m in self.root.modules()):
+        if any(issubclass(k, nn.TransformerEncoderLayer) for k in {type(m) for m in self.named.values()}):
             torch_fastpath.disable(self.root, [self.layers[s.name] for s in sites])
         door.join(self.sites.values())
         self.configs[adapter] = config

@@ -105,7 +105,7 @@ class Slots:
                 raise ValueError(f"reserve_slots({what}={number!r}): must be a whole number of 1 or more")
         if runtime.slots is not None:
             raise ValueError("this model has slots already; call their release() first")
-        sharding.refuse_attaching(runtime.root)
+        sharding.refuse_attaching(runtime.root, dict(runtime.root.named_modules()))
         self.runtime, self.root = runtime, runtime.root
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.held: dict[str, int] = {}  # adapter -> slot

@@ -7,7 +7,7 @@ elements, marked by `ds_id`, in place of each one; nothing here imports deepspee
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,15 +112,16 @@ def wait(tensors: Iterable[Tensor]) -> None:
         dist.barrier()
 
 
-def refuse_attaching(root: nn.Module) -> None:
+def refuse_attaching(root: nn.Module, named: Mapping[str, nn.Module]) -> None:
     """Raise RuntimeError if what shards or flattens the model's parameters has taken it over already.
 
     Adapters come first: only then does it shard and gather theirs too. Weights that from_pretrained split between the
     processes while it read them are no obstacle: by zero.Init, as deepspeed.initialize comes later and finds the adapters;
     by tensor parallelism, into which adapters go as they are.
     """
-    fully = any(hasattr(m, "_get_fsdp_state") for m in root.modules())
-    for name, parameter in root.named_parameters():
+    kinds = {type(m) for m in named.values()}
+    fully = any(hasattr(k, "_get_fsdp_state") for k in kinds)
+    for name, parameter in root.named_parameters() if fully or hasattr(root, ENGINE) else ():
         taken = fully and is_distributed(parameter)
         if ":" not in name and (taken or (is_partitioned(parameter) and hasattr(root, ENGINE))):
             remedy = "fully_shard(model)"
@@ -130,7 +131,8 @@ def refuse_attaching(root: nn.Module) -> None:
                 f"{name} is already sharded by {how(parameter)}; attach adapters before sharding: "
                 f"get_peft_model(model, config) first, then {remedy}"
             )
-    for name, module in root.named_modules():
-        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+    for name, module in named.items() if any(k.__name__ in wrappers for k in kinds) else ():
+        if type(module).__name__ in wrappers:
             where = f"{name or 'the model'} is a {type(module).__name__}"
             raise RuntimeError(f"{where}; attach adapters before it is wrapped: get_peft_model(model, config) first")

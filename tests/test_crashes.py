@@ -18,7 +18,7 @@ from small import llama, lora
 from soak import crashes
 from test_cli import made  # noqa: F401
 from test_cli import veneer as command
-from veneer import codec, writing
+from veneer import codec, reading, writing
 from veneer.cli import checkpoints
 from veneer.cli.app import app
 
@@ -158,7 +158,7 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path: Path) -> None:
 
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
-    old = tmp_path / ".a.json.999999999.tmp"
+    old = tmp_path / ".a.json.999999999-140.tmp"
     own = tmp_path / f".a.json.{os.getpid()}.tmp"
     for path in (old, own):
         path.write_text("x")
@@ -172,7 +172,9 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
 def test_half_a_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
     from veneer.cli.report import plot
 
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
+    assert [m["step"] for m in reading.json_lines(path)] == [1, 2]
     plot(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 1000
 

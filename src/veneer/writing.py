@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written, as on a full disk or in a read-only folder; what was there is as before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     sweep(path)
     try:
         write(temporary)
@@ -60,7 +61,7 @@ def sweep(path: Path) -> None:
     """Remove what killed processes left beside a file."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError, ValueError):
-            owner = int(left.suffixes[-2].removeprefix("."))
+            owner = int(left.suffixes[-2].removeprefix(".").partition("-")[0])
             if owner != os.getpid() and not alive(owner) and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
 

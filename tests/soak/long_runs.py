@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import veneer
+from small import scramble
 
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 IDS = torch.arange(1, 9)[None]  # (1, 8)
@@ -28,14 +29,6 @@ def base(layers: int = 2) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, num_hidden_layers=layers, num_key_value_heads=2, eos_token_id=None, pad_token_id=0)
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def scramble(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_((torch.randn(p.shape, generator=generator) * 0.1).to(p.dtype))
 
 
 def configs() -> dict[str, Any]:

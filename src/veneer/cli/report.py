@@ -76,7 +76,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot(folder: Path, what: str = "loss (nats a token)") -> None:
+def plot(folder: Path, what: str = "loss") -> None:
     """Draw loss.png from metrics.jsonl."""
     import matplotlib as mpl
 

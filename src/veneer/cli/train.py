@@ -147,7 +147,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
     trainer.accelerator.wait_for_everyone()
     if rank == 0:
         purpose.save(folder)
-        plot(folder)
+        plot(folder, "loss (nats a token)" if task.by_token else "loss")
     report = Report(
         run=dataclasses.asdict(run),
         loss_before=before["eval_loss"],

@@ -47,6 +47,7 @@ def test_t0_in_one_process(made: Path, tmp_path: Path) -> None:  # noqa: F811
     assert report["loss_after"] < report["loss_before"]
 
 
+@pytest.mark.slow
 def test_t0_on_two_processes_in_host_memory(made: Path, tmp_path: Path) -> None:  # noqa: F811
     """The example's own command: ZeRO-3 with host memory; the adapter is that of one process."""
     base = shutil.copytree(made / "seq2seq", tmp_path / "base")

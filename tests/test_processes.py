@@ -71,10 +71,12 @@ def alone(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     return folder, step("single", folder)
 
 
-SLOW = ["ddp", "fsdp", "zero2", "zero3", "zero3-init", "zero3-offload"]
+SLOW = ["ddp", "fsdp", "zero2", "zero3", "zero3-offload"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp-layers", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "layout", ["fsdp-layers", "zero3-init", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_every_method_trains_as_in_one_process(layout: str, alone: tuple[Path, dict[str, Any]]) -> None:
     folder, wanted = alone
     found = step(layout, folder)

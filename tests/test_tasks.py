@@ -148,7 +148,6 @@ def test_a_folder_of_classes_and_images_of_all_modes(vit: Path, tmp_path: Path) 
     asked = [x for kind in ("dark", "light") for x in ("-p", tmp_path / "data" / kind / "0.png")]
     said = veneer("generate", vit, "--adapter", tmp_path / "run", *asked).output
     assert re.findall(r"(dark|light) \(\d+%\)", said) == ["dark", "light"]
-    veneer("verify", tmp_path / "run")
     veneer("merge", vit, tmp_path / "run", tmp_path / "merged")
     assert veneer("generate", tmp_path / "merged", *asked, "--task", "image-classification").output == said
     wrong = veneer("generate", vit, "--adapter", tmp_path / "run", "-p", tmp_path / "none.png", ok=False)
@@ -156,6 +155,17 @@ def test_a_folder_of_classes_and_images_of_all_modes(vit: Path, tmp_path: Path) 
     (tmp_path / "run" / "adapter_task.json").unlink()  # as peft would leave it
     named = veneer("generate", vit, "--adapter", tmp_path / "run", *asked, "--task", "image-classification").output
     assert re.findall(r"LABEL_\d", named) == ["LABEL_0", "LABEL_1"]
+
+
+@pytest.mark.slow
+def test_a_head_for_other_classes_is_verified(vit: Path, tmp_path: Path) -> None:
+    """In new processes, which find only the base model and the adapter's files."""
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (i, 10, 200 if label == "a" else 20)).save(tmp_path / "data" / label / f"{i}.png")
+    run(tmp_path, "image-classification", vit, tmp_path / "data", "--steps", 3, "--held-out", 4)
+    assert "passed" in veneer("verify", tmp_path / "run").output
 
 
 def test_images_in_rgb(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(text: str, page: Any, config: Any, files: Any) -> str:
+    """Links of this folder's pages to figures, turned to where the site has them; called by mkdocs."""
+    return text.replace("](../bench/results/", "](figures/")
+
+
 def on_config(config: Any) -> Any:
     """List methods, decisions and figures in the navigation; called by mkdocs."""
     lists = {

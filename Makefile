@@ -65,8 +65,9 @@ slow: $(VENV)/.test  ## the tests that `make test` leaves out: real models, trai
 bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
 	$(BIN)/python -m bench --headline
 
+audit: STRICT ?= --strict
 audit: $(VENV)/.test  ## what is installed, against the pinned versions and hashes, and known vulnerabilities
-	$(BIN)/python -m bench.audit
+	$(BIN)/python -m bench.audit $(STRICT)
 
 support: $(VENV)/.test  ## run the methods on all layers and storage formats; writes docs/support.md
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -p support --support docs/support.md -k "not compile" \

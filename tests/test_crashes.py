@@ -179,6 +179,14 @@ def test_half_a_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_figures_of_a_run_that_diverged_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"loss_after": float("nan"), "loss_before": float("inf")}))
+    assert reading.json_object(path, nan=True)["loss_before"] == float("inf")
+    with pytest.raises(ValueError, match="is no number of JSON's"):
+        reading.json_object(path)
+
+
 def test_a_model_and_its_file_agree(tmp_path: Path) -> None:
     model = lora()
     model.save_pretrained(tmp_path)

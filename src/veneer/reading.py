@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,20 @@ JSON_DEPTH = 32
 # In a safetensors file's metadata: xxh3 of its entries and its data; which tensors hold NaN, where some do.
 CHECKSUM, NOT_FINITE = "veneer.checksum", "veneer.not_finite"
 HEADER_BYTES = 64 << 20  # of a safetensors file; safetensors itself takes 100 MB
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U64": torch.uint64,
+    "U32": torch.uint32, "U16": torch.uint16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
 
 
-def json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+def json_object(path: Path, limit: int = JSON_BYTES, *, nan: bool = False) -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+        nan: whether NaN and infinity are let be, as figures of a run that diverged.
 
     Raises:
         ValueError: a file larger than `limit` bytes; no UTF-8, no JSON or no object; a key that stands twice, of which
@@ -33,7 +43,7 @@ def json_object(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, and a file of its kind {limit:,} at most; it was not read")
     try:
-        values = json_text(path.read_bytes().decode("utf-8"))
+        values = json_text(path.read_bytes().decode("utf-8"), nan=nan)
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON ({error}); save or fetch it again") from error
     if not isinstance(values, dict):
@@ -48,16 +58,17 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            found.append(json.loads(line))  # a loss can be NaN
-        except (ValueError, RecursionError):
+            found.append(json_text(line, nan=True))
+        except ValueError:
             continue
     return [m for m in found if isinstance(m, dict)]
 
 
-def json_text(text: str) -> Any:
+def json_text(text: str, *, nan: bool = False) -> Any:
     """The value of a JSON text; see `json_object`."""
+    numbers: dict[str, Any] = {} if nan else {"parse_constant": refuse, "parse_float": finite}
     try:
-        values = json.loads(text, object_pairs_hook=once, parse_constant=refuse, parse_float=finite)
+        values = json.loads(text, object_pairs_hook=once, **numbers)
     except RecursionError:
         raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
     except json.JSONDecodeError as error:
@@ -102,9 +113,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a damaged or hostile file; says what is wrong with it.
     """
-    entries, metadata, begin, header = header_of(path, stamp(path))
-    if os.stat(path).st_size == begin:
-        return {key: torch.empty(shape, dtype=DTYPES[dtype]) for key, (dtype, shape) in entries.items()}
+    found = stamp(path)
+    header, metadata, begin = header_of(path, found)
+    if found.size == begin:
+        return {key: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]]) for key, e in header.items()}
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes to a tensor stay in memory
     if CHECKSUM in metadata and checksum(header, memoryview(data)[begin:]) != metadata[CHECKSUM]:
@@ -112,13 +124,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged: its tensors are not those that were written (checksum). Fetch or save it again; whoever "
             f"changed it on purpose leaves {CHECKSUM!r} out of its metadata"
         )
-    found = {}
-    for key, (dtype, shape) in entries.items():
-        kind, start = DTYPES[dtype], begin + header[key]["data_offsets"][0]
-        count = math.prod(shape)
+    tensors = {}
+    for key, entry in header.items():
+        kind, start, count = DTYPES[entry["dtype"]], begin + entry["data_offsets"][0], math.prod(entry["shape"])
         held = torch.frombuffer(data, dtype=kind, count=count, offset=start) if count else torch.empty(0, dtype=kind)
-        found[key] = (held if start % kind.itemsize == 0 else held.clone()).view(shape)
-    said = metadata.get(NOT_FINITE) if CHECKSUM in metadata else not_finite(found)  # we look when we write
+        tensors[key] = (held if start % kind.itemsize == 0 else held.clone()).view(entry["shape"])
+    said = metadata.get(NOT_FINITE) if CHECKSUM in metadata else not_finite(tensors)  # we look when we write
     if said:
         warnings.warn(
             f"{path}: {said} hold NaN or infinity, and so will what the model says with it; it was saved from a run that had "
@@ -126,7 +137,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             NotFiniteWarning,
             stacklevel=5,
         )
-    return found
+    return tensors
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
@@ -140,13 +151,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
     return f"{bad[0]} and {len(bad) - 1} more of {len(tensors)} tensors" if bad else ""
 
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U64": torch.uint64,
-    "U32": torch.uint32, "U16": torch.uint16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-}  # fmt: skip
-
-
 def checksum(header: Mapping[str, Any], data: Any) -> str:
     """A hash over a safetensors file's entries, by key, and the bytes of its tensors."""
     from xxhash import xxh3_128
@@ -157,20 +161,28 @@ def checksum(header: Mapping[str, Any], data: Any) -> str:
     return made.hexdigest()
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
+class Stamp(NamedTuple):
+    """What a file was when it was looked at."""
+
+    node: int
+    size: int
+    changed: int  # ns
+
+
+def stamp(path: Path) -> Stamp:
     found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def tensor_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
-    """Key -> dtype and shape of the tensors in a safetensors file, and its metadata; see `header_of`."""
-    entries, metadata, _, _ = header_of(path, stamp(path))
-    return dict(entries), dict(metadata)
+def tensor_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Key -> dtype, shape and data_offsets of the tensors in a safetensors file, and its metadata; see `header_of`."""
+    header, metadata, _ = header_of(path, stamp(path))
+    return dict(header), dict(metadata)
 
 
 @functools.lru_cache(maxsize=4)
-def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, str], int, dict[str, Any]]:
-    """Dtypes and shapes of the tensors in a safetensors file, its metadata, where its data begin, and the header itself.
+def header_of(path: Path, now: Stamp) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The entries of the tensors in a safetensors file, its metadata, and where its data begin.
 
     The header is held against the file's size, so that nothing is allocated for what is not there, and its offsets must
     tile the data without gap or overlap, so that no two tensors are the same memory.
@@ -178,7 +190,7 @@ def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], 
     Raises:
         ValueError: a damaged or hostile file; says what is wrong with it.
     """
-    size = os.stat(path).st_size
+    size = now.size
     remedy = "the copy or download was cut short, or the file was changed; fetch or save it again"
 
     def damaged(why: str) -> ValueError:
@@ -201,7 +213,7 @@ def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("its metadata is no object of texts")
-    found, spans = {}, []
+    spans = []
     for key, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -212,7 +224,6 @@ def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], 
             raise damaged(f"{key[:80]!r} has the shape {str(shape)[:60]} at {start}, {end}")
         if math.prod(shape) * size_of != end - start:
             raise damaged(f"{key[:80]!r} of shape {shape} in {dtype} has {end - start:,} bytes")
-        found[key] = dtype, shape
         spans.append((start, end, key))
     at = 0
     for start, end, key in sorted(spans):
@@ -221,4 +232,4 @@ def header_of(path: Path, stamp: tuple[int, int, int]) -> tuple[dict[str, Any], 
         at = end
     if at != size - 8 - length:
         raise damaged(f"its tensors have {at:,} bytes, and there are {size - 8 - length:,}")
-    return found, metadata, 8 + length, header
+    return header, metadata, 8 + length

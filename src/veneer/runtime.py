@@ -313,9 +313,8 @@ class Runtime:
                 fresh[key] = found.to(device=device, dtype=site.dtype)
         # What the file does not bring, and what a lenient load leaves at its start.
         lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
-        if (
-            lacking and home.type != "meta" and not (loader.strict and not loader.report.clean)
-        ):  # nothing for a refused file
+        refused = loader.strict and not loader.report.clean  # then nothing more is made for it
+        if lacking and home.type != "meta" and not refused:
             site.device = home
             start = entry.method.loaded(site)
             fresh.update({k: start[k] for k in lacking})

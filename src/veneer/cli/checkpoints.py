@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import writing
-from .errors import InputError
+from .errors import InputError, disk
 
 MARK = "complete.json"  # in a checkpoint, when all else in it is on the disk
 LOCK = ".running"  # in the folder of a run, held while it runs
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """A run's whole checkpoints by their step, in order."""
-    found = {int(p.parent.name.rpartition("-")[2]): p.parent for p in folder.glob(f"checkpoints/checkpoint-*/{MARK}")}
-    return dict(sorted(found.items()))
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's whole checkpoints, the oldest first."""
+    found = [p.parent for p in folder.glob(f"checkpoints/checkpoint-*/{MARK}")]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return next(reversed(checkpoints(folder).values()), None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def drop_broken(folder: Path) -> None:
     """Remove checkpoints in whose writing a run was killed, which Trainer would count among those to keep."""
-    whole = set(checkpoints(folder).values())
+    whole = set(checkpoints(folder))
     for path in folder.glob("checkpoints/checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)
@@ -48,6 +48,13 @@ class WholeCheckpoints:
             for path in [*folder.rglob("*"), folder]:
                 writing.sync(path)
             writing.save_text(folder / MARK, f'{{"step": {trainer.state.global_step}}}\n')
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[ExitStack]:
+    """What a run holds until it ends; within it, errors of the disk say whether `--resume` can go on."""
+    with disk(lambda: last_checkpoint(folder) is not None), ExitStack() as held:
+        yield held
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | N
         if not base:
             raise InputError(f"{adapter} names no base model, whose weights the conversion needs; give it with --model")
         with console.status("loading the model"):
-            loaded: Any = trained(adapter, task).load(base)
+            loaded: Any = trained(adapter, config, task).load(base)
             adapted = veneer.PeftModel.from_pretrained(loaded, adapter, strict=not force)
         with console.status("converting"):
             made = veneer.save_as_lora(out, adapted, wanted)

@@ -6,15 +6,12 @@ from typing import Any
 
 from .errors import InputError, user_input
 from .tasks import TASKS
+from .tasks.base import evaluating
 from .trained import Trained, trained
 
 
 def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
     """What a model says after each prompt, greedily unless `options` say otherwise."""
-    import torch
-
-    was_training = model.training
-    model.eval()
     answers = []
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     for prompt in prompts:
@@ -23,11 +20,10 @@ def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int
         if not encoder_decoder and length > 1 and int(ids["input_ids"][0, -1]) == tokenizer.eos_token_id:
             ids = {k: v[:, :-1] for k, v in ids.items()}
             length -= 1
-        with torch.no_grad():
+        with evaluating(model):
             settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
             out = model.generate(**ids, **{**settings, **options})[0]
         answers.append(tokenizer.decode(out if encoder_decoder else out[length:], skip_special_tokens=True).strip())
-    model.train(was_training)
     return answers
 
 
@@ -59,7 +55,7 @@ def generate(
     console = Console()
     torch.manual_seed(seed)
     with user_input():
-        purpose = trained(adapter, task) if adapter else Trained(task or "causal-lm")
+        purpose = trained(adapter, codec.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
         of = TASKS[purpose.task]
         if temperature and not of.by_token:
             raise InputError(f"--temperature {temperature}: {purpose.task} draws nothing; leave it out")

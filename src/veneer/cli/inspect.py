@@ -83,7 +83,7 @@ def trust(path: Path) -> list[tuple[str, str]]:
 def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Key -> shape and dtype, from the file's header alone."""
     with user_input():
-        return {key: (shape, dtype) for key, (dtype, shape) in reading.tensor_header(Path(path))[0].items()}
+        return {k: (tuple(e["shape"]), e["dtype"]) for k, e in reading.tensor_header(Path(path))[0].items()}
 
 
 def report(console: Any, adapter: str) -> None:

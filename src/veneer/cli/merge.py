@@ -38,7 +38,7 @@ def merge(
     converter = None if gguf is None else find_converter()
     with user_input():
         config = veneer.PeftConfig.from_pretrained(adapter)
-        purpose = trained(adapter, task)
+        purpose = trained(adapter, config, task)
         with console.status("loading the model"):
             base = purpose.load(model, dtype if dtype and quantize is None else "float32", quantize)
             adapted = veneer.PeftModel.from_pretrained(base, adapter, strict=not force)

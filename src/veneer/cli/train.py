@@ -19,8 +19,8 @@ from ..interop import liger, optimizers
 from ..interop.sharding import shape_of
 from ..watchdog import WatchError
 from . import data as rows_of
-from .checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint
-from .errors import InputError, PointlessError, disk, user_input
+from .checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint, running
+from .errors import InputError, PointlessError, user_input
 from .launch import check_rows
 from .malloc import give_back
 from .recipe import Run
@@ -50,7 +50,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
-    with disk(lambda: last_checkpoint(run.folder) is not None), ExitStack() as held:
+    with running(run.folder) as held:
         return run_it(run, resume, overwrite, held)
 
 
@@ -128,7 +128,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
                 before.update(trainer.evaluate())
                 before.update(task.scores(run, answered, says_before) if task.scored(run) else {})
         if checkpoint is not None:
-            before.update(reading.json_object(folder / "before.json"))
+            before.update(reading.json_object(folder / "before.json", nan=True))
             console.print(f"resuming from {checkpoint}")
         elif rank == 0:
             writing.save_text(folder / "before.json", json.dumps(before))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .. import codec, reading, writing
 from .errors import InputError
-from .inspect import header
 from .models import load_model
 from .tasks import TASKS
 
 if TYPE_CHECKING:
+    from ..method import Method
     from .recipe import Run
 
 NAME = "adapter_task.json"
@@ -55,13 +55,12 @@ class Trained:
         return Run(model=model, data="-", task=self.task, image_size=self.image_size, **fields)
 
 
-def trained(adapter: str, task: str | None = None) -> Trained:
+def trained(adapter: str, config: Method, task: str | None = None) -> Trained:
     """The task of a saved adapter: as asked for, as its `adapter_task.json` says, or as its config does.
 
     Raises:
-        InputError: no adapter, or a damaged `adapter_task.json`.
+        InputError: a damaged `adapter_task.json`.
     """
-    config = codec.load_config(adapter)
     path = codec.find_file(adapter, NAME)
     if path is not None:
         values = reading.json_object(path)
@@ -85,9 +84,9 @@ def trained(adapter: str, task: str | None = None) -> Trained:
 def numbered(adapter: str) -> tuple[str, ...]:
     """Classes without names, as many as the trained head in an adapter's file has rows; none where it has no head."""
     path = codec.find_file(adapter, codec.WEIGHTS_NAME)
-    tensors = {} if path is None else header(str(path))
+    tensors = {} if path is None else reading.tensor_header(path)[0]
     for head in HEADS:
-        for key, (shape, _) in tensors.items():
-            if key.endswith(f".{head}.weight") and len(shape) == 2:
-                return tuple(f"LABEL_{i}" for i in range(shape[0]))
+        for key, entry in tensors.items():
+            if key.endswith(f".{head}.weight") and len(entry["shape"]) == 2:
+                return tuple(f"LABEL_{i}" for i in range(entry["shape"][0]))
     return ()

@@ -29,7 +29,7 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> boo
         name = model or config.base_model_name_or_path
         if not name:
             raise InputError(f"{adapter} names no base model; give --model")
-        purpose = trained(adapter, task)
+        purpose = trained(adapter, config, task)
         with console.status(f"loading {name}"):
             base = purpose.load(name, dtype)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)

@@ -121,7 +121,7 @@ def load(
     if path is None:
         raise ValueError(f"{os.fspath(folder)!r} holds neither {CONFIG} nor {FUSION_CONFIG}")
     values = reading.json_object(path)
-    if not isinstance(values.get("config"), str if fusion else dict) and not isinstance(values.get("config"), dict):
+    if not isinstance(values.get("config"), dict):
         raise ValueError(f"{path}: has no 'config' that describes an adapter; it is not of AdapterHub's library")
     if not isinstance(values.get("name"), str | list):
         raise ValueError(f"{path}: has no 'name' of an adapter; it is not of AdapterHub's library")

@@ -30,6 +30,9 @@ KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\.weig
 EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<n>\d+)\.(?P<leaf>\w+)")
 PLAIN = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 Pair = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
+Cells = dict[
+    tuple[int, int], tuple[str, Pair]
+]  # (expert, part) of a fused weight -> what layer it was, and its factors
 
 
 @functools.cache
@@ -68,10 +71,7 @@ def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tu
         return config, tensors, ""
     renamings = list(tables(root))
     there: dict[str, Pair] = {}  # linear layers, by their path here
-    stacked: dict[
-        str, dict[tuple[int, int], tuple[str, Pair]]
-    ] = {}  # parameters: (expert, part) -> what it was, and factors
-    joined: dict[str, dict[int, tuple[str, Pair]]] = {}  # fused layers: part -> what it was, and factors
+    fused: dict[str, Cells] = {}
     for path, both in factors.items():
         pair = both["A"], both["B"]
         expert = EXPERT.fullmatch(path)
@@ -81,20 +81,20 @@ def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tu
             found = part_of(expert["leaf"], "experts", modules[owner]._parameters)
             if found is None:
                 return config, tensors, ""
-            stacked.setdefault(f"{owner}.{found[0]}", {})[int(expert["n"]), found[1]] = path, pair
+            fused.setdefault(f"{owner}.{found[0]}", {})[int(expert["n"]), found[1]] = path, pair
         elif (new := placed(renamed(path, renamings), set(modules))) is not None:
             there[new] = pair
         else:
             parent, _, leaf = path.rpartition(".")
             home = modules.get(parent)
-            fused = None if home is None else part_of(leaf, "linear", home._modules)
-            if fused is not None:
-                joined.setdefault(f"{parent}.{fused[0]}", {})[fused[1]] = path, pair
+            found = None if home is None else part_of(leaf, "linear", home._modules)
+            if found is not None:
+                fused.setdefault(f"{parent}.{found[0]}", {})[0, found[1]] = path, pair
             elif (apart := apart_of(path, pair, modules)) is not None:
                 there |= apart
             else:
                 return config, tensors, ""
-    return made(runtime, config, there, stacked, joined)
+    return made(runtime, config, there, fused)
 
 
 def placed_experts(path: str, modules: Mapping[str, nn.Module], renamings: list[Any]) -> str | None:
@@ -156,8 +156,7 @@ def made(
     runtime: Runtime,
     config: Any,
     there: Mapping[str, Pair],
-    stacked: Mapping[str, Mapping[tuple[int, int], tuple[str, Pair]]],
-    joined: Mapping[str, Mapping[int, tuple[str, Pair]]],
+    fused: Mapping[str, Cells],
 ) -> tuple[Method, Mapping[str, Tensor], str]:
     """The config and the tensors of what `refitted` found."""
     if odd := [n for n in PLAIN if getattr(config, n, None)]:
@@ -182,23 +181,15 @@ def made(
     for path, (A, B) in there.items():
         note(path, len(A), scale_of(path, len(A)))
         factors[path, "A"], factors[path, "B"] = A, B
-    for path, held in joined.items():
-        fan_out, names = outputs(modules[path]), parts("linear")[path.rpartition(".")[2]]
-        pairs = [held.get(i) for i in range(len(names))]
-        rows = rows_of([None if p is None else len(p[1][1]) for p in pairs], fan_out, path)
-        first = next(p for p in pairs if p is not None)
-        base = scale_of(first[0], len(first[1][0]))
-        r = [0 if p is None else len(p[1][0]) for p in pairs]
-        scales = [1.0 if p is None else scale_of(p[0], len(p[1][0])) / base for p in pairs]
-        A, B = joint(pairs, rows, scales, r, first[1][0].shape[1])
-        note(path, len(A), base)
-        factors[path, "A"], factors[path, "B"] = A, B
-    for path, cells in stacked.items():
+    for path, cells in fused.items():
         owner, _, leaf = path.rpartition(".")
-        shape = modules[owner]._parameters[leaf].shape
-        experts, width = shape[0], next(iter(cells.values()))[1][0].shape[1]
-        fan_out = shape[1] if shape[2] == width else shape[2]
-        count = len(parts("experts")[leaf])
+        first = next(iter(cells.values()))
+        width = first[1][0].shape[1]
+        if path in modules:
+            experts, fan_out, count = 1, outputs(modules[path]), len(parts("linear")[leaf])
+        else:
+            experts, a, b = modules[owner]._parameters[leaf].shape
+            fan_out, count = (a if b == width else b), len(parts("experts")[leaf])
         rows = rows_of(
             [next((len(c[1][1]) for (_, i), c in cells.items() if i == k), None) for k in range(count)], fan_out, path
         )
@@ -207,7 +198,6 @@ def made(
             raise ValueError(
                 f"{path}: the file has experts of several ranks, or of more than the {experts} that are here"
             )
-        first = next(iter(cells.values()))
         base = scale_of(first[0], len(first[1][0]))
         A_all, B_all = first[1][0].new_zeros(experts, sum(r), width), first[1][1].new_zeros(experts, fan_out, sum(r))
         for n in range(experts):
@@ -219,8 +209,8 @@ def made(
         factors[path, "A"] = A_all.flatten(0, 1)  # (experts * r, in)
         factors[path, "B"] = B_all.permute(1, 2, 0).flatten(1)  # (out, r * experts)
     fitted = config.replace(
-        target_modules=[*there, *joined],
-        target_parameters=list(stacked) or None,
+        target_modules=[*there, *(p for p in fused if p in modules)],
+        target_parameters=[p for p in fused if p not in modules] or None,
         rank_pattern={re.escape(p): r for p, r in ranks.items() if r != config.r},
         alpha_pattern={re.escape(p): a for p, a in alphas.items() if a != config.lora_alpha},
         layers_to_transform=None, layers_pattern=None, exclude_modules=None,
@@ -229,8 +219,7 @@ def made(
     for place in runtime.draft("refitted", fitted, meta=True).places:
         for key in ("A", "B"):
             tensors[file_key(PREFIX, place.entry, key)] = factors[place.site.name, key]
-    before = [p for c in stacked.values() for p, _ in c.values()] + [p for c in joined.values() for p, _ in c.values()]
-    fused = [*stacked, *joined]
+    before = [p for cells in fused.values() for p, _ in cells.values()]
     line = (
         f"{len(before)} layers such as {before[0]} are {len(fused)} fused ones here"
         if fused

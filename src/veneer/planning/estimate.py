@@ -355,8 +355,7 @@ def file_size(model: Any) -> int:
 
 
 def dtype_name(t: Tensor) -> str:
-    kind = {torch.bfloat16: "BF16", torch.bool: "BOOL", torch.uint8: "U8"}.get(t.dtype)
-    return kind or f"{'F' if t.is_floating_point() else 'I'}{t.element_size() * 8}"
+    return next(name for name, kind in reading.DTYPES.items() if kind == t.dtype)
 
 
 def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change | None]:

@@ -105,7 +105,7 @@ def report(folder: Path) -> dict[str, Any] | None:
     """A finished run's report."""
     path = folder / "report.json"
     try:
-        return reading.json_object(path)
+        return reading.json_object(path, nan=True)
     except (OSError, ValueError):
         return None
 

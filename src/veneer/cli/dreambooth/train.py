@@ -14,8 +14,8 @@ import torch
 
 from ... import codec, reading, writing
 from ...watchdog import WatchError
-from ..checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint
-from ..errors import InputError, PointlessError, disk, user_input
+from ..checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint, running
+from ..errors import InputError, PointlessError, user_input
 from ..report import peak_memory, plot
 from . import images
 from .denoiser import Denoiser, set_attention
@@ -36,7 +36,7 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
-    with disk(lambda: last_checkpoint(run.folder) is not None), ExitStack() as held:
+    with running(run.folder) as held:
         return run_it(run, resume, overwrite, held)
 
 
@@ -89,7 +89,7 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     if checkpoint is not None:
-        loss_before = reading.json_object(folder / "before.json")["loss"]
+        loss_before = reading.json_object(folder / "before.json", nan=True)["loss"]
     else:
         text = json.dumps({"loss": loss_before})
         writing.save_text(folder / "before.json", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError
@@ -128,21 +129,47 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids)[counted].mean())}
 
 
-def likeliest(task: Task, run: Run, model: Any, processor: Any, rows: list[Row]) -> Iterator[tuple[Row, Any]]:
-    """Rows and their logits, in batches as the run has them, without loss and dropout."""
-    import torch
+class OneClass(Task):
+    """What texts and images have in common: a row has one class."""
 
+    classes = True
+
+    def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
+        c = run.label_column
+        return classes(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        return accuracy(prediction)
+
+    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]
+
+
+def likeliest(task: Task, run: Run, model: Any, processor: Any, rows: list[Row]) -> Iterator[tuple[Row, Any]]:
+    """Rows with their logits and labels, in batches as the run has them, without loss and dropout."""
     names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    batch, was_training = task.collator(run, processor, model), model.training
-    model.eval()
+    batch = task.collator(run, processor, model)
     for at in range(0, len(rows), run.batch_size):
         some = rows[at : at + run.batch_size]
         inputs = {k: v.to(model.device) for k, v in batch(task.encode(run, some, processor, names)).items()}
         labels = inputs.pop("labels")
-        with torch.no_grad():
+        with evaluating(model):
             logits = model(**inputs).logits.float()
         yield from zip(some, zip(logits, labels, strict=True), strict=True)
-    model.train(was_training)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within the block, a model is without dropout and keeps nothing for a backward."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def with_share(model: Any, logits: Any) -> str:

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes, likeliest, with_share
+from .base import OneClass, Row
 
 if TYPE_CHECKING:
     from ..recipe import Run
 
 
-class ImageClassification(Task):
+class ImageClassification(OneClass):
     """Rows of an image, as a path or as an image, and its class."""
 
     name, auto = "image-classification", "AutoModelForImageClassification"
     peft_type = None  # peft's list of tasks has none for images
     heads = ("classifier", "fc", "_fc", "head")
-    by_length, classes = False, True
+    by_length = False
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.image_column, run.label_column)]
@@ -51,10 +51,6 @@ class ImageClassification(Task):
         for i, row in enumerate(rows, 1):
             rgb(row[run.image_column], f"data {source!r}, row {i}")
 
-    def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
-        c = run.label_column
-        return classes(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
-
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         """Images stay what they are until a batch is made of them: pixels of a large data set fill no memory."""
         numbers = {name: i for i, name in enumerate(labels)}
@@ -71,9 +67,6 @@ class ImageClassification(Task):
 
         return batch
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
-        return accuracy(prediction)
-
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         rgb(text, "image")
         return {run.image_column: text, run.label_column: labels[0]}
@@ -82,9 +75,6 @@ class ImageClassification(Task):
         """Paths of images; of images without one, what they are labelled."""
         paths = [r[run.image_column] for r in rows]
         return [p if isinstance(p, str) else f"{r[run.label_column]}" for p, r in zip(paths, rows, strict=True)]
-
-    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
-        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]
 
 
 def rgb(image: Any, where: str) -> Any:

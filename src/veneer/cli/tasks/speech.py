@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task
+from .base import Row, Task, evaluating
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -95,12 +95,11 @@ class SpeechRecognition(Task):
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
         import torch
 
-        was_training, said = model.training, []
-        model.eval()
+        said = []
         for at in range(0, len(rows), run.batch_size):
             some = [r[run.audio_column] for r in rows[at : at + run.batch_size]]
             inputs = {k: v.to(model.device) for k, v in features(processor, model, some).items()}
-            with torch.no_grad():
+            with evaluating(model):
                 if model.config.is_encoder_decoder:
                     ids = model.generate(**inputs, max_new_tokens=max(run.max_new_tokens, 1), do_sample=False)
                 else:
@@ -111,7 +110,6 @@ class SpeechRecognition(Task):
                         silent = torch.arange(ids.shape[1], device=ids.device) >= frames.to(ids.device)[:, None]
                         ids = ids.masked_fill(silent, model.config.pad_token_id)  # blank, where there is only padding
             said += [t.strip() for t in processor.batch_decode(ids, skip_special_tokens=True)]
-        model.train(was_training)
         return said
 
     def scored(self, run: Run) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes, likeliest, with_share
+from .base import OneClass, Row, Task
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -128,18 +128,13 @@ def prompt_text(chat: bool, prompt: str, tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-class Classification(Task):
+class Classification(OneClass):
     """Rows of a text and its class."""
 
     name, peft_type, auto = "classification", "SEQ_CLS", "AutoModelForSequenceClassification"
-    classes = True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.text_column, run.label_column)]
-
-    def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
-        c = run.label_column
-        return classes(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
 
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         cut, numbers = {"truncation": True, "max_length": run.max_length}, {name: i for i, name in enumerate(labels)}
@@ -152,14 +147,8 @@ class Classification(Task):
 
         return DataCollatorWithPadding(processor)
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
-        return accuracy(prediction)
-
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         return {run.text_column: text, run.label_column: labels[0]}
 
     def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
         return [str(r[run.text_column]) for r in rows]
-
-    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
-        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes, likeliest
+from .base import Row, Task, accuracy, classes, evaluating, likeliest
 
 if TYPE_CHECKING:
     from ..recipe import Run
@@ -96,7 +96,7 @@ class TokenClassification(Task):
         return [" ".join(map(str, r[run.words_column])) for r in rows]
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
-        """Words with their classes, of the classes that are not the commonest outside of things, "O"."""
+        """Words with their classes; those of the class "O", which stands for none, are left out."""
         said = []
         for row, (logits, labels) in likeliest(self, run, model, processor, rows):
             found = logits[labels != -100].argmax(-1).tolist()  # of the words that were not cut off
@@ -185,20 +185,18 @@ class QuestionAnswering(Task):
         """The likeliest span (s, e) of the context, s <= e, as it is written there."""
         import torch
 
-        was_training, said = model.training, []
-        model.eval()
+        said = []
         for row in rows:
             question, context = str(row[run.question_column]), str(row[run.context_column])
             cut = {"truncation": "only_second", "max_length": run.max_length, "return_tensors": "pt"}
             inputs = processor(question, context, **cut)
             inside = torch.tensor([owner == 1 for owner in inputs.sequence_ids(0)])  # (T,) of the context
-            with torch.no_grad():
+            with evaluating(model):
                 out = model(**{k: v.to(model.device) for k, v in inputs.items()})
             pairs = (out.start_logits[0, :, None] + out.end_logits[0]).cpu().float()  # (T, T)
             pairs = pairs.masked_fill(~(inside[:, None] & inside).triu(), -torch.inf)
             s, e = divmod(int(pairs.argmax()), pairs.shape[1])
             said.append(context[inputs.token_to_chars(s).start : inputs.token_to_chars(e).end])
-        model.train(was_training)
         return said
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, MT5Config
 
 import veneer
-from veneer import codec
+from veneer.files import adapter_files
 
 from .harness import ROOT, Figure, Red, Worst, figure, interleaved, ratio, require
 
@@ -162,7 +162,7 @@ def parity(quick: bool) -> list[Figure]:
             results.add(gap(a, b) / max(1.0, b.detach().abs().max().item()), where)  # T5's logits are large
             loss.backward()
             other.backward()
-            mine = {k: p.grad for k, p in codec.named_tensors(ours) if p.grad is not None}
+            mine = {k: p.grad for k, p in adapter_files.named_tensors(ours) if p.grad is not None}
             wanted = {k: p.grad for k, p in peft_named(theirs) if p.grad is not None}
             if mine.keys() != wanted.keys():
                 raise Red("gradients", [f"{where}: {k}" for k in sorted(mine.keys() ^ wanted.keys())[:8]])
@@ -407,7 +407,7 @@ def survives(name: str, model: Any, folder: str) -> bool:
 def tensors(name: str, model: Any, adapter: str = "x") -> Iterable[tuple[str, Tensor]]:
     """An adapter's live tensors by their key in the file."""
     if name == "veneer":
-        yield from codec.named_tensors(model, adapter)
+        yield from adapter_files.named_tensors(model, adapter)
     else:
         for key, value in model.named_parameters():
             if f".{adapter}." in key:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from veneer.kernels import linear
+from veneer.kernels import linear, member
 from veneer.kernels import triton as kernels
 
 from .figures import bench, median, relative
@@ -165,7 +165,7 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
     yield "gated MLP, backward", partial(kernels.gate_backward_, dm.clone(), e, g), backward
 
     leaves = [x.requires_grad_(), A.requires_grad_(), B.requires_grad_()]
-    share = linear.Share(W, None, A, B, None, 0.5, p)
+    share = member.Share(W, None, A, B, None, 0.5, p)
 
     def fused() -> tuple[Tensor, ...]:
         (out,) = linear.run(x, (share,))  # type: ignore[misc]

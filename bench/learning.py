@@ -63,8 +63,8 @@ TASKS = {
 
 def measure(task: Task, name: str, quick: bool) -> dict[str, Any]:
     """Train one method as `veneer train` does, and what came of it."""
-    from veneer.cli.recipe import build
-    from veneer.cli.train import train
+    from veneer.recipes.recipe import build
+    from veneer.recipes.train import train
 
     before = load()
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +166,7 @@ def main() -> int:
     unknown = [m for m in given.methods or [] if m not in every]
     if unknown:
         parser.error(f"no method of these tables is named {unknown[0].lower()!r}; there are {', '.join(every).lower()}")
-    from veneer.method import registry
+    from veneer.methods.registry import registry
 
     console = Console()
     results: dict[str, Any] = json.loads(STORE.read_text("utf-8")) if STORE.is_file() and not given.quick else {}

@@ -43,8 +43,8 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     import transformers
     from transformers import AutoConfig
 
-    from veneer.cli.models import load_model, locate
-    from veneer.cli.tasks import TASKS
+    from veneer.recipes.models import load_model, locate
+    from veneer.recipes.tasks import TASKS
 
     torch.set_num_threads(1)
     if layout != "one":

@@ -72,8 +72,8 @@ def peak(store: str, rows: int, tokens: int, steps: int = 3) -> dict[str, Any]:
     import gc
 
     import veneer
-    from veneer.cli.malloc import give_back
-    from veneer.cli.models import load_model
+    from veneer.recipes.malloc import give_back
+    from veneer.recipes.models import load_model
 
     from .plan import resident
 

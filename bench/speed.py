@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.slots import reserve_slots
+from veneer.serving.slots import reserve_slots
 
 from .figures import median, relative, twin
 from .harness import Figure, Red, Worst, interleaved, ratio, require

@@ -14,7 +14,7 @@ OWN = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog
 def pages() -> dict[str, str]:
     """Path -> Markdown of every method's page and of their index."""
     from veneer.cli.methods import about
-    from veneer.method import METHODS
+    from veneer.methods.registry import METHODS
 
     known = sorted(METHODS.items())
     made = {f"methods/{name.lower()}.md": page(name, cls) for name, cls in known}
@@ -26,7 +26,7 @@ def pages() -> dict[str, str]:
 def page(name: str, cls: Any) -> str:
     """The page of one method, from its file."""
     from veneer.cli.methods import about
-    from veneer.cli.recipe import HELP
+    from veneer.recipes.recipe import HELP
 
     found = about(cls)
     key = name.lower()

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from processes_step import METHODS, VOCABULARY, plain
-from veneer.cli.launch import leave
 from veneer.kernels import linear
+from veneer.recipes.launch import leave
 
 SIZES = {
     "uint8": (34, 51),

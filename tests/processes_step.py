@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
-from veneer.cli.launch import leave
-from veneer.interop import sharding
+from veneer.distributed import sharding
 from veneer.kernels import linear
+from veneer.recipes.launch import leave
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 12, 64
 TASK = "CAUSAL_LM"

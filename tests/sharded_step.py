@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import veneer
-from veneer import kernels
-from veneer.cli.launch import leave
+from veneer.algebra import modes
 from veneer.kernels import gated, linear
+from veneer.recipes.launch import leave
 
 
 class Block(nn.Module):
@@ -71,7 +71,7 @@ def check(how: str, rank: int) -> None:
     """Compare steps on two ranks with those of one process that has all rows."""
     given = [torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(i)) for i in range(3)]  # a row for each rank
     alone = make()
-    with kernels.reference():
+    with modes.reference():
         train(alone, given)
     model = make()
     served = 0

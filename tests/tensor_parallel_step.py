@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 
 import veneer
 from processes_step import EVERY, METHODS, TASK, base, batches, trained
-from veneer.cli.launch import leave
 from veneer.kernels import linear
+from veneer.recipes.launch import leave
 
 CASES: dict[str, Any] = {
     **{name: make for name, make in METHODS.items() if name != "saved"},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import veneer
 from adapterhub_models import FUSED, MODELS, logits
-from veneer.interop import adapterhub
+from veneer.files import adapterhub
 from write_adapterhub import base
 
 GOLDEN = Path(__file__).parent / "golden_adapterhub"

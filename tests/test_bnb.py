@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 import veneer
 from small import bits, scramble
 from table import METHODS, NAME, Model
-from veneer import kernels
+from veneer.algebra import modes
 from veneer.backends import backend_of
 from veneer.kernels import around, around_gated
 from veneer.kernels import linear as linear_kernel
@@ -303,7 +303,7 @@ def test_kernels_match_the_operators(store: str, dtype: torch.dtype, monkeypatch
     for kernels_run in (True, False):
         products.clear()
         model.zero_grad(set_to_none=True)
-        with contextlib.nullcontext() if kernels_run else kernels.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference():
             out = model(IDS, labels=IDS)
             out.loss.backward()
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -346,7 +346,7 @@ def test_gated_networks_match_the_operators(
     for kernels_run in (True, False):
         calls.clear()
         model.zero_grad(set_to_none=True)
-        with contextlib.nullcontext() if kernels_run else kernels.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference():
             out = model(IDS, labels=IDS)
             out.loss.backward()
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -375,7 +375,7 @@ def test_gated_networks_keep_two_tensors_of_their_width(monkeypatch: Any) -> Non
                 saved[t.data_ptr()] = t
             return t
 
-        with contextlib.nullcontext() if kernels_run else kernels.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference():
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 model(IDS, labels=IDS).loss.backward()
         kept.append(len(saved))

@@ -14,7 +14,7 @@ from torch import nn
 
 import veneer
 from models import IDS, MODELS
-from veneer import places
+from veneer.targets import blocks
 
 KINDS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"width": 6},
@@ -75,7 +75,7 @@ def test_houlsby_by_hand(name: str) -> None:
     model = adapted(name, "houlsby")
     other = MODELS[name].make()
     tensors = dict(model.named_parameters())
-    spots = places.find_spots(other)
+    spots = blocks.find_spots(other)
     assert {s.role for s in spots} >= {"attention", "feed_forward"}
     for spot in spots:
         at = f"base_model.model.{spot.name}.adapter_"
@@ -172,7 +172,7 @@ def test_nothing_is_kept_between_calls() -> None:
 
 def stream(model: nn.Module, x: dict[str, Any]) -> list[float]:
     """How far each place's r + h is from what its norm gets, or from the r of one of the next places."""
-    spots, seen = places.find_spots(model), {}
+    spots, seen = blocks.find_spots(model), {}
     modules = dict(model.named_modules())
 
     def enters(name: str) -> Any:
@@ -231,17 +231,17 @@ def test_reading_a_block_agrees_with_the_table(name: str) -> None:
     compared = 0
     for n, stack in modules.items():
         if isinstance(stack, nn.ModuleList):
-            kind, config = places.nearest_config(modules, n)
+            kind, config = blocks.nearest_config(modules, n)
             for block in stack:
-                assert places.roles_of(block, kind, config) == places.read(block)
-                compared += bool(places.read(block))
+                assert blocks.roles_of(block, kind, config) == blocks.read(block)
+                compared += bool(blocks.read(block))
     assert compared
 
 
 def test_opt_says_where_it_normalises() -> None:
     for before in (True, False):
         config = t.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, do_layer_norm_before=before)
-        assert all(bool(s.norm) != before for s in places.find_spots(t.AutoModelForCausalLM.from_config(config)))
+        assert all(bool(s.norm) != before for s in blocks.find_spots(t.AutoModelForCausalLM.from_config(config)))
 
 
 class Odd(nn.Module):
@@ -380,7 +380,7 @@ def test_fusion_by_hand(name: str) -> None:
     scramble(model, 5)
     with torch.no_grad():
         sites = [s for s in model.runtime.sites.values() if "fusion" in s.entries]
-        assert len(sites) == len(places.find_spots(MODELS[name].make()))
+        assert len(sites) == len(blocks.find_spots(MODELS[name].make()))
         site = sites[0]
         h = torch.randn(2, 3, 32)
         p = site.tensors("fusion")
@@ -429,10 +429,10 @@ def test_fusion_reaches_the_adapters_if_told_and_compiles_and_copies() -> None:
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**MODELS["llama"].inputs()).logits
     assert (found - expected).abs().max() <= 1e-5
-    penalty = veneer.interop.adapterhub.fusion_regularization(model, "fusion")
+    penalty = veneer.files.adapterhub.fusion_regularization(model, "fusion")
     assert 0 <= penalty.item() < 1e-6  # starts at the identity
     scramble(model, 7)
-    assert veneer.interop.adapterhub.fusion_regularization(model, "fusion").requires_grad
+    assert veneer.files.adapterhub.fusion_regularization(model, "fusion").requires_grad
 
 
 def test_fusions_that_make_no_sense() -> None:

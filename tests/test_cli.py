@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from veneer.cli.app import app
-from veneer.cli.data import LANGUAGES, read
-from veneer.method import METHODS  # type: ignore[attr-defined]
+from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
+from veneer.recipes.data import LANGUAGES, read
 from words import LABELLED, PAIRS, write_models
 
 SMALL = [
@@ -132,7 +132,7 @@ NEEDS: dict[str, list[str]] = {
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "ADAPTER_FUSION"])  # which needs other adapters first
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, made: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Of every method, on its own training defaults but for the rate; bit for bit."""
-    from veneer.cli.progress import Bar
+    from veneer.recipes.progress import Bar
 
     needs = [str(made / n) if n == "opt" else n for n in NEEDS.get(name, [])]
     model = [] if "--model" in needs else ["--model", str(made / "causal")]

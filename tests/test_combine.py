@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import veneer
 from models import MODELS
 from small import scramble
-from veneer import codec
-from veneer.operators import best_rank, low_rank
+from veneer.algebra.low_rank import best_rank, low_rank
+from veneer.files import adapter_files
 
 ATTENTION = ["q_proj", "v_proj"]
 
@@ -187,7 +187,7 @@ def test_biases_and_rows_are_added_up(tmp_path: Path) -> None:
     model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "mix", "cat")
     config = model.peft_config["mix"]
     assert config.bias == "all" and config.trainable_token_indices == [3, 5, 9]
-    of = {n: dict(codec.named_tensors(model, n)) for n in ("a", "b", "mix")}
+    of = {n: dict(adapter_files.named_tensors(model, n)) for n in ("a", "b", "mix")}
     start = dict(model.get_base_model().named_parameters())
     name = "bert.encoder.layer.0.attention.self.query"
     key = f"base_model.model.{name}.base_layer.bias"
@@ -305,7 +305,7 @@ def test_trained_copies_are_added_up(config: Any) -> None:
     model.add_adapter("b", config)
     scramble(model)
     model.add_weighted_adapter(["a", "b"], [0.5, -2.0], "mix")
-    of = {n: dict(codec.named_tensors(model, n)) for n in ("a", "b", "mix")}
+    of = {n: dict(adapter_files.named_tensors(model, n)) for n in ("a", "b", "mix")}
     start = {f"base_model.model.{n}": p for n, p in model.get_base_model().named_parameters()}
     start |= {re.sub(r"\.(weight|bias)$", r".ln_tuning_layers.\1", n): p for n, p in start.items()}
     assert len(of["mix"]) >= 10

@@ -18,9 +18,9 @@ from small import llama, lora
 from soak import crashes
 from test_cli import made  # noqa: F401
 from test_cli import veneer as command
-from veneer import codec, reading, writing
-from veneer.cli import checkpoints
 from veneer.cli.app import app
+from veneer.io import atomic_write, locate, safe_read
+from veneer.recipes import checkpoints
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_every_failing_call_of_a_save_leaves_the_old_adapter(kind: int, tmp_path
                 failed += 1
                 assert error.errno == kind  # noqa: PT017  (a later call may not fail)
                 if "was not written" not in str(error):  # the last rename, which puts the config in its place
-                    assert writing.pending(folder / codec.CONFIG_NAME).is_file()
+                    assert atomic_write.pending(folder / locate.CONFIG_NAME).is_file()
         now = crashes.held(folder)
         assert crashes.same(now, wanted) or crashes.same(now, fresh), n
         assert not list(folder.glob(".*.tmp"))
@@ -93,16 +93,16 @@ def test_a_read_only_folder_is_one_line(made: Path, tmp_path: Path, monkeypatch:
 def test_the_config_of_a_save_that_was_killed_between_the_files(tmp_path: Path) -> None:
     old, new = crashes.states()
     old.save_pretrained(tmp_path / "a")
-    before = (tmp_path / "a" / codec.CONFIG_NAME).read_bytes()
+    before = (tmp_path / "a" / locate.CONFIG_NAME).read_bytes()
     new.save_pretrained(tmp_path / "a")
-    path = tmp_path / "a" / codec.CONFIG_NAME
-    os.replace(path, writing.pending(path))
+    path = tmp_path / "a" / locate.CONFIG_NAME
+    os.replace(path, atomic_write.pending(path))
     whole = crashes.held(tmp_path / "a")  # where there was none before
     path.write_bytes(before)
     assert crashes.same(crashes.held(tmp_path / "a"), whole) and whole[0].r == 8
     old.save_pretrained(tmp_path / "a")
-    assert not writing.pending(path).exists() and crashes.held(tmp_path / "a")[0].r == 4
-    writing.pending(path).write_text(json.dumps({"peft_type": "LORA"}))  # of another save: it is let be
+    assert not atomic_write.pending(path).exists() and crashes.held(tmp_path / "a")[0].r == 4
+    atomic_write.pending(path).write_text(json.dumps({"peft_type": "LORA"}))  # of another save: it is let be
     assert crashes.held(tmp_path / "a")[0].r == 4
 
 
@@ -128,10 +128,10 @@ def test_threads_that_save_into_one_folder_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_holds_a_folder_is_waited_for_and_named(tmp_path: Path) -> None:
-    with writing.locked(tmp_path), pytest.raises(TimeoutError, match="another process or thread has been writing"):
-        with writing.locked(tmp_path, wait=0.05):
+    with atomic_write.locked(tmp_path), pytest.raises(TimeoutError, match="another process or thread has been writing"):
+        with atomic_write.locked(tmp_path, wait=0.05):
             pass
-    with writing.locked(tmp_path, wait=0.05):
+    with atomic_write.locked(tmp_path, wait=0.05):
         pass
 
 
@@ -165,16 +165,16 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     fresh = tmp_path / ".a.json.999999998.tmp"
     fresh.write_text("x")
-    writing.sweep(tmp_path / "a.json")
+    atomic_write.sweep(tmp_path / "a.json")
     assert not old.exists() and own.exists() and fresh.exists()
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
-    from veneer.cli.report import plot
+    from veneer.recipes.report import plot
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
-    assert [m["step"] for m in reading.json_lines(path)] == [1, 2]
+    assert [m["step"] for m in safe_read.json_lines(path)] == [1, 2]
     plot(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
@@ -182,9 +182,9 @@ def test_half_a_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
 def test_figures_of_a_run_that_diverged_are_read(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"loss_after": float("nan"), "loss_before": float("inf")}))
-    assert reading.json_object(path, nan=True)["loss_before"] == float("inf")
+    assert safe_read.json_object(path, nan=True)["loss_before"] == float("inf")
     with pytest.raises(ValueError, match="is no number of JSON's"):
-        reading.json_object(path)
+        safe_read.json_object(path)
 
 
 def test_a_model_and_its_file_agree(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from veneer.cli.app import COMMON
 from veneer.cli.methods import about, describe
-from veneer.cli.recipe import FIELDS, PLAIN, Run, build
-from veneer.method import METHODS  # type: ignore[attr-defined]
+from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
+from veneer.recipes.recipe import build
+from veneer.recipes.run import FIELDS, PLAIN, Run
 
 ROOT = Path(__file__).parents[1]
 

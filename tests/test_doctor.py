@@ -19,8 +19,9 @@ from torch import Tensor
 import veneer
 from models import MODELS
 from small import scramble
-from veneer import doctor
+from veneer.checks import doctor
 from veneer.cli.app import app
+from veneer.peft import method_names
 
 
 def base(name: str) -> Any:
@@ -156,7 +157,7 @@ def test_what_is_minded_is_so(tmp_path: Path) -> None:
     assert not torch.allclose(
         says(peft.PeftModel.from_pretrained(base("llama"), tmp_path / "bare"), "llama"), y, atol=1e-3
     )
-    assert set(doctor.PEFT_METHODS) == {t.value for t in peft.PeftType}
+    assert set(method_names.PEFT_METHODS) == {t.value for t in peft.PeftType}
     for config in ("VeraConfig", "PromptTuningConfig"):
         options = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"} if config == "PromptTuningConfig" else {}
         model = veneer.get_peft_model(base("llama"), getattr(veneer, config)(**options))

@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 import diffusion
 from veneer.cli.app import app
-from veneer.cli.dreambooth import images
-from veneer.cli.dreambooth.plan import plan
-from veneer.cli.dreambooth.settings import DreamBooth
-from veneer.cli.errors import InputError
+from veneer.recipes.dreambooth import images
+from veneer.recipes.dreambooth.plan import plan
+from veneer.recipes.dreambooth.settings import DreamBooth
+from veneer.recipes.errors import InputError
 
 QUICK = ["--resolution", "32", "--rank", "4", "--learning-rate", "1e-2", "--samples", "2", "--sample-steps", "2",
          "--log-every", "1"]  # fmt: skip
@@ -152,8 +152,8 @@ def test_memory_of_stable_diffusion(checkpointing: bool, published: float) -> No
 
 
 def test_the_loss_weighs_subject_and_class(made: Path) -> None:
-    from veneer.cli.dreambooth.denoiser import Denoiser
-    from veneer.cli.dreambooth.train import load, noise_of
+    from veneer.recipes.dreambooth.denoiser import Denoiser
+    from veneer.recipes.dreambooth.train import load, noise_of
 
     run = DreamBooth(model=str(made / "model"), instance_data="x", instance_prompt="y")
     pipe = load(run)

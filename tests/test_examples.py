@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from test_cli import SMALL, made, veneer  # noqa: F401
-from veneer.cli.models import locate
+from veneer.recipes.models import locate
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OPT, T0 = EXAMPLES / "opt_int8" / "recipe.yaml", EXAMPLES / "t0_3b_zero3_offload" / "recipe.yaml"

@@ -21,10 +21,12 @@ import veneer
 from models import EXPERTS, MOE, auto
 from small import scramble
 from table import Holder, Model
-from veneer.kernels.experts import Lazy, LowRank, lazily, lazy
+from veneer.algebra.low_rank import Factored
+from veneer.algebra.operators import Diagonal
+from veneer.algebra.recursion import Fork, Link
+from veneer.algebra.sums import Sum
+from veneer.layers.lazy_weight import Lazy, LowRank, lazily, lazy
 from veneer.layers.parameter import Parameter
-from veneer.operators import Diagonal, Factored, Sum
-from veneer.site import Fork, Link
 
 # 7 experts, and other counts of tokens: nothing else is as large as the weight of all experts.
 MAKE: dict[str, Callable[[], Any]] = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import veneer
 from models import MODELS
 from small import IDS, llama, lora
-from veneer import codec
+from veneer.files import adapter_files
 
 GOLDEN = Path(__file__).parent / "golden"
 AUTO = {
@@ -152,10 +152,12 @@ def test_state_dicts_in_memory() -> None:
     model, other = lora(), lora(seed=7)
     state = veneer.get_peft_model_state_dict(model)
     assert all(k.startswith("base_model.model.model.layers.") for k in state)
-    held = dict(codec.named_tensors(other))
+    held = dict(adapter_files.named_tensors(other))
     report = veneer.set_peft_model_state_dict(other, state)
     assert report.clean and report.missing_keys == report.unexpected_keys == []
-    assert all(held[k] is v for k, v in codec.named_tensors(other)), "the optimizer's parameters must stay the same"
+    assert all(held[k] is v for k, v in adapter_files.named_tensors(other)), (
+        "the optimizer's parameters must stay the same"
+    )
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     with pytest.raises(veneer.AdapterLoadError, match="1 not in this adapter"):
         veneer.set_peft_model_state_dict(other, {**state, "x": torch.ones(1)})

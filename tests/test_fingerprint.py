@@ -21,9 +21,9 @@ import veneer
 import words
 from models import MODELS
 from small import llama, lora
-from veneer import codec, fingerprint
 from veneer.cli.app import app
-from veneer.fingerprint import BaseMismatchWarning, Fingerprint
+from veneer.io import fingerprint, locate
+from veneer.io.fingerprint import BaseMismatchWarning, Fingerprint
 
 
 @pytest.fixture
@@ -117,14 +117,14 @@ def test_a_model_without_its_head_is_the_same_base(tmp_path: Path) -> None:
     base = llama()
     base.save_pretrained(tmp_path / "base")
     lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "a")
-    then = fingerprint.read(tmp_path / "a" / codec.WEIGHTS_NAME)
+    then = fingerprint.read(tmp_path / "a" / locate.WEIGHTS_NAME)
     assert then is not None
     found = fingerprint.compare(then, AutoModel.from_pretrained(tmp_path / "base"))
     assert found.compared == len(then.weights) - 1 and not found.describe()  # but for the head
 
 
 def test_files_without_one_load_as_before(saved: Path) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     save_file(load_file(path), path, metadata={"format": "pt"})
     quiet(llama(), saved)
 
@@ -143,14 +143,14 @@ def test_peft_reads_the_file(saved: Path) -> None:
      '{"format": 1, "weights": 3, "sizes": {}, "architecture": "x"}', "[" * 100_000, " " * 2_000_000],
 )  # fmt: skip
 def test_what_is_no_fingerprint_is_refused(saved: Path, text: str) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     save_file(load_file(path), path, metadata={"format": "pt", fingerprint.KEY: text})
     with pytest.raises(ValueError, match="no fingerprint of a base model"):
         veneer.PeftModel.from_pretrained(llama(), saved)
 
 
 def test_a_later_format_is_passed_over(saved: Path) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     save_file(load_file(path), path, metadata={"format": "pt", fingerprint.KEY: json.dumps({"format": 99})})
     quiet(llama(), saved)
 
@@ -193,7 +193,7 @@ def test_training_notes_the_tokenizer_and_generation_looks_at_it(tmp_path: Path)
     command = ["train", "--model", str(tmp_path / "causal"), "--data", str(tmp_path / "pairs.jsonl"), "--steps", "2",
                "--save-every", "0", "--out", str(tmp_path / "run")]  # fmt: skip
     assert CliRunner().invoke(app, command).exit_code == 0
-    then = fingerprint.read(tmp_path / "run" / codec.WEIGHTS_NAME)
+    then = fingerprint.read(tmp_path / "run" / locate.WEIGHTS_NAME)
     assert then is not None and then.tokenizer
     use = ["generate", str(tmp_path / "causal"), "--adapter", str(tmp_path / "run"), "-p", "say red 1"]
     with warnings.catch_warnings():
@@ -214,7 +214,7 @@ def test_metadata_stays_small(tmp_path: Path) -> None:
         hidden_size=64, intermediate_size=96, num_hidden_layers=80, num_attention_heads=4, vocab_size=64
     )
     lora(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path)
-    with safe_open(tmp_path / codec.WEIGHTS_NAME, "pt") as file:
+    with safe_open(tmp_path / locate.WEIGHTS_NAME, "pt") as file:
         assert len(file.metadata()[fingerprint.KEY]) < 6_000
 
 

@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 import veneer
 from small import llama, lora
 from soak import hostile
-from veneer import codec, patterns, reading
-from veneer.reading import NotFiniteWarning
+from veneer.files import adapter_files
+from veneer.io import locate, safe_read
+from veneer.io.safe_read import NotFiniteWarning
+from veneer.methods import config_file
+from veneer.targets import regex
 
 SOURCE = Path(veneer.__file__).parent
 
@@ -43,13 +46,13 @@ def test_mutated_folders_at_a_small_size() -> None:
 
 def test_mutations_that_are_not_refused_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: without checksums it reports silent loads, without the checks of JSON crashes."""
-    monkeypatch.setattr(reading, "checksum", lambda header, data: "0" * 32)
+    monkeypatch.setattr(safe_read, "checksum", lambda header, data: "0" * 32)
     figures = hostile.mutated_folders(300, seed=1)
     assert any("without a word" in w for w in figures["wrong"])
 
 
 def test_a_flipped_bit_of_a_tensor(saved: Path) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -63,7 +66,7 @@ def test_a_flipped_bit_of_a_tensor(saved: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_is_flagged(saved: Path, dtype: torch.dtype) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     tensors = {k: v.to(dtype) for k, v in load_file(path).items()}
     key = sorted(tensors)[3]
     tensors[key][0, 1] = torch.inf
@@ -101,7 +104,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
 def test_headers_are_held_against_the_file(name: str, saved: Path) -> None:
     change, message = HEADERS[name]
     rewritten(
-        saved / codec.WEIGHTS_NAME,
+        saved / locate.WEIGHTS_NAME,
         lambda h: r if isinstance(r := change(h), list) and name == "not an object" else None,
     )
     with pytest.raises(ValueError, match=message):
@@ -109,7 +112,7 @@ def test_headers_are_held_against_the_file(name: str, saved: Path) -> None:
 
 
 def test_a_header_longer_than_the_file(saved: Path) -> None:
-    path = saved / codec.WEIGHTS_NAME
+    path = saved / locate.WEIGHTS_NAME
     path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(ValueError, match="says that its header has 4,611,686,018,427,387,904 bytes"):
         load(saved)
@@ -133,32 +136,32 @@ def test_a_header_longer_than_the_file(saved: Path) -> None:
     ],
 )  # fmt: skip
 def test_configs_of_strangers(text: str, message: str, saved: Path) -> None:
-    (saved / codec.CONFIG_NAME).write_text(text, "utf-8")
+    (saved / locate.CONFIG_NAME).write_text(text, "utf-8")
     with pytest.raises(ValueError, match=message):
         load(saved)
 
 
 def test_a_config_of_megabytes_is_not_read(saved: Path) -> None:
-    (saved / codec.CONFIG_NAME).write_text(" " * (17 << 20) + "{}")
+    (saved / locate.CONFIG_NAME).write_text(" " * (17 << 20) + "{}")
     with pytest.raises(ValueError, match="it was not read"):
         load(saved)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
 def test_expressions_that_take_forever_do_not(field: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.3)
-    patterns.compiled.cache_clear()
-    values = json.loads((saved / codec.CONFIG_NAME).read_text())
+    monkeypatch.setattr(regex, "SECONDS", 0.3)
+    regex.compiled.cache_clear()
+    values = json.loads((saved / locate.CONFIG_NAME).read_text())
     evil = r"([a-z]|[a-z._0-9]|\w)+[A-Z]+$"  # which even regex takes forever for
     values[field] = {evil: 4} if field == "rank_pattern" else [evil] if field == "modules_to_save" else evil
-    (saved / codec.CONFIG_NAME).write_text(json.dumps(values))
+    (saved / locate.CONFIG_NAME).write_text(json.dumps(values))
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"matching takes more than 0.3 s|modules_to_save"):
             load(saved)
     assert time.perf_counter() - started < 20
-    patterns.compiled.cache_clear()
+    regex.compiled.cache_clear()
 
 
 PLAIN = (
@@ -176,13 +179,13 @@ RISKY = (r"(a+)+", r"(a|a)*b", r"(\w+\.)*q", r".*.*.*.*x", r"(a)\1", r"(?:a*)*",
 
 @pytest.mark.parametrize("pattern", PLAIN)
 def test_plain_expressions_are_matched_by_re(pattern: str) -> None:
-    assert isinstance(patterns.compiled(pattern, "target_modules"), re.Pattern)
+    assert isinstance(regex.compiled(pattern, "target_modules"), re.Pattern)
 
 
 @pytest.mark.parametrize("pattern", RISKY)
 def test_expressions_that_can_explode_are_timed(pattern: str) -> None:
-    found = patterns.compiled(pattern, "target_modules")
-    assert isinstance(found, patterns.Timed)
+    found = regex.compiled(pattern, "target_modules")
+    assert isinstance(found, regex.Timed)
     for text in ("aaa", "q", "a.q", "aab", "xx", ""):
         assert bool(found.fullmatch(text)) == bool(re.fullmatch(pattern, text))
 
@@ -191,7 +194,7 @@ def test_expressions_that_can_explode_are_timed(pattern: str) -> None:
 @given(st.text("ab.|*+?()[]{}\\,1^$", max_size=12))
 def test_every_expression_compiles_or_is_refused(pattern: str) -> None:
     try:
-        found = patterns.compiled(pattern, "target_modules")
+        found = regex.compiled(pattern, "target_modules")
     except ValueError as error:
         assert "no valid regular expression" in str(error)  # noqa: PT017
         return
@@ -213,7 +216,7 @@ def test_any_value_in_any_field(name: str, value: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = codec.config_from_dict(values)
+            config = config_file.config_from_dict(values)
         except ValueError as error:
             assert str(error).startswith("config: ") or "LoraConfig(" in str(error)  # noqa: PT017
             return
@@ -233,9 +236,9 @@ def test_what_is_packed_is_what_is_read(shapes: dict[str, list[int]]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        path.write_bytes(codec.packed(tensors))
-        reading.load_tensors(path)
-        found = codec.read_tensors(path)
+        path.write_bytes(adapter_files.packed(tensors))
+        safe_read.load_tensors(path)
+        found = locate.read_tensors(path)
         assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)
 
 
@@ -243,7 +246,7 @@ def test_what_is_packed_is_what_is_read(shapes: dict[str, list[int]]) -> None:
 def test_names_that_lead_out(name: str, saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter name"):
         load(saved).load_adapter(saved, name)
-    (saved / codec.SET_NAME).write_text(json.dumps({"adapters": ["default", name], "active": ["default"]}))
+    (saved / locate.SET_NAME).write_text(json.dumps({"adapters": ["default", name], "active": ["default"]}))
     if name not in (" a", "__base__"):
         with pytest.raises(ValueError, match="names of adapters must be"):
             load(saved, adapters="all")
@@ -254,10 +257,10 @@ def test_names_that_lead_out(name: str, saved: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", codec.WEIGHTS_NAME])
+@pytest.mark.parametrize("name", ["adapter_model.bin", locate.WEIGHTS_NAME])
 def test_pickles_do_not_run(name: str, saved: Path, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
-    (saved / codec.WEIGHTS_NAME).unlink()
+    (saved / locate.WEIGHTS_NAME).unlink()
     (saved / name).write_bytes(pickle.dumps(hostile.Runs(str(trap))))
     with pytest.raises(ValueError, match=r"cannot be read as plain tensors|is damaged"):
         load(saved)
@@ -265,11 +268,11 @@ def test_pickles_do_not_run(name: str, saved: Path, tmp_path: Path) -> None:
 
 
 def test_classes_outside_of_transformers_are_not_imported(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    values = json.loads((saved / codec.CONFIG_NAME).read_text())
+    values = json.loads((saved / locate.CONFIG_NAME).read_text())
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     values |= {"auto_mapping": {"parent_library": "evil", "base_model_class": "X"}, "base_model_name_or_path": "x/y"}
-    (saved / codec.CONFIG_NAME).write_text(json.dumps(values))
+    (saved / locate.CONFIG_NAME).write_text(json.dumps(values))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="load that model yourself"):
@@ -291,9 +294,11 @@ def test_we_run_no_code_of_files() -> None:
 
 
 def test_a_changed_config_is_said(saved: Path) -> None:
-    values = json.loads((saved / codec.CONFIG_NAME).read_text())
-    (saved / codec.CONFIG_NAME).write_text(json.dumps({**values, "lora_alpha": 32, "base_model_name_or_path": "other"}))
+    values = json.loads((saved / locate.CONFIG_NAME).read_text())
+    (saved / locate.CONFIG_NAME).write_text(
+        json.dumps({**values, "lora_alpha": 32, "base_model_name_or_path": "other"})
+    )
     with pytest.warns(
-        codec.ConfigChangedWarning, match="were saved: lora_alpha; the adapter computes what the file says"
+        locate.ConfigChangedWarning, match="were saved: lora_alpha; the adapter computes what the file says"
     ):
         load(saved)

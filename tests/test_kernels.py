@@ -31,7 +31,7 @@ import veneer
 from models import IDS as TOKENS
 from models import MODELS
 from small import llama, scramble
-from veneer import kernels
+from veneer.algebra import modes
 from veneer.kernels import decode, dropout, gated, linear, scratch, structure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -153,7 +153,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 def matches(model: nn.Module, x: Any, tolerance: float = 1e-10, *, taken: int | None = None) -> None:
     """A step with kernels is that of the reference; `taken` calls of modules were served by kernels."""
-    with kernels.reference():
+    with modes.reference():
         expected = step(model, x)
     with Served() as served:
         close(step(model, x), expected, tolerance)
@@ -229,7 +229,7 @@ def test_half_precision_is_as_far_from_float32_as_the_reference(
     high = copy.deepcopy(low).float()
     x = inputs(2000, 32, dtype=dtype)
     exact = step(high, x.detach().float().requires_grad_())
-    with kernels.reference():
+    with modes.reference():
         reference = step(low, x)
     found = step(low, x)
     assert found.keys() == reference.keys()
@@ -263,7 +263,7 @@ def test_autocast_casts_activations_down_once_and_never_up(act: str | None, path
     )
     exact = step(model, x)
     with torch.autocast("cpu", torch.bfloat16):
-        with kernels.reference():
+        with modes.reference():
             reference = step(model, x)
         with Dtypes(37) as seen, torch.no_grad():
             assert model(x).dtype == torch.bfloat16
@@ -301,7 +301,7 @@ def test_only_some_layers_have_adapters(base: Any, targets: list[str], taken: in
 def test_shapes(shape: tuple[int, ...], path: str) -> None:
     for base in BASES.values():
         model, x = adapted(base(bias=True)), inputs(*shape)
-        with kernels.reference():
+        with modes.reference():
             expected = step(model, x) if x.numel() else {"y": model(x)}
         close(step(model, x) if x.numel() else {"y": model(x)}, expected, 1e-10)
 
@@ -310,7 +310,7 @@ def test_inputs_that_are_not_contiguous(path: str) -> None:
     for base in BASES.values():
         x = inputs(32, 7, 2)
         model = adapted(base())
-        with kernels.reference():
+        with modes.reference():
             expected = step(model, x, lambda x: model(x.permute(2, 1, 0)))
         close(step(model, x, lambda x: model(x.permute(2, 1, 0))), expected, 1e-10)
 
@@ -331,7 +331,7 @@ def test_architectures(name: str, options: dict[str, Any], monkeypatch: pytest.M
         loss.backward()
         return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    with kernels.reference():
+    with modes.reference():
         expected = grads()
     for way in PATHS:
         set_path(monkeypatch, way)
@@ -393,7 +393,7 @@ def test_gated_keeps_x_e_g_and_the_low_rank_products(function: None) -> None:
 @pytest.mark.parametrize("used", [0, 1])
 def test_a_sibling_whose_output_goes_unused(used: int, path: str) -> None:
     model, x = adapted(Pair()), inputs(9, 32)
-    with kernels.reference():
+    with modes.reference():
         expected = step(model, x, lambda x: model(x)[used])
     found = step(model, x, lambda x: model(x)[used])
     if path == "composed":  # one product with all A: the unused one's gradient is zero instead of None
@@ -420,7 +420,7 @@ def test_several_adapters(base: str, how: str, frozen: bool, path: str) -> None:
     if frozen:
         model.set_requires_grad("default", False)
     x = inputs(9, 32)
-    with kernels.reference():
+    with modes.reference():
         expected = step(model, x)
     found = step(model, x)
     close(found, expected, 1e-10)
@@ -434,7 +434,7 @@ def test_between_calls_adapters_come_and_go(path: str) -> None:
     plain = step(copy.deepcopy(base), x)["y"] * 0  # has the adapters: only its shape is used
 
     def same(taken: bool = True) -> None:
-        with kernels.reference(), torch.no_grad():
+        with modes.reference(), torch.no_grad():
             expected = model(x)
         with Served() as served, torch.no_grad():
             assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
@@ -783,7 +783,7 @@ def test_threads_run_one_model_with_different_adapters(path: str) -> None:
         model.add_adapter(name, veneer.LoraConfig(r=2 + i, target_modules=ALL, init_lora_weights=False))
     expected = {}
     for name in names:
-        with model.use_adapter(name), kernels.reference():
+        with model.use_adapter(name), modes.reference():
             expected[name] = torch.autograd.grad(model(x).sum(), x)[0]
     wrong: list[str] = []
 
@@ -829,7 +829,7 @@ def test_a_second_derivative_is_refused_clearly(base: str, function: None) -> No
 
     with pytest.raises(RuntimeError, match="differentiate twice"):
         second()
-    with kernels.reference():
+    with modes.reference():
         second()
 
 
@@ -841,7 +841,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
     assert torch.allclose(torch.func.grad(lambda x: model(x).sum())(x), torch.autograd.grad(
         model(z := x.clone().requires_grad_()).sum(), z)[0])  # fmt: skip
     assert torch.allclose(torch.func.vmap(model)(x), model(x))
-    with kernels.reference():
+    with modes.reference():
         expected = torch.func.jvp(model, (x,), (t,))
     for found, wanted in zip(torch.func.jvp(model, (x,), (t,)), expected, strict=True):
         assert torch.allclose(found, wanted)
@@ -858,7 +858,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
             assert torch.allclose(given[n], p.grad), n
     assert found
     doubled = {n: p * 2 for n, p in parameters.items()}
-    with kernels.reference():
+    with modes.reference():
         expected_y = torch.func.functional_call(model, doubled, (x,))
     assert torch.allclose(torch.func.functional_call(model, doubled, (x,)), expected_y)
 
@@ -866,7 +866,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
 @pytest.mark.parametrize("base", BASES)
 def test_modes_without_gradients(base: str, path: str) -> None:
     model, x = adapted(BASES[base]()), inputs(5, 32, grad=False)
-    with kernels.reference(), torch.no_grad():
+    with modes.reference(), torch.no_grad():
         expected = model(x)
     with torch.inference_mode():
         assert torch.allclose(model(x), expected) and torch.allclose(model(x.clone()), expected)
@@ -884,7 +884,7 @@ def test_a_base_that_is_trained_gets_its_gradients(base: str, what: str, path: s
         if name.endswith(f".{what}"):
             p.requires_grad_(True)
     x = inputs(5, 32)
-    with kernels.reference():
+    with modes.reference():
         expected = step(model, x)
     found = step(model, x)
     close(found, expected, 1e-10)
@@ -975,7 +975,7 @@ def test_hooks_on_a_sibling_run_and_may_change_what_it_sees(kind: str, path: str
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             calls.clear()
-            with kernels.reference():
+            with modes.reference():
                 expected = model(x.clone())
             assert torch.allclose(model(x.clone()), expected) and len(calls) == 2
     if kind != "in_place":
@@ -999,7 +999,7 @@ def test_layers_called_from_elsewhere_compute_themselves(path: str) -> None:
     base = model.get_base_model()
 
     def same(layer: nn.Module) -> None:
-        with kernels.reference():
+        with modes.reference():
             expected = layer(x)
         assert torch.allclose(layer(x), expected, rtol=0, atol=1e-10)
 
@@ -1029,7 +1029,7 @@ def test_an_input_that_changes_between_siblings(path: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             for make in (x.clone, lambda: torch.ones(5, 32, dtype=torch.float64)):
-                with kernels.reference():
+                with modes.reference():
                     expected = model(make())
                 assert torch.allclose(model(make()), expected)
     nothing_waits(model)
@@ -1061,7 +1061,7 @@ def test_siblings_between_which_settings_change(path: str) -> None:
     with Served() as served, torch.enable_grad():
         y = model(x)
     assert not y.requires_grad and served.shares == [3, 2]
-    with kernels.reference(), torch.enable_grad():
+    with modes.reference(), torch.enable_grad():
         assert torch.allclose(model(x), y)
     base.between = lambda x: base(x) if x.shape[0] > 99 else setattr(base, "between", lambda x: None) or base(x)
     matches(model, x)  # the parent within the parent, on the same input
@@ -1165,14 +1165,14 @@ def test_a_parametrized_or_pruned_layer(path: str) -> None:
         first = next(m for m in model.get_base_model().modules() if isinstance(m, nn.Linear))
         before = step(model, x)["y"]
         parametrize.register_parametrization(first, "weight", Double())
-        with kernels.reference():
+        with modes.reference():
             expected = step(model, x)
         close(step(model, x), expected, 1e-10)
         assert not torch.allclose(before, expected["y"])
         model = adapted(base(bias=True))
         first = next(m for m in model.get_base_model().modules() if isinstance(m, nn.Linear))
         prune.custom_from_mask(first, "weight", torch.arange(first.weight.numel()).view(first.weight.shape) % 2)
-        with kernels.reference():
+        with modes.reference():
             expected = step(model, x)
         close(step(model, x), expected, 1e-10)
 
@@ -1259,7 +1259,7 @@ def test_generate(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode.Tokens, "all", lambda *args: (taken.append(args), all_of(*args))[1])
     model = adapted(llama(attention_bias=True, mlp_bias=True), **{"targets": "all-linear", **GENERATE[config]})
     for _ in range(2):
-        with kernels.reference():
+        with modes.reference():
             expected = logits(model)
         taken.clear()
         close({"y": logits(model)}, {"y": expected}, 1e-9)
@@ -1275,7 +1275,7 @@ def test_one_token_in_another_dtype_under_autocast() -> None:
     x = inputs(1, 32, grad=False).float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.runtime.router.hold(decoding={}):
         got = model(x)
-        with kernels.reference():
+        with modes.reference():
             torch.testing.assert_close(got, model(x), atol=2e-2, rtol=2e-2)
 
 
@@ -1292,7 +1292,7 @@ def test_generate_with_adapters_that_change_on_the_way() -> None:
 
         return logits(model, logits_processor=[switch])
 
-    with kernels.reference():
+    with modes.reference():
         expected = switched()
     close({"y": switched()}, {"y": expected}, 1e-9)
 

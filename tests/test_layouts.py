@@ -24,8 +24,8 @@ from transformers import (
 
 import veneer
 from small import llama, lora, scramble
-from veneer import codec
-from veneer.fingerprint import BaseMismatchWarning
+from veneer.io import locate
+from veneer.io.fingerprint import BaseMismatchWarning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(2, 12)[None]  # (1, 10)
@@ -60,19 +60,19 @@ def test_a_file_of_release_4_goes_where_the_modules_are_now(strict: bool, tmp_pa
     scramble(model)
     wanted = model.eval()(input_ids=IDS).logits
     model.save_pretrained(tmp_path)
-    new = load_file(tmp_path / codec.WEIGHTS_NAME)
+    new = load_file(tmp_path / locate.WEIGHTS_NAME)
     old = {}
     for key, tensor in new.items():
         for now, then in paths.items():
             key = key.replace(f"base_model.model.{now}", f"base_model.model.{then}")
         old[key] = tensor
     assert not old.keys() & new.keys()
-    save_file(old, tmp_path / codec.WEIGHTS_NAME)
+    save_file(old, tmp_path / locate.WEIGHTS_NAME)
     with pytest.warns(UserWarning, match="of a layout of another release"):
         loaded = veneer.PeftModel.from_pretrained(make(), tmp_path, strict=strict)
     assert torch.equal(loaded(input_ids=IDS).logits, wanted)
     loaded.save_pretrained(tmp_path / "again")
-    assert load_file(tmp_path / "again" / codec.WEIGHTS_NAME).keys() == new.keys()
+    assert load_file(tmp_path / "again" / locate.WEIGHTS_NAME).keys() == new.keys()
 
 
 def test_files_of_today_are_left_alone(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_files_of_today_are_left_alone(tmp_path: Path) -> None:
 
 def test_what_no_table_knows_is_refused_as_before(tmp_path: Path) -> None:
     lora().save_pretrained(tmp_path)
-    state = load_file(tmp_path / codec.WEIGHTS_NAME)
-    save_file({k.replace("self_attn", "elsewhere"): v for k, v in state.items()}, tmp_path / codec.WEIGHTS_NAME)
-    config = json.loads((tmp_path / codec.CONFIG_NAME).read_text())
+    state = load_file(tmp_path / locate.WEIGHTS_NAME)
+    save_file({k.replace("self_attn", "elsewhere"): v for k, v in state.items()}, tmp_path / locate.WEIGHTS_NAME)
+    config = json.loads((tmp_path / locate.CONFIG_NAME).read_text())
     assert config["peft_type"] == "LORA"
     with pytest.raises(veneer.AdapterLoadError, match="elsewhere"):
         veneer.PeftModel.from_pretrained(llama(), tmp_path)
@@ -113,7 +113,7 @@ def experts_of_release_4(r: int, seed: int = 0, partial: bool = False) -> dict[s
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **fields: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / codec.WEIGHTS_NAME)
+    save_file(tensors, folder / locate.WEIGHTS_NAME)
     veneer.LoraConfig(**fields).save_pretrained(folder)
     return folder
 

@@ -9,8 +9,8 @@ import torch
 
 import veneer
 from soak import concurrency, long_runs
-from veneer import router
-from veneer.runtime import Runtime
+from veneer.injection import router
+from veneer.lifecycle.adapters import Runtime
 
 EVERY = [*concurrency.SCENARIOS, *long_runs.SCENARIOS]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import veneer
 from models import IDS, MODELS
 from small import llama, scramble
+from veneer.injection.dispatch import Takeover
 from veneer.kernels import mixed
-from veneer.site import Takeover
 
 BASE = "__base__"
 NAMES = ("a", "b", "c")
@@ -146,7 +146,7 @@ def test_many_adapters(way: str | None, loops: list[str]) -> None:
 
 def hold(model: Any, rows: list[str], x: Tensor) -> Tensor:
     """A call in which each row of the batch is repeated, as for beams."""
-    from veneer.router import Rows
+    from veneer.injection.router import Rows
 
     with model.runtime.router.hold(rows=Rows(rows)):
         return model.get_base_model()(x)  # type: ignore[no-any-return]

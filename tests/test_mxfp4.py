@@ -23,7 +23,7 @@ import veneer
 from small import scramble
 from test_experts import Watch
 from veneer.backends import backend_of
-from veneer.kernels.deferred import Deferred
+from veneer.backends.deferred import Deferred
 
 HIDDEN, INNER, EXPERTS = 64, 96, 4
 SIZES: dict[str, Any] = {

@@ -16,8 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from table import METHODS, NAME, Model
-from veneer import kept, operators
-from veneer.operators import BlockDiagonal, Factored, Hadamard, Sum
+from veneer.algebra import cached, low_rank
+from veneer.algebra import hadamard as algebra_hadamard
+from veneer.algebra.hadamard import Hadamard
+from veneer.algebra.low_rank import Factored
+from veneer.algebra.operators import BlockDiagonal
+from veneer.algebra.sums import Sum
 
 IN, OUT, TOKENS = 96, 160, 4
 
@@ -258,7 +262,7 @@ def test_a_change_of_the_weight_is_noticed(
     if not looks:
         if change is uncounted:
             pytest.skip("nothing shows such a write there")
-        monkeypatch.setattr(kept, "some", lambda t: [])
+        monkeypatch.setattr(cached, "some", lambda t: [])
     model = model_for(veneer.LoraConfig(r=4, use_dora=True, target_modules=[NAME]))
     norms(model)
     held = site_of(model).squares.held
@@ -480,7 +484,7 @@ def test_an_embedding_forms_no_delta() -> None:
 
 @pytest.mark.parametrize("weights", ["rows", "columns", "groups"])
 def test_half_precision_weights_are_read_in_pieces(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "PIECE", 100)
+    monkeypatch.setattr(algebra_hadamard, "PIECE", 100)
     n, out, into = (4, 10, 6) if weights == "groups" else (1, 30, 50)
     W = (
         torch.randn(n, into, out).bfloat16().transpose(1, 2)
@@ -488,7 +492,7 @@ def test_half_precision_weights_are_read_in_pieces(weights: str, monkeypatch: py
         else torch.randn(n, out, into).bfloat16()
     )
     A = torch.randn(n, 3, into)
-    torch.testing.assert_close(operators.rows_times(W, A), W.float() @ A.transpose(1, 2))
+    torch.testing.assert_close(low_rank.rows_times(W, A), W.float() @ A.transpose(1, 2))
 
 
 def test_row_products_and_squares_of_sums() -> None:

@@ -18,7 +18,7 @@ import veneer
 from browser import CHROMIUM, browser, serving
 from small import llama, lora
 from veneer.cli.app import app
-from veneer.cli.errors import InputError
+from veneer.recipes.errors import InputError
 from words import PAIRS, write_models
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'veneer[ui]'")

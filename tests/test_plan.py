@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import veneer
 from bench.plan import CASES, measured, predicted
 from veneer.cli.app import app
-from veneer.planning import Settings, ledger, size, skeleton
+from veneer.planning import ledger, size, skeleton
 from veneer.planning.estimate import Bench
 from veneer.planning.layout import BUCKET, LIVE, Counted, peak
+from veneer.planning.settings import Settings
 
 # The announcement's table: one A100, float32, AdamW, LoRA r=8 on the default targets, RAFT twitter_complaints, batch 8.
 # Lengths are not said; peft's causal script pads to 64 tokens, and the labels are "complaint" or "no complaint".

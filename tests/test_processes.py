@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import veneer
 from test_cli import made  # noqa: F401  (a fixture)
-from veneer.cli.errors import InputError
-from veneer.cli.launch import CONFIGS, check, command, without
-from veneer.cli.recipe import build
-from veneer.interop import sharding
+from veneer.distributed import sharding
+from veneer.recipes.errors import InputError
+from veneer.recipes.launch import CONFIGS, check, command, without
+from veneer.recipes.recipe import build
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from veneer.cli import ratings
-from veneer.cli.data import load, read
-from veneer.cli.errors import InputError
-from veneer.cli.recipe import Run
+from veneer.recipes import ratings
+from veneer.recipes.data import load, read
+from veneer.recipes.errors import InputError
+from veneer.recipes.run import Run
 
 MOVIES = '1\t2.25\tA \x93fine\x94 film, "truly\r\n2\t-1.5\tDull &amp; long\r\n3\t0.4\tA film\r\n4\t-0.5\tcaf\xe9\r\n5\t-3\tDull & long\r\n'
 # A package that builds with what it brings along: pip asks for its name and version, as for any source archive.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import veneer
-from veneer.cli.models import EMBEDDED, load_model, load_tokenizer, locate
+from veneer.recipes.models import EMBEDDED, load_model, load_tokenizer, locate
 
 
 def package(name: str) -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 
 import veneer
 from small import IDS, bits, llama, lora, scramble
-from veneer import kernels
+from veneer.algebra import modes
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
@@ -226,7 +226,7 @@ def test_pissa_leaves_the_base_alone() -> None:
     model = veneer.get_peft_model(llama(), veneer.LoraConfig(r=4, init_lora_weights="pissa"))
     assert bits(model.get_base_model()) == start
     assert torch.allclose(model(IDS).logits, llama()(IDS).logits, atol=1e-6)
-    with kernels.reference():
+    with modes.reference():
         assert torch.equal(model(IDS).logits, llama()(IDS).logits)
 
 

@@ -18,8 +18,8 @@ import veneer
 from models import MODELS
 from small import llama, scramble
 from veneer.kernels import mixed
-from veneer.slots import reserve_slots
-from veneer.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from veneer.serving.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from veneer.serving.slots import reserve_slots
 
 BASE = "__base__"
 IDS = torch.arange(30).view(3, 10)

@@ -14,7 +14,8 @@ import veneer
 from models import MODELS
 from small import IDS, bits, llama, scramble
 from table import Attention
-from veneer import codec
+from veneer.files import adapter_files
+from veneer.io import locate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied")
 
@@ -28,7 +29,7 @@ def test_biases_are_saved_under_their_own_names(tmp_path: Path) -> None:
     base = MODELS["bert"].make()
     model = veneer.get_peft_model(base, veneer.BitFitConfig())
     model.save_pretrained(tmp_path)
-    saved = codec.load_weights(tmp_path)
+    saved = locate.load_weights(tmp_path)
     wanted = {f"base_model.model.{n}" for n, _ in MODELS["bert"].make().named_parameters() if n.endswith("bias")}
     assert saved.keys() == wanted and len(wanted) == 19
     scramble(model)
@@ -38,7 +39,7 @@ def test_biases_are_saved_under_their_own_names(tmp_path: Path) -> None:
     # The reference: the same values written into the base model itself.
     plain = MODELS["bert"].make()
     with torch.no_grad():
-        for key, value in codec.load_weights(tmp_path).items():
+        for key, value in locate.load_weights(tmp_path).items():
             plain.get_parameter(key.removeprefix("base_model.model.")).copy_(value)
     assert torch.allclose(says(plain, "bert"), says(model, "bert"), atol=1e-6)
 
@@ -46,7 +47,7 @@ def test_biases_are_saved_under_their_own_names(tmp_path: Path) -> None:
 def test_some_biases_only() -> None:
     def trained(**options: Any) -> set[str]:
         model = veneer.get_peft_model(MODELS["bert"].make(), veneer.BitFitConfig(**options))
-        return {k.removeprefix("base_model.model.") for k, _ in codec.named_tensors(model)}
+        return {k.removeprefix("base_model.model.") for k, _ in adapter_files.named_tensors(model)}
 
     every = trained()
     queries = {n for n in every if n.endswith("query.bias")}
@@ -66,14 +67,14 @@ def test_a_packed_bias_of_attention() -> None:
     with torch.no_grad():
         start = base(x)
     model = veneer.get_peft_model(base, veneer.BitFitConfig()).eval()
-    assert {k for k, _ in codec.named_tensors(model)} == {
+    assert {k for k, _ in adapter_files.named_tensors(model)} == {
         "base_model.model.0.in_proj_bias", "base_model.model.0.out_proj.bias",
     }  # fmt: skip
     scramble(model)
     y = model(x)
     assert not torch.allclose(y, start, atol=1e-3)
     y.sum().backward()
-    assert all(t.grad is not None and t.grad.any() for _, t in codec.named_tensors(model))
+    assert all(t.grad is not None and t.grad.any() for _, t in adapter_files.named_tensors(model))
     model.merge_adapter()
     assert torch.allclose(model(x), y, atol=1e-5)
 
@@ -129,7 +130,7 @@ def test_norms_stack_as_sums_of_changes() -> None:
     model.set_adapter(["a", "b"])
     both = model(IDS).logits
     plain = llama()
-    values = [dict(codec.named_tensors(model, name)) for name in ("a", "b")]
+    values = [dict(adapter_files.named_tensors(model, name)) for name in ("a", "b")]
     with torch.no_grad():
         for key, value in values[0].items():
             own = plain.get_parameter(key.removeprefix("base_model.model.").replace("ln_tuning_layers.", ""))
@@ -141,7 +142,7 @@ def test_norms_in_half_precision() -> None:
     base = llama(2, torch.bfloat16)
     start = bits(base)
     model = veneer.get_peft_model(base, veneer.LNTuningConfig())
-    assert {t.dtype for _, t in codec.named_tensors(model)} == {torch.float32}
+    assert {t.dtype for _, t in adapter_files.named_tensors(model)} == {torch.float32}
     plain = llama(2, torch.bfloat16)
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
     scramble(model)
@@ -191,7 +192,7 @@ def test_a_weighted_adapter_lives_like_any_other(tmp_path: Path) -> None:
     model.set_adapter("mean")
     y = says(model, "bert")
     # Its full copy of the head is the one that "a" brings.
-    heads = [dict(codec.named_tensors(model, n))["base_model.model.classifier.weight"] for n in ("a", "mean")]
+    heads = [dict(adapter_files.named_tensors(model, n))["base_model.model.classifier.weight"] for n in ("a", "mean")]
     assert torch.equal(*heads) and heads[0] is not heads[1]
     scramble(model)  # what becomes of the others does not change it
     model.delete_adapter("b")

@@ -14,7 +14,7 @@ from torch import nn
 
 import veneer
 from table import LAYERS, METHODS, NAME, Layer, Model, Row
-from veneer import codec
+from veneer.files import adapter_files
 
 EMPTY = nn.Identity()
 
@@ -169,7 +169,7 @@ def test_save_load(method: str, layer: str, tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     again = veneer.PeftModel.from_pretrained(base_for(LAYERS[layer], method), tmp_path)
     assert relative(again(x), model(x)) <= 5e-6  # attention without gradients takes torch's fused path
-    own, other = (dict(codec.named_tensors(m)) for m in (model, again))
+    own, other = (dict(adapter_files.named_tensors(m)) for m in (model, again))
     assert own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
     assert not any(p.requires_grad for p in again.parameters())
 

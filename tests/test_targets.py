@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from models import MODELS, SIZES
 from small import llama
-from veneer import layers, targets
+from veneer import layers
+from veneer.targets import defaults, select
 
 FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save")
 NAMES = st.lists(st.sampled_from(["layers", "0", "1", "q_proj", "proj", "self_attn", "mlp"]), min_size=1, max_size=5)
@@ -38,8 +39,8 @@ def config(**options: Any) -> Any:
     return SimpleNamespace(**dict.fromkeys(FIELDS) | {"target_modules": None, "peft_type": "LORA"} | options)
 
 
-def found(model: nn.Module, skip: Any = frozenset(), **options: Any) -> targets.Targets:
-    return targets.resolve(model, config(**options), supported=layers.supported, skip=skip)
+def found(model: nn.Module, skip: Any = frozenset(), **options: Any) -> select.Targets:
+    return select.resolve(model, config(**options), supported=layers.supported, skip=skip)
 
 
 def resolve(model: nn.Module, **options: Any) -> list[str]:
@@ -211,7 +212,7 @@ def test_any_choice_is_pefts(names: Any, spec: Any, exclude: Any, chosen: Any, p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ours = targets.resolve(model, config(**options), supported=lambda _: True).modules
+            ours = select.resolve(model, config(**options), supported=lambda _: True).modules
         except ValueError as error:
             refused = str(error)
     leading = chosen is not None and pattern is None  # layers that stand first in the name: peft finds none of them
@@ -225,26 +226,26 @@ def test_any_choice_is_pefts(names: Any, spec: Any, exclude: Any, chosen: Any, p
 @given(NAMES.map(".".join), SUFFIXES)
 def test_suffixes_match_as_in_peft(key: str, spec: list[str]) -> None:
     theirs = check_target_module_exists(config(target_modules=set(spec)), key)
-    assert targets.matches(key, set(spec)) == targets.matches(key, spec) == bool(theirs)
-    assert targets.with_suffixes([key], set(spec))[0] == [key] * bool(theirs)
+    assert select.matches(key, set(spec)) == select.matches(key, spec) == bool(theirs)
+    assert select.with_suffixes([key], set(spec))[0] == [key] * bool(theirs)
 
 
 @given(NAMES.map(".".join), st.sampled_from([r".*proj", r"layers\.\d\..*", r".*\.(q_proj|mlp)", "mlp"]))
 def test_expressions_match_as_in_peft(key: str, spec: str) -> None:
-    assert targets.matches(key, spec) == bool(check_target_module_exists(config(target_modules=spec), key))
+    assert select.matches(key, spec) == bool(check_target_module_exists(config(target_modules=spec), key))
 
 
 @given(NAMES.map(".".join), st.lists(NAMES.map(".".join) | st.sampled_from([r"layers\.\d.*", "q|proj"]), max_size=4))
 def test_pattern_values_are_pefts(key: str, patterns: list[str]) -> None:
     table = {p: i for i, p in enumerate(patterns)}
-    assert targets.pattern_value(table, key, -1) == table.get(get_pattern_key(list(table), key), -1)
+    assert defaults.pattern_value(table, key, -1) == table.get(get_pattern_key(list(table), key), -1)
 
 
 def test_no_spec_matches_nothing() -> None:
-    assert not targets.matches("a.b", None)
-    assert not targets.matches("a.b", [])
+    assert not select.matches("a.b", None)
+    assert not select.matches("a.b", [])
     with pytest.raises(ValueError, match=r"pattern='\(' is no valid regular expression"):
-        targets.pattern_value({"(": 1}, "a", 0)
+        defaults.pattern_value({"(": 1}, "a", 0)
 
 
 # Defaults.
@@ -259,10 +260,10 @@ def pefts_tables() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("method", sorted(pefts_tables()))
 def test_defaults_are_pefts(method: str) -> None:
-    ours = targets.defaults_of(method.lower(), more=False)
+    ours = defaults.defaults_of(method.lower(), more=False)
     assert {k: v for k, v in ours.items() if k != "*"} == pefts_tables()[method]
     for architecture, modules in pefts_tables()[method].items():  # what Veneer adds does not stand in front of them
-        assert targets.default_targets(method, architecture) == modules
+        assert defaults.default_targets(method, architecture) == modules
 
 
 def test_no_default_is_missing() -> None:
@@ -270,24 +271,24 @@ def test_no_default_is_missing() -> None:
     everything = [getattr(known, n) for n in dir(known) if pattern.fullmatch(n)]
     assert len(everything) == len(pefts_tables()) == 35
     assert {id(t) for t in everything} == {id(t) for t in pefts_tables().values()}
-    assert set(targets.defaults()) - {"more", "ia3_feedforward"} == {m.lower() for m in pefts_tables()}
+    assert set(defaults.defaults()) - {"more", "ia3_feedforward"} == {m.lower() for m in pefts_tables()}
     feedforward = known.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    assert targets.defaults_of("ia3_feedforward", more=False) == feedforward
-    assert all(targets.default_feedforward(a) == modules for a, modules in feedforward.items())
+    assert defaults.defaults_of("ia3_feedforward", more=False) == feedforward
+    assert all(defaults.default_feedforward(a) == modules for a, modules in feedforward.items())
 
 
 def test_default_targets() -> None:
-    assert targets.default_targets("LORA", "mt5") == ["q", "v"]
-    assert targets.default_targets("LORA", "no_such") is targets.default_targets("LORA", None) is None
-    assert targets.default_targets("NO_SUCH", "llama") is targets.default_feedforward(None) is None
-    assert targets.default_targets("OSF", "no_such") == "all-linear"  # as in peft, also without a model_type
-    targets.default_targets("LORA", "mt5").append("k")  # a copy
-    assert targets.default_targets("LORA", "mt5") == ["q", "v"]
-    assert targets.default_targets("PVERA", "vit") == ["q_proj", "v_proj"]  # added, through two others
-    assert targets.default_targets("VERA", "vit", more=False) is None
+    assert defaults.default_targets("LORA", "mt5") == ["q", "v"]
+    assert defaults.default_targets("LORA", "no_such") is defaults.default_targets("LORA", None) is None
+    assert defaults.default_targets("NO_SUCH", "llama") is defaults.default_feedforward(None) is None
+    assert defaults.default_targets("OSF", "no_such") == "all-linear"  # as in peft, also without a model_type
+    defaults.default_targets("LORA", "mt5").append("k")  # a copy
+    assert defaults.default_targets("LORA", "mt5") == ["q", "v"]
+    assert defaults.default_targets("PVERA", "vit") == ["q_proj", "v_proj"]  # added, through two others
+    assert defaults.default_targets("VERA", "vit", more=False) is None
 
 
-OWN = sorted(targets.defaults()["more"]["lora"])
+OWN = sorted(defaults.defaults()["more"]["lora"])
 
 
 @pytest.mark.parametrize("architecture", OWN)
@@ -296,21 +297,21 @@ def test_defaults_that_peft_lacks_name_real_modules(architecture: str) -> None:
         model = AutoModel.from_config(AutoConfig.for_model(architecture))
     assert found(model).source == f"defaults for {architecture}"
     names = [n for n, _ in model.named_modules()]
-    for entry in targets.defaults()["more"]["ia3"].get(architecture, []):
-        assert any(targets.matches(n, {entry}) for n in names), entry
-    assert set(targets.default_feedforward(architecture) or []) <= set(
-        targets.default_targets("IA3", architecture) or []
+    for entry in defaults.defaults()["more"]["ia3"].get(architecture, []):
+        assert any(select.matches(n, {entry}) for n in names), entry
+    assert set(defaults.default_feedforward(architecture) or []) <= set(
+        defaults.default_targets("IA3", architecture) or []
     )
 
 
 def test_model_type() -> None:
     model = nn.Linear(1, 1)
-    assert targets.model_type(model) is None
+    assert defaults.model_type(model) is None
     model.config = {"model_type": "llama"}
-    assert targets.model_type(model) == "llama"
+    assert defaults.model_type(model) == "llama"
     model.config = SimpleNamespace()
-    assert targets.model_type(model) is None
-    assert targets.model_type(llama()) == "llama"
+    assert defaults.model_type(model) is None
+    assert defaults.model_type(llama()) == "llama"
 
 
 def test_peft_type_may_be_an_enumeration() -> None:
@@ -393,11 +394,11 @@ def test_all_linear_passes_over_what_cannot_be_adapted() -> None:
     assert resolve(model, target_modules="all-linear") == ["a", "b"]
     assert resolve(model, target_modules=["out_proj"]) == ["d.out_proj"]
     options = {"supported": lambda m: m is not model["b"]}
-    assert targets.resolve(model, config(target_modules="all-linear"), **options).modules == ["a", "c"]
+    assert select.resolve(model, config(target_modules="all-linear"), **options).modules == ["a", "c"]
     with pytest.raises(
         ValueError, match=r"matches 'b', a Linear, which cannot be adapted; allowed are .* modules_to_save"
     ):
-        targets.resolve(model, config(target_modules=["a", "b"]), **options)
+        select.resolve(model, config(target_modules=["a", "b"]), **options)
     with pytest.raises(ValueError, match="no linear layer that can be adapted; names in this model: none"):
         resolve(nn.Sequential(nn.ReLU()), target_modules="all-linear")
 

@@ -35,12 +35,12 @@ from transformers import (
 )
 
 from test_cli import veneer
-from veneer.cli import ctranslate2
-from veneer.cli.data import read
-from veneer.cli.errors import InputError
-from veneer.cli.models import locate
-from veneer.cli.tasks.images import rgb
-from veneer.cli.tasks.speech import sound
+from veneer.recipes import ctranslate2
+from veneer.recipes.data import read
+from veneer.recipes.errors import InputError
+from veneer.recipes.models import locate
+from veneer.recipes.tasks.images import rgb
+from veneer.recipes.tasks.speech import sound
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = [

@@ -18,8 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..method import Method, Site, Tensors, method
-from ..operators import Diagonal, Operator
+from ..algebra.operators import Diagonal, Operator
+from ..layers.site import Site
+from .base import Method, Tensors
+from .registry import method
 
 
 @method("TOY")

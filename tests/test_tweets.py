@@ -58,8 +58,8 @@ def test_real_tweets_become_rows(tmp_path: Path) -> None:
     import sys
     from unittest import mock
 
-    from veneer.cli.models import cache
-    from veneer.cli.ratings import ARCHIVE
+    from veneer.recipes.models import cache
+    from veneer.recipes.ratings import ARCHIVE
 
     if not (cache() / "data" / ARCHIVE).is_file():
         pytest.skip("the archive of tweets has not been fetched: veneer train --data tweet-sentiment fetches it")

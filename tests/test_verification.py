@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 import veneer
 from models import MODELS
 from small import llama, lora, scramble
-from veneer import codec, runtime, verification
+from veneer.checks import verify
 from veneer.cli.app import app
-from veneer.verification import NAME, Certificate, CertificateWarning
+from veneer.files import adapter_files, certificate
+from veneer.files.certificate import NAME, Certificate, CertificateWarning
+from veneer.io import locate
+from veneer.lifecycle import merge
 from words import write_models
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -66,11 +69,11 @@ def adapted(name: str, architecture: str = "llama") -> Any:
 @pytest.mark.parametrize(("name", "architecture"), FITS)
 def test_merging_and_unmerging_every_method(name: str, architecture: str) -> None:
     model = adapted(name, architecture)
-    inputs = verification.example(model.get_base_model())
+    inputs = verify.example(model.get_base_model())
     if name == "multitask prompt":
         inputs["task_ids"] = torch.tensor([0, 1])
-    said = verification.outputs(model, inputs)
-    checks = verification.merging(model, "default", inputs, said)
+    said = verify.outputs(model, inputs)
+    checks = verify.merging(model, "default", inputs, said)
     assert all(c.passed is not False for c in checks), checks
     if name in ("prompt", "prefix", "p-tuning", "bottleneck", "multitask prompt", "cpt", "llama-adapter"):
         assert checks[0].passed is None and "cannot be merged" in checks[0].note
@@ -81,26 +84,26 @@ def test_merging_and_unmerging_every_method(name: str, architecture: str) -> Non
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "ia3", "oft", "vera"])
 def test_a_wrong_merge_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(name)
-    inputs = verification.example(model.get_base_model())
-    said = verification.outputs(model, inputs)
-    right = runtime.merge_site
+    inputs = verify.example(model.get_base_model())
+    said = verify.outputs(model, inputs)
+    right = merge.merge_site
 
     def wrong(site: Any, *args: Any) -> None:
         right(site, *args)
         if site.name.endswith("layers.1.self_attn.q_proj"):
             site.owner.weight.data *= 1.01
 
-    monkeypatch.setattr(runtime, "merge_site", wrong)
-    merged, bits = verification.merging(model, "default", inputs, said)
+    monkeypatch.setattr(merge, "merge_site", wrong)
+    merged, bits = verify.merging(model, "default", inputs, said)
     assert merged.passed is False and merged.difference is not None and merged.difference > 1e-5
     assert bits.passed is True
 
 
 def test_bits_that_do_not_come_back_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("lora")
-    inputs = verification.example(model.get_base_model())
-    monkeypatch.setattr(runtime, "restore", lambda site: setattr(site, "original", None))
-    merged, bits = verification.merging(model, "default", inputs, verification.outputs(model, inputs))
+    inputs = verify.example(model.get_base_model())
+    monkeypatch.setattr(merge, "restore", lambda site: setattr(site, "original", None))
+    merged, bits = verify.merging(model, "default", inputs, verify.outputs(model, inputs))
     assert merged.passed is True and bits.passed is False and "tensors changed" in bits.note
 
 
@@ -115,24 +118,24 @@ def test_a_certificate_of_a_lora(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["inspect", str(tmp_path)]).output
     assert "verified" in said and "passed" in said and found.base in said
 
-    state = codec.read_tensors(tmp_path / codec.WEIGHTS_NAME)
+    state = locate.read_tensors(tmp_path / locate.WEIGHTS_NAME)
     key = min(k for k in state if "lora_B" in k)
-    codec.save_weights({**state, key: state[key] + 1e-3}, tmp_path)
+    adapter_files.save_weights({**state, key: state[key] + 1e-3}, tmp_path)
     with pytest.warns(CertificateWarning, match="was changed after it was verified"):
         veneer.PeftModel.from_pretrained(llama(), tmp_path)
     assert "of other files" in CliRunner().invoke(app, ["inspect", str(tmp_path)]).output
 
-    dataclasses.replace(found, files={}, checks=(verification.Check("merged", False),)).save(tmp_path)
+    dataclasses.replace(found, files={}, checks=(certificate.Check("merged", False),)).save(tmp_path)
     with pytest.warns(CertificateWarning, match="says that the adapter failed: merged"):
         veneer.PeftModel.from_pretrained(llama(), tmp_path)
 
 
 def test_a_base_that_moved_is_seen() -> None:
     model = lora()
-    assert verification.untouched(model).passed
+    assert verify.untouched(model).passed
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight.mul_(1.1)
-    found = verification.untouched(model)
+    found = verify.untouched(model)
     assert found.passed is False and "embed_tokens.weight" in found.note
 
 
@@ -178,12 +181,12 @@ def test_what_is_no_certificate(tmp_path: Path, text: str) -> None:
 
 def test_inputs_that_are_not_known() -> None:
     with pytest.raises(ValueError, match=r"give inputs=\{"):
-        verification.example(torch.nn.Linear(2, 2))
+        verify.example(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "architecture"), FITS)
 def test_every_method_in_new_processes(name: str, architecture: str, tmp_path: Path) -> None:
     found = veneer.verify(adapted(name, architecture), tmp_path)
-    assert found.passed, verification.rows(found)
+    assert found.passed, verify.rows(found)
     assert found.checks[1].passed is True

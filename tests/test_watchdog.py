@@ -21,7 +21,7 @@ from models import IDS, MODELS
 from small import llama, scramble
 from test_cli import SMALL, made  # noqa: F401
 from veneer.cli.app import app
-from veneer.watchdog import Watch, spread
+from veneer.training.watch import Watch, spread
 
 LINEAR = "all-linear"
 

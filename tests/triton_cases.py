@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 import veneer
-from veneer.kernels import dropout, gated, linear, reference
+from veneer.algebra.low_rank import Factored
+from veneer.algebra.modes import reference
+from veneer.kernels import dropout, gated, linear
 from veneer.kernels import triton as kernels
-from veneer.kernels.linear import Share
-from veneer.operators import Factored
+from veneer.kernels.member import Share
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

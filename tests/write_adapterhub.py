@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import veneer
 from adapterhub_models import MODELS, fill, logits, old_vit_name
-from veneer.interop import adapterhub
+from veneer.files import adapterhub
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"reduction_factor": 4},

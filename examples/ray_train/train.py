@@ -12,8 +12,9 @@ from ray.train.torch import TorchTrainer
 
 def worker(job: dict[str, Any]) -> None:
     """What each process of `veneer train` does; Ray has set RANK, WORLD_SIZE and MASTER_ADDR, and joined the group."""
-    from veneer.cli.recipe import build, read_recipe
-    from veneer.cli.train import train
+    from veneer.recipes.recipe import build
+    from veneer.recipes.recipe import read_recipe
+    from veneer.recipes.train import train
 
     train(build(read_recipe(job["recipe"]), job["flags"]), overwrite=job["overwrite"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from veneer.cli.models import locate
+from veneer.recipes.models import locate
 
 HERE = Path(__file__).parent
 LIMIT = 24  # new tokens of an answer

@@ -5,7 +5,7 @@ import random
 import sys
 from pathlib import Path
 
-from veneer.cli.ratings import rated
+from veneer.recipes.ratings import rated
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)

@@ -9,21 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
-    from .codec import get_peft_model_state_dict as get_peft_model_state_dict
-    from .codec import load_peft_weights as load_peft_weights
-    from .codec import set_peft_model_state_dict as set_peft_model_state_dict
-    from .convert import convert_to_lora as convert_to_lora
-    from .convert import save_as_lora as save_as_lora
-    from .dense import DenseReport as DenseReport
-    from .dense import export_dense as export_dense
-    from .fingerprint import BaseMismatchWarning as BaseMismatchWarning
+    from .checks.verify import verify as verify
+    from .export.dense import DenseReport as DenseReport
+    from .export.dense import export_dense as export_dense
+    from .export.to_lora import convert_to_lora as convert_to_lora
+    from .export.to_lora import save_as_lora as save_as_lora
+    from .files.certificate import Certificate as Certificate
+    from .files.certificate import CertificateWarning as CertificateWarning
+    from .files.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+    from .files.state_dict import load_peft_weights as load_peft_weights
+    from .files.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
+    from .injection.router import Average as Average
+    from .injection.router import Parallel as Parallel
     from .interop.trainer import WatchCallback as WatchCallback
-    from .kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-    from .method import PeftConfig as PeftConfig
-    from .method import PeftType as PeftType
-    from .method import TaskType as TaskType
+    from .io.fingerprint import BaseMismatchWarning as BaseMismatchWarning
+    from .lifecycle.load_report import AdapterLoadError as AdapterLoadError
     from .methods.adapter_fusion import AdapterFusionConfig as AdapterFusionConfig
     from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+    from .methods.base import PeftConfig as PeftConfig
     from .methods.bitfit import BitFitConfig as BitFitConfig
     from .methods.bottleneck import BottleneckConfig as BottleneckConfig
     from .methods.cpt import CPTConfig as CPTConfig
@@ -35,38 +38,64 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors
     from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from .methods.oft import OFTConfig as OFTConfig
     from .methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from .methods.peft_types import PeftType as PeftType
+    from .methods.peft_types import TaskType as TaskType
     from .methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .methods.vera import VeraConfig as VeraConfig
-    from .model import AutoPeftModel as AutoPeftModel
-    from .model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-    from .model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-    from .model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-    from .model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from .model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
-    from .model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
-    from .model import PeftModel as PeftModel
-    from .model import get_layer_status as get_layer_status
-    from .model import get_model_status as get_model_status
-    from .model import get_peft_model as get_peft_model
-    from .model import inject_adapter_in_model as inject_adapter_in_model
+    from .model.auto import AutoPeftModel as AutoPeftModel
+    from .model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from .model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from .model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from .model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from .model.peft_model import PeftModel as PeftModel
+    from .model.peft_model import get_peft_model as get_peft_model
+    from .model.peft_model import inject_adapter_in_model as inject_adapter_in_model
+    from .model.status import get_layer_status as get_layer_status
+    from .model.status import get_model_status as get_model_status
     from .planning import plan as plan
-    from .router import Average as Average
-    from .router import Parallel as Parallel
-    from .runtime import AdapterLoadError as AdapterLoadError
-    from .verification import Certificate as Certificate
-    from .verification import CertificateWarning as CertificateWarning
-    from .verification import verify as verify
-    from .watchdog import WatchError as WatchError
-    from .watchdog import WatchWarning as WatchWarning
-    from .watchdog import watch as watch
+    from .training.findings import WatchError as WatchError
+    from .training.findings import WatchWarning as WatchWarning
+    from .training.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .training.watch import watch as watch
 
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "veneer.method": ("PeftConfig", "PeftType", "TaskType"),
-    "veneer.model": (
+    "veneer.checks.verify": ("verify",),
+    "veneer.export.dense": (
+        "DenseReport",
+        "export_dense",
+    ),
+    "veneer.export.to_lora": (
+        "convert_to_lora",
+        "save_as_lora",
+    ),
+    "veneer.files.certificate": (
+        "Certificate",
+        "CertificateWarning",
+    ),
+    "veneer.files.state_dict": (
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+    ),
+    "veneer.injection.router": (
+        "Average",
+        "Parallel",
+    ),
+    "veneer.interop.trainer": ("WatchCallback",),
+    "veneer.io.fingerprint": ("BaseMismatchWarning",),
+    "veneer.lifecycle.load_report": ("AdapterLoadError",),
+    "veneer.methods.base": ("PeftConfig",),
+    "veneer.methods.peft_types": (
+        "PeftType",
+        "TaskType",
+    ),
+    "veneer.model.auto": (
         "AutoPeftModel",
         "AutoPeftModelForCausalLM",
         "AutoPeftModelForFeatureExtraction",
@@ -74,30 +103,30 @@ _HOMES = {
         "AutoPeftModelForSeq2SeqLM",
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
+    ),
+    "veneer.model.peft_model": (
         "PeftModel",
-        "get_layer_status",
-        "get_model_status",
         "get_peft_model",
         "inject_adapter_in_model",
     ),
-    "veneer.codec": ("get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
-    "veneer.convert": ("convert_to_lora", "save_as_lora"),
-    "veneer.dense": ("DenseReport", "export_dense"),
+    "veneer.model.status": (
+        "get_layer_status",
+        "get_model_status",
+    ),
     "veneer.planning": ("plan",),
-    "veneer.router": ("Average", "Parallel"),
-    "veneer.kbit": ("prepare_model_for_kbit_training",),
-    "veneer.runtime": ("AdapterLoadError",),
-    "veneer.verification": ("Certificate", "CertificateWarning", "verify"),
-    "veneer.fingerprint": ("BaseMismatchWarning",),
-    "veneer.interop.trainer": ("WatchCallback",),
-    "veneer.watchdog": ("WatchError", "WatchWarning", "watch"),
+    "veneer.training.findings": (
+        "WatchError",
+        "WatchWarning",
+    ),
+    "veneer.training.kbit": ("prepare_model_for_kbit_training",),
+    "veneer.training.watch": ("watch",),
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def _configs() -> dict[str, type]:
     """Config classes of the registered methods, by class name."""
-    registry = importlib.import_module("veneer.method").METHODS
+    registry = importlib.import_module("veneer.methods.registry").METHODS
     return {cls.__name__: cls for cls in registry.values()}
 
 

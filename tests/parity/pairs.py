@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import veneer
 from models import MODELS
-from veneer import codec
+from veneer.files import adapter_files
 
 Run = Callable[[Any], tuple[Tensor, Tensor]]
 
@@ -89,7 +89,7 @@ def compare(ours: Any, theirs: Any, run: Run, limit: float = 1e-5) -> None:
     (y, loss), (other, other_loss) = results
     assert gap(y, other) <= limit
     assert abs(loss - other_loss) <= limit * max(1.0, abs(other_loss.item()))
-    mine = {k: p for k, p in codec.named_tensors(ours) if p.requires_grad}
+    mine = {k: p for k, p in adapter_files.named_tensors(ours) if p.requires_grad}
     reached = 0
     for key, parameter in peft_named(theirs):
         own = mine.pop(key)  # a KeyError: Veneer does not train it

@@ -49,7 +49,7 @@ def test_identity_at_start_and_the_gate_learns_first(name: str) -> None:
     model = veneer.get_peft_model(make(), veneer.AdaptionPromptConfig(adapter_len=4, adapter_layers=2))
     assert torch.equal(run(model)[0], run(make())[0])
     run(model)[1].backward()
-    grads = {k: t.grad for k, t in veneer.codec.named_tensors(model)}
+    grads = {k: t.grad for k, t in veneer.files.adapter_files.named_tensors(model)}
     assert all(g.any() for k, g in grads.items() if k.endswith("gate"))
 
 
@@ -80,7 +80,7 @@ def test_queries_are_the_attentions_own(name: str, monkeypatch: pytest.MonkeyPat
     softmax = torch.softmax
     monkeypatch.setattr(torch, "softmax", lambda t, *a, **k: (ours.append(t), softmax(t, *a, **k))[1])
     run(model)
-    prompts = [t for k, t in veneer.codec.named_tensors(model) if k.endswith("prompt")]
+    prompts = [t for k, t in veneer.files.adapter_files.named_tensors(model) if k.endswith("prompt")]
     attentions = [s.owner for s in model.runtime.places["default"]]
     scores = [s for s in ours if s.shape[-1] == 4 and s.ndim == 4]
     assert len(scores) == len(theirs) == 2
@@ -104,7 +104,7 @@ def test_gradient_checkpointing(name: str) -> None:
             base.gradient_checkpointing_enable()
         model = adapted(lambda base=base: base).train()
         run(model)[1].backward()
-        grads.append({k: t.grad for k, t in veneer.codec.named_tensors(model)})
+        grads.append({k: t.grad for k, t in veneer.files.adapter_files.named_tensors(model)})
     assert all(pairs.gap(grads[1][k], g) <= 1e-5 for k, g in grads[0].items())
 
 

@@ -116,10 +116,12 @@ def test_files_in_half_precision(name: str, tmp_path: Path) -> None:
     """The dtype in the file is not the dtype of the adapter: values are read, float32 is trained."""
     pairs.make(peft, LLAMA(), "LoraConfig", {"r": 4, "use_dora": True}, tmp_path)
     path, run = tmp_path / "adapter_model.safetensors", pairs.runner("llama")
-    veneer.codec.save_weights({k: v.to(getattr(torch, name)) for k, v in load_file(path).items()}, tmp_path)
+    veneer.files.adapter_files.save_weights(
+        {k: v.to(getattr(torch, name)) for k, v in load_file(path).items()}, tmp_path
+    )
     ours, theirs = (pairs.load(library, LLAMA(), tmp_path) for library in (veneer, peft))
     pairs.compare(ours, theirs, run)
-    assert {p.dtype for _, p in veneer.codec.named_tensors(ours)} == {torch.float32}
+    assert {p.dtype for _, p in veneer.files.adapter_files.named_tensors(ours)} == {torch.float32}
 
 
 @pytest.mark.parametrize(("config", "options"), [

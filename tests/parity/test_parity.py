@@ -17,7 +17,7 @@ from torch import nn
 
 import veneer
 from models import EXPERTS, MODELS
-from veneer import codec
+from veneer.files import adapter_files
 
 TEXT = ("llama", "gpt2", "bert", "t5", "mt5", "opt", "whisper", "vit", "mixtral")
 MAIN = ("llama", "gpt2", "bert", "t5")
@@ -129,7 +129,7 @@ def test_outputs_and_gradients_from_pefts_file(case: str, name: str, tmp_path: P
     close(loss, other_loss)
     loss.backward()
     other_loss.backward()
-    mine = dict(codec.named_tensors(ours))
+    mine = dict(adapter_files.named_tensors(ours))
     compared = 0
     for key, parameter in peft_named(theirs):
         if parameter.grad is None or key not in mine:
@@ -256,7 +256,7 @@ def test_layers_of_their_own(cls: str, options: dict[str, Any], brick: str, tmp_
     close(y, z)
     y.square().sum().backward()
     z.square().sum().backward()
-    mine = dict(codec.named_tensors(ours))
+    mine = dict(adapter_files.named_tensors(ours))
     if options.get("use_effective_conv2d") or brick == "attention":
         # peft's own backward of the tensor form takes one side's factors for the other's, and it detaches half of
         # what it adds twice to attention's output projection: the derivative itself is the reference.
@@ -274,7 +274,7 @@ def check_gradients(model: Any, brick: str, x: torch.Tensor) -> None:
     """Directional derivatives by central differences, in float64."""
     model.double()
     x = x.double()
-    for _, parameter in codec.named_tensors(model):
+    for _, parameter in adapter_files.named_tensors(model):
         direction = torch.randn(parameter.shape, dtype=torch.float64)
         model.zero_grad()
         model(brick, x).square().sum().backward()

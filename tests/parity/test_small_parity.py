@@ -110,7 +110,7 @@ def test_ia3_stacked_switched_and_weighted(name: str, tmp_path: Path) -> None:
     run(ours)[1].backward()
     run(theirs)[1].backward()
     for adapter in ("default", "b"):
-        mine = dict(veneer.codec.named_tensors(ours, adapter))
+        mine = dict(veneer.files.adapter_files.named_tensors(ours, adapter))
         for key, value in theirs.named_parameters():
             if f".ia3_l.{adapter}" in key:
                 assert pairs.gap(mine.pop(key.removesuffix(f".{adapter}")).grad, value.grad) <= 3e-5, key

@@ -17,7 +17,7 @@ from torch import Tensor
 import veneer
 from models import IDS
 from test_door import CAUSAL, ENCODER, SEQ2SEQ, auto
-from veneer import codec
+from veneer.files import adapter_files, state_dict
 
 MAKE = {
     **{name: CAUSAL[name] for name in ("llama", "gpt2", "opt", "gpt_neox", "mistral")},
@@ -243,7 +243,7 @@ def test_the_prompt_of_words_starts_where_pefts_does(tmp_path: Path) -> None:
         config = library.PromptTuningConfig(num_virtual_tokens=5, prompt_tuning_init_text="w3 w9 w4", **options)
         model = library.get_peft_model(MAKE["llama"](), config)
         starts.append(
-            peft.get_peft_model_state_dict(model) if library is peft else codec.get_peft_model_state_dict(model)
+            peft.get_peft_model_state_dict(model) if library is peft else state_dict.get_peft_model_state_dict(model)
         )
     assert torch.equal(starts[0]["prompt_embeddings"], starts[1]["prompt_embeddings"])
     rows = MAKE["llama"]().get_input_embeddings().weight
@@ -256,7 +256,7 @@ def test_the_prompt_of_words_starts_where_pefts_does(tmp_path: Path) -> None:
     sampled = veneer.get_peft_model(
         MAKE["llama"](), veneer.PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB")
     )
-    table = dict(codec.named_tensors(sampled))["prompt_embeddings"]
+    table = dict(adapter_files.named_tensors(sampled))["prompt_embeddings"]
     assert all((rows == row).all(1).any() for row in table)
 
 
@@ -318,4 +318,4 @@ def test_a_saved_network_is_a_prompt_that_can_be_trained(tmp_path: Path) -> None
         with pytest.raises(
             ValueError, match="cannot be turned back into the network; load it as an adapter of its own"
         ):
-            codec.set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))
+            state_dict.set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))

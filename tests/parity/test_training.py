@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import veneer
 from models import EXPERTS, MODELS
-from veneer import kernels
+from veneer.algebra import modes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NORM = {"llama": "norm", "gpt2": "ln_f", "t5": "final_layer_norm", "bert": "LayerNorm"}
@@ -66,7 +66,7 @@ def test_dropout_draws_what_peft_draws(config: str, options: dict[str, Any], tmp
     for library in (peft, veneer):
         model = pairs.load(library, MODELS["llama"].make(), tmp_path).train()
         torch.manual_seed(7)
-        with kernels.reference():  # the kernels draw other masks of the same distribution, faster
+        with modes.reference():  # the kernels draw other masks of the same distribution, faster
             losses.append([pairs.runner("llama")(model)[1].item() for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert len(set(losses[0])) > 1, "dropout did nothing"

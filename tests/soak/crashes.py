@@ -18,7 +18,7 @@ import torch
 
 import veneer
 from small import llama, lora
-from veneer import codec, writing
+from veneer.io import atomic_write, locate
 
 
 def forked(run: Callable[[], object], kill_after: float | None = None) -> int | None:
@@ -87,7 +87,7 @@ def kills_while_saving(count: int, seed: int = 0) -> dict[str, Any]:
 
         for _ in range(count):
             forked(save, kill_after=rng.uniform(0, 6 * once))
-            found["between the two files"] += writing.pending(folder / codec.CONFIG_NAME).is_file()
+            found["between the two files"] += atomic_write.pending(folder / locate.CONFIG_NAME).is_file()
             found["in a temporary file"] += any(folder.glob(".*.tmp"))
             try:
                 now = held(folder)
@@ -118,9 +118,9 @@ def trained(source: Path, out: Path, *more: str) -> None:
 def kills_in_training(count: int, seed: int = 0) -> dict[str, Any]:
     """Kill a run at a random moment, go on with it until it ends, and compare the adapter's files; `count` times."""
     import datasets  # noqa: F401  (before the forks, so that most of their time is training)
+    import veneer.cli.train
     from transformers import Trainer  # noqa: F401
 
-    import veneer.cli.train
     import words
 
     torch.set_num_threads(1)
@@ -136,7 +136,7 @@ def kills_in_training(count: int, seed: int = 0) -> dict[str, Any]:
         if forked(lambda: trained(source, whole)) != 0:
             return {"ok": False, "wrong": ["the uninterrupted run failed"]}
         lasted = time.perf_counter() - started
-        names = (codec.WEIGHTS_NAME, codec.CONFIG_NAME)
+        names = (locate.WEIGHTS_NAME, locate.CONFIG_NAME)
         wanted = [(whole / n).read_bytes() for n in names]
         for n in range(count):
             out, how = Path(made) / str(n), ()

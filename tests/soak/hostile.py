@@ -26,13 +26,13 @@ import torch
 
 import veneer
 from small import bits, llama, scramble
-from veneer import codec
+from veneer.io import locate
 
 SOURCE = str(Path(veneer.__file__).parent)
 READERS = tuple(
     f"{SOURCE}/{n}.py" for n in ("codec", "reading", "fingerprint", "patterns", "targets", "method", "runtime")
 )
-CONFIG, WEIGHTS = codec.CONFIG_NAME, codec.WEIGHTS_NAME
+CONFIG, WEIGHTS = locate.CONFIG_NAME, locate.WEIGHTS_NAME
 Files = dict[str, bytes]
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 7, 2**16 + 1, 10**12, 2**63, -(2**63), 0.5, -0.0, 1e300, "", "x", "8", "../../outside", "/etc/passwd",
@@ -222,7 +222,7 @@ def mutate(files: Files, rng: random.Random, trap: str) -> Files:
         made["adapter_model.bin"] = rng.choice((pickle.dumps(Runs(trap)), rng.randbytes(99)))
         made.pop(WEIGHTS)
     else:
-        made[codec.CERTIFICATE_NAME] = rng.choice((b"{", b"[]", b"[" * 100_000, b'{"format": 1}', rng.randbytes(50)))
+        made[locate.CERTIFICATE_NAME] = rng.choice((b"{", b"[]", b"[" * 100_000, b'{"format": 1}', rng.randbytes(50)))
     return made
 
 
@@ -344,7 +344,7 @@ def one(
     _, config, tensors = original
     held = veneer.get_peft_model_state_dict(model, adapter_name="x")
     same = held.keys() == tensors.keys() and all(torch.equal(held[k], tensors[k]) for k in tensors)
-    fields = [f.name for f in dataclasses.fields(config) if f.name not in codec.APART]
+    fields = [f.name for f in dataclasses.fields(config) if f.name not in locate.APART]
     got = model.peft_config["x"]
     alike = type(got) is type(config) and all(getattr(got, f) == getattr(config, f) for f in fields)
     model.delete_adapter("x")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import held
+from .base import held
 from .packed import Packed, unpack_rows
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each place in a word holds

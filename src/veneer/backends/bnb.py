@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interop.sharding import whole
-from . import Backend
+from ..distributed.sharding import whole
+from .base import Backend
 from .plain import FLOATS
 
 

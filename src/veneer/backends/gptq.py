@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import held
+from .base import held
 from .packed import Packed, unpack_rows
 
 

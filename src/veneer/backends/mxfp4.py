@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.deferred import Deferred
-from . import Backend
+from .base import Backend
+from .deferred import Deferred
 from .plain import FLOATS
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -83,14 +83,15 @@ class MXFP4(Backend):
     def settle(self, module: nn.Module) -> None:
         """Give the experts a forward that a gradient goes through: the kernel has none, and says nothing."""
         if library() is not None and type(module) is library().Mxfp4GptOssExperts:
-            from ..interop.mxfp4 import Mxfp4GptOssExperts
+            from .mxfp4_experts import Mxfp4GptOssExperts
 
             module.__class__ = Mxfp4GptOssExperts
+            module.__dict__.update(_veneer_backend=self, _veneer_projections=PROJECTIONS)
 
     def plain(
         self, module: nn.Module, config: Any, value: Callable[[str], Tensor], dtype: torch.dtype | None
     ) -> nn.Module:
-        from ..interop.mxfp4 import plain_experts
+        from .mxfp4_experts import plain_experts
 
         values = {p: value(p).to(dtype or self.dtype(module, p)) for p in PROJECTIONS}
         return plain_experts(module, config, values, dtype or self.dtype(module, "down_proj"))

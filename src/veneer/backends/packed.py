@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Backend
+from .base import Backend
 
 # gptqmodel's kernels that keep a file's layout in memory; the others shuffle it for their GPU code when they are made.
 LAYOUT_KEPT = ("base", "torch", "tritonv2", "triton", "cuda", "cuda-old", "awq_torch", "awq_gemm", "awq_triton")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..interop import offload, sharding
-from . import Backend, held
+from ..distributed import offload, sharding
+from .base import Backend, held
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

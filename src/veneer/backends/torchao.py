@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import Backend
+from .base import Backend
 
 
 class TorchAO(Backend):

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
-from .dreambooth import settings as booth
-from .errors import InputError, user_input
-from .models import QUANTIZED
-from .recipe import FIELDS, HELP, build, read_recipe
-from .tasks import TASKS
+from ..recipes.dreambooth import settings as booth
+from ..recipes.errors import InputError, user_input
+from ..recipes.models import QUANTIZED
+from ..recipes.recipe import build, read_recipe
+from ..recipes.run import FIELDS, HELP
+from ..recipes.tasks import TASKS
 
 force = click.option(
     "--force", is_flag=True, help="use ADAPTER although it is of another base model or does not fit; says what is wrong"
@@ -33,7 +34,7 @@ class LazyMethodFlags(click.Command):
 
 def method_flags(taken: set[str | None]) -> list[click.Parameter]:
     """`--lora-alpha` and its like. Values are YAML, checked by the config itself."""
-    from ..method import METHODS
+    from ..methods.registry import METHODS
 
     owners: dict[str, list[str]] = {}
     flags: dict[str, bool] = {}
@@ -111,17 +112,17 @@ def train(
         given = read_recipe(recipe) if recipe else {}
         run = build(given, flags)
     if processes is not None or layout is not None:
-        from .launch import check, launch, without
+        from ..recipes.launch import check, launch, without
 
         check(run, processes, layout)
         launch(processes or 1, layout or "ddp", without(sys.argv[1:], "--processes", "--launch"))
         return
-    from .train import place
-    from .train import train as start
+    from ..recipes.train import place
+    from ..recipes.train import train as start
 
     start(run, resume=resume, overwrite=overwrite)
     if place()[1] > 1:
-        from .launch import leave
+        from ..recipes.launch import leave
 
         leave()
 
@@ -141,11 +142,11 @@ def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **
     with user_input():
         run = booth.build(flags)
     if planned:
-        from .dreambooth.plan import show
+        from ..recipes.dreambooth.plan import show
 
         show(run, gpu)
         return
-    from .dreambooth.train import train as start
+    from ..recipes.dreambooth.train import train as start
 
     start(run, resume=resume, overwrite=overwrite)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, user_input
-from .trained import trained
+from ..recipes.errors import InputError, user_input
+from ..recipes.trained import trained
 
 
 def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None, force: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .errors import InputError, user_input
+from ..recipes.errors import InputError, user_input
 
 
 def doctor(
@@ -19,9 +19,9 @@ def doctor(
     """Print what programs mind about an adapter; exit with 1 where one of them will not load it, or loads something else."""
     import torch
 
-    from ..codec import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
-    from ..doctor import DIFFUSERS_NAME, TARGETS, Patient, examine, folder_for, heal
-    from ..targets import suggest
+    from ..checks.doctor import DIFFUSERS_NAME, TARGETS, Patient, examine, folder_for, heal
+    from ..io.locate import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
+    from ..targets.suggest import suggest
 
     if (out is not None or in_place) and not fix:
         raise InputError("--out and --in-place say where --fix writes; give --fix too")

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .errors import InputError, user_input
-from .tasks import TASKS
-from .tasks.base import evaluating
-from .trained import Trained, trained
-
-
-def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
-    """What a model says after each prompt, greedily unless `options` say otherwise."""
-    answers = []
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").to(model.device)
-        length = ids["input_ids"].shape[1]
-        if not encoder_decoder and length > 1 and int(ids["input_ids"][0, -1]) == tokenizer.eos_token_id:
-            ids = {k: v[:, :-1] for k, v in ids.items()}
-            length -= 1
-        with evaluating(model):
-            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-            out = model.generate(**ids, **{**settings, **options})[0]
-        answers.append(tokenizer.decode(out if encoder_decoder else out[length:], skip_special_tokens=True).strip())
-    return answers
+from ..recipes.errors import InputError, user_input
+from ..recipes.tasks import TASKS
+from ..recipes.tasks.base import complete
+from ..recipes.trained import Trained, trained
 
 
 def generate(
@@ -50,12 +31,13 @@ def generate(
 
     import veneer
 
-    from .. import codec
+    from ..files import adapter_files
+    from ..methods import config_file
 
     console = Console()
     torch.manual_seed(seed)
     with user_input():
-        purpose = trained(adapter, codec.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
+        purpose = trained(adapter, config_file.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
         of = TASKS[purpose.task]
         if temperature and not of.by_token:
             raise InputError(f"--temperature {temperature}: {purpose.task} draws nothing; leave it out")
@@ -67,7 +49,7 @@ def generate(
             adapted = base
             if adapter:
                 adapted = veneer.PeftModel.from_pretrained(base, adapter, strict=not force)
-                codec.check_tokenizer(adapter, getattr(processor, "tokenizer", processor))
+                adapter_files.check_tokenizer(adapter, getattr(processor, "tokenizer", processor))
         names = [str(n) for n in getattr(base.config, "id2label", {}).values()] if of.classes else []
         rows = [of.row(run, p, context, names) for p in prompts]
     options = {"do_sample": True, "temperature": temperature} if temperature else {}

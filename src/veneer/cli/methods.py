@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
-from .recipe import defaults
+from ..recipes.errors import InputError
+from ..recipes.run import defaults
 
 PAPER = re.compile(r"^(?P<title>.+?)\. (?P<paper>.*?\d{4}, arxiv\.org/abs/[\d.]+\d.*?)(?:: +(?P<equation>\S.*))?$")
 
@@ -98,7 +98,8 @@ def methods(name: str | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..method import METHODS, suggest
+    from ..methods.registry import METHODS
+    from ..targets.suggest import suggest
 
     console = Console()
     known = {key.lower(): cls for key, cls in sorted(METHODS.items())}

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from ..planning import Peak, Plan, plan, size
-from .errors import user_input
+from ..planning import Plan, plan, size
+from ..planning.layout import Peak
+from ..recipes.errors import user_input
 
 
 def start(
@@ -16,8 +17,8 @@ def start(
     """Make a plan and print it."""
     from ..planning import skeleton
     from ..planning.estimate import FULL
-    from ..targets import suggest
-    from .recipe import Run
+    from ..recipes.run import Run
+    from ..targets.suggest import suggest
 
     with user_input():
         if gpu is not None:

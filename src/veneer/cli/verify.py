@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import InputError, user_input
-from .trained import trained
+from ..recipes.errors import InputError, user_input
+from ..recipes.trained import trained
 
 
 def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> bool:
@@ -20,8 +20,9 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> boo
 
     import veneer
 
-    from .. import verification as checks
-    from ..codec import load_config
+    from ..checks import verify as checks
+    from ..files import certificate
+    from ..methods.config_file import load_config
 
     console = Console()
     with user_input():
@@ -44,6 +45,8 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> boo
     effect = (
         "it changes nothing" if found.effect == 0 else f"it moves outputs by up to {found.effect:.2g} of the largest"
     )
-    where = f"{checks.NAME} is in {adapter}" if local else "the adapter is not a folder, so no certificate was written"
+    where = (
+        f"{certificate.NAME} is in {adapter}" if local else "the adapter is not a folder, so no certificate was written"
+    )
     console.print(f"{effect}; {where}", markup=False)
     return found.passed

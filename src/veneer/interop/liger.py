@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..site import Adapted
+from ..injection.class_swap import Adapted
 
 FUSED = "fused_linear_cross_entropy"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..watchdog import Watch
+from ..training.watch import Watch
 
 
 class WatchCallback(TrainerCallback):  # type: ignore[misc]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from . import ready
-from .linear import PLAIN, Member, Together, caller, parted, version
+from ..algebra.modes import ready
+from .linear import Together, caller, parted, version
+from .member import PLAIN, Member
 
 if TYPE_CHECKING:
     from types import CodeType

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 if TYPE_CHECKING:
-    from .linear import Member
+    from .member import Member
 
     Serve = Callable[[Tensor], Tensor | None]  # x (..., in) of one token -> y (..., out)
 

@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from . import decode, linear, scratch, triton
-from .linear import Kept, Member, Share
+from .linear import Kept
+from .member import Member, Share
 from .structure import Gated
 
 if TYPE_CHECKING:
-    from ..site import Takeover
+    from ..injection.dispatch import Takeover
 
 # Activations of one element at a time that always give the same, so that they can be computed twice.
 ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}

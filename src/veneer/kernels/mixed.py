@@ -28,15 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import terms
+from ..algebra.sums import terms
+from ..layers.lazy_weight import groupable
 from . import triton
-from .experts import groupable
-from .linear import Member, accepted, stored_in
+from .linear import accepted
+from .member import Member, stored_in
 from .plan import runs_as_linear
 
 if TYPE_CHECKING:
-    from ..router import Router, Rows
-    from ..site import Takeover
+    from ..injection.dispatch import Takeover
+    from ..injection.router import Router, Rows
 
     Pair = tuple[Tensor, Tensor]
 

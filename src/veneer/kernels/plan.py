@@ -11,11 +11,12 @@ from . import structure
 from .around import Around, AroundOne, AroundTogether
 from .around_gated import AroundGated
 from .gated import GatedNetwork
-from .linear import Alone, Member, Sibling, Together, gathers_alone
+from .linear import Alone, Sibling, Together
+from .member import Member, gathers_alone
 
 if TYPE_CHECKING:
-    from ..router import Item
-    from ..site import Takeover
+    from ..injection.dispatch import Takeover
+    from ..injection.router import Item
 
     Kernel = Callable[[nn.Module, Tensor], Tensor | None]
 

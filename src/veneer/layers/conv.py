@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import Diagonal, Factored, Hadamard, Operator, Sum, along, regroup, ungroup
-from ..site import Geometry, every, stand_in
+from ..algebra.hadamard import Hadamard
+from ..algebra.low_rank import Factored
+from ..algebra.operators import Diagonal, Operator, along, regroup, ungroup
+from ..algebra.recursion import every
+from ..algebra.sums import Sum
+from .geometry import Geometry
 from .kind import LayerKind
+from .stand_in import stand_in
 
 if TYPE_CHECKING:
-    from ..site import Site, Takeover
+    from ..injection.dispatch import Takeover
     from .kind import Links
+    from .site import Site
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,14 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..interop.sharding import is_distributed
-from ..operators import Diagonal, Factored, Hadamard, Operator, Rows, Sum
-from ..site import Fork, Geometry, every, stand_in
+from ..algebra.hadamard import Hadamard
+from ..algebra.low_rank import Factored
+from ..algebra.operators import Diagonal, Operator, Rows
+from ..algebra.recursion import Fork, every
+from ..algebra.sums import Sum
+from ..distributed.sharding import is_distributed
+from .geometry import Geometry
 from .kind import LayerKind
+from .stand_in import stand_in
 
 if TYPE_CHECKING:
-    from ..site import Site, Takeover
+    from ..injection.dispatch import Takeover
     from .kind import Links
+    from .site import Site
 
 
 class Embedding(LayerKind):

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..operators import Operator, Sum
-from ..site import Fork
+from ..algebra.operators import Operator
+from ..algebra.recursion import Fork
+from ..algebra.sums import Sum
 
 if TYPE_CHECKING:
-    from ..site import Geometry, Link, Site, Takeover
+    from ..algebra.recursion import Link
+    from ..injection.dispatch import Takeover
+    from .geometry import Geometry
+    from .site import Site
 
     Links = Sequence[Link | Fork]
     Function = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # input -> output, and the bias in it

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..backends import held, linear_of
-from ..interop import sharding
-from ..site import Geometry
+from ..backends import linear_of
+from ..backends.base import held
+from ..distributed import sharding
+from .geometry import Geometry
 from .kind import LayerKind
 
 if TYPE_CHECKING:
-    from ..site import Site
+    from .site import Site
 
 
 class Linear(LayerKind):

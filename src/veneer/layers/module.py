@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..site import Fork, Geometry, own_rows, picked
+from ..algebra.recursion import Fork
+from .geometry import Geometry
 from .kind import LayerKind
+from .stand_in import own_rows, picked
 
 if TYPE_CHECKING:
-    from ..site import Site, Takeover
+    from ..injection.dispatch import Takeover
     from .kind import Links
+    from .site import Site
 
 
 class Module(LayerKind):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..site import Geometry
+from .geometry import Geometry
 from .kind import LayerKind
 
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..algebra.low_rank import Factored
+from ..algebra.operators import Operator
 from ..backends import bare_of
-from ..interop import sharding
-from ..kernels.experts import lazily
-from ..operators import Factored, Operator
-from ..site import Geometry
+from ..distributed import sharding
+from .geometry import Geometry
 from .kind import LayerKind
+from .lazy_weight import lazily
 
 if TYPE_CHECKING:
-    from ..site import Site
     from .kind import Links
+    from .site import Site
 
 
 class Parameter(LayerKind):

@@ -1,9 +1,1 @@
-"""One file a method. Importing this folder imports every file in it, which registers what it defines."""
-
-from __future__ import annotations
-
-import importlib
-import pkgutil
-
-for _found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_found.name}")
+"""One file a method. May import layers, targets, backends, io, distributed and algebra."""

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import Method, Site, Spot, Tensors, method, probability, spots_of
+from ..layers.site import Site
+from ..targets.blocks import Spot
+from .base import Method, Tensors, spots_of
+from .checks import probability
+from .registry import method
 
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 

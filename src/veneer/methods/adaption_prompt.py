@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, method, model_type, suggest, whole
+from ..layers.site import Site
+from ..targets.defaults import model_type
+from ..targets.suggest import suggest
+from .base import Method, Tensors
+from .checks import whole
+from .registry import method
 
 # Attentions whose queries are those computed here (tests/parity/test_adaption_prompt.py): model type -> their module.
 SEPARATE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma")

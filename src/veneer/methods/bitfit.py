@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from ..method import method, resolve
+from ..targets.select import resolve
 from .full_copy import TrainedBias
+from .registry import method
 
 
 @method("BITFIT")

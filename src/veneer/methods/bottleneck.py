@@ -19,22 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import (
-    Method,
-    Site,
-    Spot,
-    Tensors,
-    find_spots,
-    matches,
-    method,
+from ..layers.site import Site
+from ..targets.blocks import Spot, find_spots, spot_at
+from ..targets.select import matches
+from ..targets.suggest import show, suggest
+from .base import Method, Tensors
+from .checks import (
     one_of,
     positive,
     probability,
-    show_names,
-    spot_at,
-    suggest,
-    whole,
-)  # fmt: skip
+    whole,  # fmt: skip
+)
+from .registry import method
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": F.relu,
@@ -207,8 +203,8 @@ class BottleneckConfig(Method):
                 leaves = {n.rpartition(".")[2] for n in inner}
                 hint = suggest(str(next(iter(self.target_modules), "")), leaves)
                 raise ValueError(
-                    f"target_modules={show_names(self.target_modules)} matches no module{hint}; a bottleneck is put at the "
-                    f"output of any module; places of this model: {show_names([*spots][:6]) if spots else 'none known'}"
+                    f"target_modules={show(self.target_modules)} matches no module{hint}; a bottleneck is put at the "
+                    f"output of any module; places of this model: {show([*spots][:6]) if spots else 'none known'}"
                 )
             found = [spot_at(model, n, spots) for n in chosen]
         else:

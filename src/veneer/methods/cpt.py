@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..method import Site, TaskType, Tensors, method, one_of
+from ..layers.site import Site
+from .base import Tensors
+from .checks import one_of
+from .peft_types import TaskType
 from .prompt_learning import PromptLearningConfig
 from .prompt_tuning import words
+from .registry import method
 
 SMALLEST = 1e-10  # how far a token that is not trained may move, as in peft
 

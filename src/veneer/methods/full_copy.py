@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, matches, method, suggest
-from ..operators import Operator, Rows
+from ..algebra.operators import Operator, Rows
+from ..layers.site import Site
+from ..targets.select import matches
+from ..targets.suggest import suggest
+from .base import Method, Tensors
+from .registry import method
 
 
 @method("MODULES_TO_SAVE", internal=True)

@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, default_feedforward, matches, method, model_type
-from ..operators import Diagonal, Operator
+from ..algebra.operators import Diagonal, Operator
+from ..layers.site import Site
+from ..targets.defaults import default_feedforward, model_type
+from ..targets.select import matches
+from .base import Method, Tensors
+from .registry import method
 
 
 @method("IA3")

@@ -12,8 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, default_targets, method, model_type, resolve, supported
-from ..operators import Operator
+from ..algebra.operators import Operator
+from ..layers import supported
+from ..layers.site import Site
+from ..targets.defaults import default_targets, model_type
+from ..targets.select import resolve
+from .base import Method, Tensors
+from .registry import method
 
 INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
 

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Site, Tensors, method, positive, probability, whole
-from ..operators import Hadamard, Operator
+from ..algebra.hadamard import Hadamard
+from ..algebra.operators import Operator
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import positive, probability, whole
+from .registry import method
 
 
 @method("LOHA", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})

@@ -19,9 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Site, Tensors, method, one_of, positive, probability, whole
-from ..operators import Diagonal, Factored, Operator, Sum, best_rank, fitted, low_rank, plain_precision
-from .merging import Combination
+from ..algebra.low_rank import Factored, best_rank, fitted, low_rank
+from ..algebra.operators import Diagonal, Operator, plain_precision
+from ..algebra.sums import Sum
+from ..algebra.task_arithmetic import Combination
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import one_of, positive, probability, whole
+from .registry import method
 
 
 @method(

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Site, Tensors, method, one_of, read_tensors, whole
+from ..layers.site import Site
+from .base import Tensors, read_tensors
+from .checks import one_of, whole
 from .prompt_tuning import PromptTuningConfig
+from .registry import method
 
 SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 

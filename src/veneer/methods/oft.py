@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Site, Tensors, method, one_of, positive, probability, whole
-from ..operators import BlockDiagonal, Operator
+from ..algebra.operators import BlockDiagonal, Operator
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import one_of, positive, probability, whole
+from .registry import method
 
 
 @method("OFT")

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, method, one_of, probability, whole
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import one_of, probability, whole
 from .prompt_learning import PromptLearningConfig
+from .registry import method
 
 
 @method("P_TUNING")

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method import Method, Site, Tensors, method, one_of, whole
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import one_of, whole
 from .prompt_learning import PromptLearningConfig, size
+from .registry import method
 
 
 @method("PREFIX_TUNING")

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method import Method, Site, TaskType, one_of, whole
+from ..layers.site import Site
+from .base import Method
+from .checks import one_of, whole
+from .peft_types import TaskType
 
 
 @dataclass

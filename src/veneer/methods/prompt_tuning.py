@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Site, Tensors, method, one_of
+from ..layers.site import Site
+from .base import Tensors
+from .checks import one_of
 from .prompt_learning import PromptLearningConfig
+from .registry import method
 
 
 @method("PROMPT_TUNING")

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Site, Tensors, method, one_of, probability, whole
-from ..operators import Factored, Operator
+from ..algebra.low_rank import Factored
+from ..algebra.operators import Operator
+from ..layers.site import Site
+from .base import Method, Tensors
+from .checks import one_of, probability, whole
+from .registry import method
 
 
 @method("VERA")

@@ -1,9 +1,9 @@
 """peft.auto."""
 
-from ..model import AutoPeftModel as AutoPeftModel
-from ..model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
-from ..model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
-from ..model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
-from ..model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-from ..model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
-from ..model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from ..model.auto import AutoPeftModel as AutoPeftModel
+from ..model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from ..model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from ..model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from ..model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from ..model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from ..model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification

@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from ..method import Method, PeftConfig
-from ..method import PeftConfig as PeftConfigMixin
+from ..methods.base import Method, PeftConfig
+from ..methods.base import PeftConfig as PeftConfigMixin
 
 __all__ = [
     "MultitaskPromptTuningInit",

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..codec import attached
-from ..codec import get_peft_model_state_dict as get_peft_model_state_dict
+from ..files.adapter_files import attached
+from ..files.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
 from .models import inject_adapter_in_model as inject_adapter_in_model
 from .models import set_peft_model_state_dict as set_peft_model_state_dict
 from .utils.other import cast_adapter_dtype as cast_adapter_dtype

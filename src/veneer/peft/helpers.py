@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from .. import codec
+from ..io import locate
 from .layers import Scaling, is_layer
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
     """Whether a folder or hub id holds an adapter."""
-    from ..method import PeftConfig
+    from ..methods.base import PeftConfig
 
     if Path(model_name_or_path).is_dir():
-        return (Path(model_name_or_path) / codec.CONFIG_NAME).is_file()
+        return (Path(model_name_or_path) / locate.CONFIG_NAME).is_file()
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (ValueError, OSError):

@@ -12,10 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..operators import Operator
-from ..router import flat
-from ..runtime import Runtime
-from ..site import Adapted, Entry, Site, Takeover, copy_name, link, stand_in
+from ..algebra.operators import Operator
+from ..injection.class_swap import Adapted
+from ..injection.dispatch import Takeover
+from ..injection.entries import Entry, copy_name, link
+from ..injection.router import flat
+from ..layers.site import Site
+from ..layers.stand_in import stand_in
+from ..lifecycle.adapters import Runtime
 
 
 def state_of(layer: nn.Module) -> Takeover:

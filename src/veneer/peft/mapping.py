@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..method import METHODS, Method
-from ..model import get_peft_model
+from ..methods.base import Method
+from ..methods.registry import METHODS
+from ..model.peft_model import get_peft_model
 from .models import inject_adapter_in_model
 
 __all__ = [

@@ -1,3 +1,3 @@
 """peft.mapping_func."""
 
-from ..model import get_peft_model as get_peft_model
+from ..model.peft_model import get_peft_model as get_peft_model

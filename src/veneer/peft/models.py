@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import codec
-from .. import model as core
-from ..method import Method, TaskType
-from ..runtime import LoadReport, runtime_of
+from ..files import state_dict
+from ..lifecycle.adapters import runtime_of
+from ..lifecycle.load_report import LoadReport
+from ..methods.base import Method
+from ..methods.peft_types import TaskType
+from ..model import peft_model as core
 
 PeftModel = core.PeftModel
 
@@ -77,7 +79,7 @@ def set_peft_model_state_dict(
     **kwargs: Any,
 ) -> LoadReport:
     """As `veneer.set_peft_model_state_dict`; keys that do not fit are reported in the result, and in a warning."""
-    return codec.set_peft_model_state_dict(
+    return state_dict.set_peft_model_state_dict(
         model, peft_model_state_dict, adapter_name, *args, **{"strict": False, **kwargs}
     )
 

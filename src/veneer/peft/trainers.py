@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from .. import codec
-from ..method import Method
-from ..model import PeftModel
+from ..files import state_dict
+from ..methods.base import Method
+from ..model.peft_model import PeftModel
 
 POLICY, REFERENCE = "default", "ref"
 PLAIN = PeftModel.add_adapter
@@ -24,8 +24,8 @@ def add_adapter(self: PeftModel, adapter_name: str, peft_config: Method, *args: 
     copied = adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY)
     PLAIN(self, adapter_name, peft_config, *args, **kwargs)
     if copied:
-        values = codec.get_peft_model_state_dict(self, adapter_name=POLICY)
-        codec.set_peft_model_state_dict(self, values, adapter_name=REFERENCE)
+        values = state_dict.get_peft_model_state_dict(self, adapter_name=POLICY)
+        state_dict.set_peft_model_state_dict(self, values, adapter_name=REFERENCE)
         self.set_requires_grad(REFERENCE, False)
 
 

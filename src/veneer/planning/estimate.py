@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import codec, fingerprint, layers, reading, targets
-from ..method import Method, registry
-from ..model import get_peft_model
-from ..runtime import runtime_of
+from .. import layers
+from ..files import adapter_files
+from ..io import fingerprint, safe_read
+from ..lifecycle.adapters import runtime_of
+from ..methods.base import Method
+from ..methods.registry import registry
+from ..model.peft_model import get_peft_model
+from ..targets import select, suggest
 from . import ledger, skeleton
 from .layout import Counted, Peak, peak
 from .settings import QUANTIZED, Settings, size
@@ -130,7 +134,7 @@ def plan(model: str, method: str | Method | None = "lora", *, gpu: str | int | N
     for key in settings:
         if key not in fields:
             raise ValueError(
-                f"plan has no setting {key!r}{targets.suggest(key, fields)}; settings are {', '.join(sorted(fields))}"
+                f"plan has no setting {key!r}{suggest.suggest(key, fields)}; settings are {', '.join(sorted(fields))}"
             )
     chosen = Settings(**settings)
     if room is not None and chosen.device == "cpu":
@@ -183,7 +187,7 @@ def named(method: str | Method | None, task: str | None) -> Method | None:
     if method.lower() not in known:
         names = [*sorted(known), FULL]
         raise ValueError(
-            f"method={method!r}: must be one of {', '.join(names)}{targets.suggest(method.lower(), names)}"
+            f"method={method!r}: must be one of {', '.join(names)}{suggest.suggest(method.lower(), names)}"
         )
     try:
         return known[method.lower()](task_type=TASKS[str(task)])
@@ -280,7 +284,7 @@ def base_of(model: Any) -> Any:
 def quantized_layers(model: Any) -> set[int]:
     """Ids of the weights that bitsandbytes would store: of frozen linear layers but the output head."""
     head = head_of(base_of(model))
-    kinds = targets.linear_kinds()
+    kinds = select.linear_kinds()
     found: list[Any] = [m for m in base_of(model).modules() if isinstance(m, kinds) and m is not head]
     return {id(m.weight) for m in found if not m.weight.requires_grad}
 
@@ -313,7 +317,7 @@ def places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     shapes = {g.shape for g in adapted}
     leaves = {n.rpartition(".")[2] for n in sites}
     head = head_of(base)
-    kinds: Any = targets.linear_kinds()
+    kinds: Any = select.linear_kinds()
     missed = []
     for name, module in base.named_modules():
         if name in sites or module is head or not isinstance(module, kinds) or not layers.supported(module):
@@ -339,12 +343,12 @@ def grouped(found: Any) -> tuple[Group, ...]:
 
 def file_size(model: Any) -> int:
     """Bytes of the adapter's safetensors file, or of the whole model's."""
-    pairs = codec.named_tensors(model) if hasattr(model, "peft_config") else model.named_parameters()
+    pairs = adapter_files.named_tensors(model) if hasattr(model, "peft_config") else model.named_parameters()
     tensors = dict(pairs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     if hasattr(model, "peft_config"):
         values, base = model.peft_config["default"].to_dict(), fingerprint.outline(model.get_base_model())
-        header["__metadata__"] |= {**codec.metadata_of(tensors, values, base), reading.CHECKSUM: "0" * 32}
+        header["__metadata__"] |= {**adapter_files.metadata_of(tensors, values, base), safe_read.CHECKSUM: "0" * 32}
     at = 0
     for key, t in sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])):
         end = at + t.numel() * t.element_size()
@@ -355,7 +359,7 @@ def file_size(model: Any) -> int:
 
 
 def dtype_name(t: Tensor) -> str:
-    return next(name for name, kind in reading.DTYPES.items() if kind == t.dtype)
+    return next(name for name, kind in safe_read.DTYPES.items() if kind == t.dtype)
 
 
 def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change | None]:

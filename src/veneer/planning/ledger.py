@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels
+from ..algebra import modes
 
 ACTIVATIONS, LOGITS, BACKWARD, GRADIENTS = "activations", "logits and loss", "workspace", "gradients"
 
@@ -186,7 +186,7 @@ def trace(
     with ExitStack() as stack:
         if head is not None:
             stack.callback(head.register_forward_pre_hook(at_head).remove)
-        stack.enter_context(kernels.shapes())
+        stack.enter_context(modes.shapes())
         stack.enter_context(accumulated(ledger, trained, accumulates))
         stack.enter_context(fused_attention(device))
         stack.enter_context(ledger)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..targets import suggest
+from ..targets.suggest import suggest
 from .skeleton import AUTO
 
 DTYPES = ("float32", "bfloat16", "float16")

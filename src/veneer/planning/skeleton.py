@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..targets import suggest
+from ..targets.suggest import suggest
 
 AUTO = {
     "causal-lm": "AutoModelForCausalLM",
@@ -43,7 +43,7 @@ def configuration(name: str) -> tuple[Any, bool, str]:
     """
     import transformers
 
-    from ..cli import models as embedded
+    from ..recipes import models as embedded
 
     content = known(name)
     if content is not None and not Path(name).is_dir():

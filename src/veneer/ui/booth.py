@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..cli.dreambooth.settings import FIELDS, build
+from ..recipes.dreambooth.settings import FIELDS, build
 from . import look
 from .errors import told
 from .folder import Folder, check_name

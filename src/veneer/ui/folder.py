@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .. import codec, writing
-from ..cli.errors import InputError
+from ..io import atomic_write, locate
+from ..methods import config_file
+from ..recipes.errors import InputError
 
 HIDDEN = ".veneer-ui"  # uploads, logs and zips, below the folder
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -71,7 +72,7 @@ class Folder:
     def adapters(self) -> list[str]:
         """Names of the runs that hold an adapter, the newest first."""
         found = [p for p in self.root.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-        found = [p for p in found if (p / codec.CONFIG_NAME).is_file() or (p / LORA).is_file()]
+        found = [p for p in found if (p / locate.CONFIG_NAME).is_file() or (p / LORA).is_file()]
         return [p.name for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)]
 
     def plain_models(self) -> list[str]:
@@ -155,7 +156,7 @@ class Folder:
                     if f.is_file() and not f.is_symlink():
                         file.write(f, f"{name}/{f.name}")
 
-        writing.write_atomic(target, write)
+        atomic_write.write_atomic(target, write)
         return target
 
     def unzip(self, upload: str, name: str) -> Path:
@@ -173,11 +174,11 @@ class Folder:
                 for member, info in checked(file).items():
                     with file.open(info) as source, open(Path(made) / member, "wb") as out:
                         copy(source, out, info.file_size, member)
-                if not any((Path(made) / n).is_file() for n in (codec.CONFIG_NAME, LORA)):
-                    raise InputError(f"the zip holds no {codec.CONFIG_NAME}; pack the folder an adapter was saved to")
-                if (Path(made) / codec.CONFIG_NAME).is_file():
-                    codec.load_config(made)
-                    codec.load_weights(made)
+                if not any((Path(made) / n).is_file() for n in (locate.CONFIG_NAME, LORA)):
+                    raise InputError(f"the zip holds no {locate.CONFIG_NAME}; pack the folder an adapter was saved to")
+                if (Path(made) / locate.CONFIG_NAME).is_file():
+                    config_file.load_config(made)
+                    locate.load_weights(made)
                 shutil.copytree(made, target)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
             raise InputError(f"{Path(upload).name} is no zip that can be read: {error}") from error

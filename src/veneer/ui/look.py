@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd  # type: ignore[import-untyped]
 
-from .. import reading
+from ..io import safe_read
 from .runner import Job
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -48,7 +48,7 @@ def curve(folder: Path) -> pd.DataFrame | None:
     """The losses of a run: step, loss, and which; None before the first of training, as a plot never shows a curve that it began without."""
     rows = [
         (int(m["step"]), float(m[key]), label)
-        for m in reading.json_lines(folder / "metrics.jsonl")
+        for m in safe_read.json_lines(folder / "metrics.jsonl")
         for key, label in CURVES.items()
         if key in m and "step" in m
     ]
@@ -76,7 +76,7 @@ def state(job: Job | None) -> str:
         return f'<div class="state"><b>{name}</b> was stopped at step {step}.</div>'
     if job.state == "finished":
         return f'<div class="state"><b>{name}</b> is finished: {step} steps. Its adapter is ready.</div>'
-    points = reading.json_lines(job.folder / "metrics.jsonl")
+    points = safe_read.json_lines(job.folder / "metrics.jsonl")
     if not step:
         return f'<div class="state"><b>{name}</b>: loading and measuring before training, {duration(passed)}<progress></progress></div>'
     said = [f"step {step} of {job.steps}" if job.steps else f"step {step}"]
@@ -105,7 +105,7 @@ def report(folder: Path) -> dict[str, Any] | None:
     """A finished run's report."""
     path = folder / "report.json"
     try:
-        return reading.json_object(path, nan=True)
+        return safe_read.json_object(path, nan=True)
     except (OSError, ValueError):
         return None
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from .. import reading
-from ..cli.errors import InputError
+from ..io import safe_read
+from ..recipes.errors import InputError
 from .folder import Folder
 
 STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -66,7 +66,7 @@ class Job:
 
     def step(self) -> int:
         """The last step that was logged."""
-        return max((int(m.get("step", 0)) for m in reading.json_lines(self.folder / "metrics.jsonl")), default=0)
+        return max((int(m.get("step", 0)) for m in safe_read.json_lines(self.folder / "metrics.jsonl")), default=0)
 
 
 class Runner:

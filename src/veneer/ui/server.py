@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from ..cli.errors import InputError
+from ..recipes.errors import InputError
 from .folder import Folder
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

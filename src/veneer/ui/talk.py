@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from .. import codec, reading
-from ..cli.errors import InputError, user_input
+from ..io import locate as io_locate
+from ..io import safe_read
+from ..recipes.errors import InputError, user_input
 from .folder import LORA, Folder
 
 
@@ -32,9 +33,9 @@ class Talk:
 
     def base_of(self, run: str) -> str:
         """What the page calls the base model of an adapter, or "" where it cannot tell."""
-        path = self.folder.inside(run) / codec.CONFIG_NAME
+        path = self.folder.inside(run) / io_locate.CONFIG_NAME
         try:
-            said = str(reading.json_object(path).get("base_model_name_or_path") or "")
+            said = str(safe_read.json_object(path).get("base_model_name_or_path") or "")
         except (OSError, ValueError):
             return ""
         models = self.folder.models
@@ -54,7 +55,7 @@ class Talk:
         """
         from transformers import AutoConfig
 
-        from ..cli.models import load_model, load_tokenizer, locate
+        from ..recipes.models import load_model, load_tokenizer, locate
 
         if name == self.name:
             return
@@ -77,7 +78,7 @@ class Talk:
         import veneer
 
         path = self.folder.inside(run)
-        weights = path / codec.WEIGHTS_NAME
+        weights = path / io_locate.WEIGHTS_NAME
         if not weights.is_file():
             what = "an adapter of diffusers" if (path / LORA).is_file() else "no adapter"
             raise InputError(f"{run!r} holds {what}; only adapters of text models can be tried here")
@@ -105,8 +106,8 @@ class Talk:
         """
         import torch
 
-        from ..cli.generate import complete
-        from ..cli.tasks.text import prompt_text
+        from ..recipes.tasks.base import complete
+        from ..recipes.tasks.text import prompt_text
 
         if not prompt.strip():
             raise InputError("the prompt is empty; write what the model is to go on from")

@@ -8,14 +8,16 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from ..cli.data import LANGUAGES
 from ..cli.methods import about
-from ..cli.models import EMBEDDED
-from ..cli.pictures import IMAGES
-from ..cli.ratings import RATINGS
-from ..cli.recipe import FIELDS, build
-from ..cli.tasks import TASKS
-from ..method import Method, registry
+from ..methods.base import Method
+from ..methods.registry import registry
+from ..recipes.data import LANGUAGES
+from ..recipes.models import EMBEDDED
+from ..recipes.pictures import IMAGES
+from ..recipes.ratings import RATINGS
+from ..recipes.recipe import build
+from ..recipes.run import FIELDS
+from ..recipes.tasks import TASKS
 from . import look
 from .errors import told
 from .folder import Folder, check_name

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ...method import Method
-from ...model import BaseTuner as _Holder
-from ...model import PeftModel
+from ...methods.base import Method
+from ...model.peft_model import BaseTuner as _Holder
+from ...model.peft_model import PeftModel
 from ..layers import entries, is_layer
 
 

@@ -1,6 +1,6 @@
 """peft.utils."""
 
-from ...kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from ...training.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .constants import CONFIG_NAME as CONFIG_NAME
 from .constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME

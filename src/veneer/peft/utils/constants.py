@@ -1,9 +1,9 @@
 """peft.utils.constants."""
 
-from ... import codec
+from ...io import locate
 
-CONFIG_NAME = codec.CONFIG_NAME
-SAFETENSORS_WEIGHTS_NAME = codec.WEIGHTS_NAME
+CONFIG_NAME = locate.CONFIG_NAME
+SAFETENSORS_WEIGHTS_NAME = locate.WEIGHTS_NAME
 WEIGHTS_NAME = "adapter_model.bin"
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...codec import attached
-from ...method import Method
+from ...files.adapter_files import attached
+from ...lifecycle.keys import PREFIX
+from ...methods.base import Method
 from ...methods.lora import LoraConfig
-from ...runtime import PREFIX
-from ...utils.hotswap import ALIKE, is_compiled, swap, unwrapped
-from ...utils.hotswap import hotswap_adapter as hotswap_adapter
-from ...utils.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from ...serving.hotswap import ALIKE, is_compiled, swap, unwrapped
+from ...serving.hotswap import hotswap_adapter as hotswap_adapter
+from ...serving.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 
 
 def check_hotswap_configs_compatible(config0: Method, config1: Method) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends import backend_of
-from ...interop import sharding
+from ...distributed import sharding
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...codec import attached
-from ...kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from ...site import Adapted
+from ...files.adapter_files import attached
+from ...injection.class_swap import Adapted
+from ...training.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from ..layers import entries, is_copied
 from .constants import CONFIG_NAME as CONFIG_NAME
 from .constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME

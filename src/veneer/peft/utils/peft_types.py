@@ -1,4 +1,4 @@
 """peft.utils.peft_types."""
 
-from ...method import PeftType as PeftType
-from ...method import TaskType as TaskType
+from ...methods.peft_types import PeftType as PeftType
+from ...methods.peft_types import TaskType as TaskType

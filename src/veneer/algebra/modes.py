@@ -1,0 +1,58 @@
+"""Whether kernels may take a call in the active torch modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_ENABLED = True
+_SHAPES = False
+
+
+def enabled() -> bool:
+    """Whether kernels may take calls."""
+    return _ENABLED
+
+
+def ready() -> bool:
+    """Whether the mode we run in is one that an autograd function of ours can serve."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() and keeps_results())
+
+
+def keeps_results() -> bool:
+    """Whether selective checkpointing keeps results of operations, into which we would write."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(m).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for m in modes)
+
+
+@contextmanager
+def reference() -> Iterator[None]:
+    """Within the block, in every thread, the operators' own `apply` runs and no kernel does."""
+    global _ENABLED
+    before, _ENABLED = _ENABLED, False
+    try:
+        yield
+    finally:
+        _ENABLED = before
+
+
+def shaped() -> bool:
+    """Whether kernels take tensors of the meta device, to count what a step would hold."""
+    return _SHAPES
+
+
+@contextmanager
+def shapes() -> Iterator[None]:
+    """Within the block kernels run on the meta device too, where otherwise the operators' own `apply` does."""
+    global _SHAPES
+    before, _SHAPES = _SHAPES, True
+    try:
+        yield
+    finally:
+        _SHAPES = before

@@ -1,0 +1,48 @@
+"""The recursion: what one adapter adds at a site, and branches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .operators import Operator
+
+if TYPE_CHECKING:
+    pass
+
+
+class Link:
+    """What one adapter says at one site in one forward: a term of the recursion."""
+
+    __slots__ = ("delta", "left", "post", "right", "shift")
+
+    def __init__(
+        self,
+        delta: Operator | None,
+        left: Operator | None,
+        right: Operator | None,
+        shift: Tensor | None,
+        post: Callable[[Any, Tensor], Tensor] | None,
+    ) -> None:
+        self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
+
+
+class Fork:
+    """Branches of the recursion that start from the same output; their weighted changes to it are added."""
+
+    __slots__ = ("branches",)
+
+    def __init__(self, branches: list[tuple[float, list[Link | Fork]]]) -> None:
+        self.branches = branches
+
+
+def every(links: Sequence[Link | Fork]) -> Iterator[Link]:
+    """The links in a chain, those of its branches too."""
+    for link in links:
+        if isinstance(link, Link):
+            yield link
+        else:
+            for _, branch in link.branches:
+                yield from every(branch)

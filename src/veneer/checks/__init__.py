@@ -1,0 +1,1 @@
+"""Checks of saved adapters (doctor, verify); may import model and everything below it."""

@@ -1,0 +1,1 @@
+"""Adapter files, state dicts, certificates and other layouts; may import lifecycle and everything below it."""

@@ -1,0 +1,87 @@
+"""Files of other releases of transformers: where a module had another path, its adapter's tensors are brought to the new one.
+
+transformers keeps the tables itself, by model type: they bring checkpoints of earlier layouts to the modules of today
+(`language_model.model.layers` became `model.language_model.layers` in llava, `block_sparse_moe` became `mlp` in Mixtral).
+The same renamings hold for what was trained on those modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..lifecycle.keys import PREFIX
+
+
+def translated(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """An adapter's tensors under the paths that its modules have here.
+
+    Args:
+        tensors: by their keys in the file.
+        model: the base model.
+
+    Returns:
+        The tensors, and old path -> new path of the modules that had another one; nothing where all keys fit as they are, or
+        where a renaming would not lead to a module that is there.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    strange = {path for key in tensors if (path := module_of(key)) is not None and path not in modules}
+    renamings = list(tables(model)) if strange else []
+    moved: dict[str, str] = {}
+    for path in sorted(strange) if renamings else ():
+        new = placed(renamed(path, renamings), modules)
+        if new is not None:
+            moved[path] = new
+    if not moved:
+        return tensors, {}
+    found = {}
+    for key, tensor in tensors.items():
+        path = module_of(key) or ""
+        found[PREFIX + moved[path] + key[len(PREFIX) + len(path) :] if path in moved else key] = tensor
+    if len(found) < len(tensors):
+        return tensors, {}  # two keys would become one: then it is another layout
+    return found, moved
+
+
+OWN = ("lora_", "hada_", "ia3_", "oft_", "vera_", "base_layer")  # how what belongs to an adapter begins
+
+
+def module_of(key: str) -> str | None:
+    """The path of the module that a key is of, or None where it is of none."""
+    parts = key.removeprefix(PREFIX).split(".")
+    first = next((n for n, part in enumerate(parts) if part.startswith(OWN)), None)
+    return ".".join(parts[:first]) if first and key.startswith(PREFIX) else None
+
+
+def placed(path: str, modules: set[str]) -> str | None:
+    """A path that is there: as it is, or without one component, as those of models within models."""
+    parts = path.split(".")
+    fewer = [".".join(parts[:n] + parts[n + 1 :]) for n in range(len(parts) - 1) if not parts[n].isdigit()]
+    found = [p for p in dict.fromkeys([path, *fewer]) if p in modules]
+    return found[0] if found and (found[0] == path or len(found) == 1) else None
+
+
+def tables(model: nn.Module) -> Iterator[Any]:
+    """Transformers' renamings for the kind of a model, where it has any."""
+    mapping = sys.modules.get("transformers.conversion_mapping")
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if mapping is None or kind is None:
+        return
+    from transformers.core_model_loading import WeightRenaming
+
+    aliases = getattr(mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    for name in dict.fromkeys((kind, aliases.get(kind), type(model).__name__, aliases.get(type(model).__name__))):
+        for rule in mapping.get_checkpoint_conversion_mapping(name) or () if name else ():
+            if type(rule) is WeightRenaming:
+                yield rule
+
+
+def renamed(path: str, renamings: list[Any]) -> str:
+    """A module's path as today's model has it."""
+    from transformers.core_model_loading import rename_source_key
+
+    found, _ = rename_source_key(f"{path}.weight", renamings, [])
+    return str(found).removesuffix(".weight")

@@ -1,0 +1,1 @@
+"""Class swap, dispatch and routing of adapted layers; may import methods and everything below it."""

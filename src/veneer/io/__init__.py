@@ -1,0 +1,1 @@
+"""Locating, reading and writing files safely; may import backends, distributed and algebra."""

@@ -1,0 +1,132 @@
+"""`adapter_config.json`: fields, types and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..io.atomic_write import locked, pending, save_bytes
+from ..io.locate import CONFIG_NAME, folder_to_write, read_config
+from ..targets.suggest import suggest
+from .base import Method
+from .registry import refuse_foreign, registry
+
+PEFT_VERSION = "0.21.2"  # the layout written here
+
+
+def load_config(
+    where: str | os.PathLike[str], *, subfolder: str | None = None, expected: type[Method] | None = None, **hub: Any
+) -> Method:
+    """Read `adapter_config.json`.
+
+    Args:
+        where: folder or hub id.
+        subfolder: folder below it.
+        expected: the method it must be of, or None for any.
+        **hub: `revision`, `token`, `cache_dir` and the like.
+
+    Raises:
+        ValueError: no such file, no JSON, another method, or fields that cannot be honoured.
+    """
+    values, path = read_config(where, subfolder=subfolder, **hub)
+    return config_from_dict(values, expected=expected, where=path)
+
+
+def config_from_dict(
+    values: Mapping[str, Any], *, expected: type[Method] | None = None, where: str = "config"
+) -> Method:
+    """Build a config from the content of `adapter_config.json`; see `load_config`."""
+    name = values.get("peft_type")
+    methods = {k: c for k, c in registry().items() if not c.internal}
+    cls = methods.get(str(name))
+    if cls is None:
+        raise ValueError(
+            f"{where}: peft_type {name!r} is not a method of this version{suggest(str(name), methods)}; "
+            f"there are {', '.join(sorted(methods))}"
+        )
+    if expected is not None and cls is not expected:
+        raise ValueError(
+            f"{where}: this is a config of {name!r} ({cls.__name__}), not of {expected.peft_name!r} "
+            f"({expected.__name__}); use PeftConfig.from_pretrained to read any method"
+        )
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.init}
+    known, unknown = {}, []
+    for key, value in values.items():
+        if key in fields:
+            check_value(fields[key], value, f"{where}: {key}")
+            known[key] = value
+        elif key in cls.foreign:
+            refuse_foreign(cls, key, value)
+        elif not value:  # None, False, 0, "", [], {}: how a field that is not in use is written
+            unknown.append(key)
+        else:
+            version = values.get("peft_version")
+            raise ValueError(
+                f"{where}: {key}={value!r} is a field that {cls.__name__} does not know (written by peft {version}), "
+                "and ignoring it would change the result; use a version of Veneer that has it, or remove the field "
+                "from the file if it does not matter"
+            )
+    if unknown:
+        warnings.warn(
+            f"{where}: fields unknown to {cls.__name__} were ignored, all at their default: "
+            f"{', '.join(sorted(unknown))} (written by peft {values.get('peft_version')})",
+            stacklevel=3,
+        )
+    try:
+        config = cls(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    config.from_file = True
+    return config
+
+
+SIZES = 1 << 16  # the largest rank, number of virtual tokens or width that a file may ask memory for
+NUMBERS = ("seed", "key", "token_id")  # in the names of whole numbers that are no sizes
+PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+
+
+def check_value(annotation: str, value: Any, where: str) -> None:
+    """Raise ValueError where a field of a config file holds what its type does not allow, or a size beyond reason."""
+    if annotation == "Any":  # names of modules, which are held as a set
+        annotation = "list[str] | str | None"
+    if not any(allows(kind.strip(), value) for kind in annotation.split("|")) and "Combination" not in annotation:
+        raise ValueError(f"{where}={str(value)[:80]!r}: must be of the type {annotation.replace('None', 'null')}")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
+    for held in (h for pair in pairs for h in pair):
+        if type(held) is int and abs(held) > SIZES and not any(n in where.rpartition(" ")[2] for n in NUMBERS):
+            raise ValueError(f"{where}={held}: {SIZES:,} is the most that a file may ask for")
+        if isinstance(held, str) and (len(held) > SIZES or "\0" in held):
+            raise ValueError(
+                f"{where}={held[:40]!r}...: {len(held):,} characters; {SIZES:,} are allowed, none of them NUL"
+            )
+
+
+def allows(kind: str, value: Any) -> bool:
+    """Whether a type, as a config's class writes it, has this value of JSON's."""
+    if kind.startswith(("list[", "dict[")):
+        inner = kind[5:-1].rpartition(", ")[2]
+        if kind.startswith("list["):
+            return isinstance(value, list) and all(allows(inner, v) for v in value)
+        return isinstance(value, dict) and all(
+            isinstance(v, list) if inner.startswith("list") else allows(inner, v) for v in value.values()
+        )
+    if isinstance(value, bool) and kind not in ("bool", "Any"):
+        return False
+    return isinstance(value, PLAIN.get(kind, object))
+
+
+def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
+    """Write `adapter_config.json` with some fields changed."""
+    data = config_bytes({**config.to_dict(), **changes, "peft_version": PEFT_VERSION})
+    target = folder_to_write(folder)
+    with locked(target):
+        pending(target / CONFIG_NAME).unlink(missing_ok=True)
+        save_bytes(target / CONFIG_NAME, data)
+
+
+def config_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,86 @@
+"""The registry of methods, and the decorator that fills it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from ..targets.suggest import suggest
+from .base import REGISTRY, Method
+from .peft_types import PUBLIC, import_methods
+
+HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
+
+
+def registry() -> dict[str, type[Method]]:
+    """Every method by its `peft_type`."""
+    import_methods()
+    return REGISTRY
+
+
+def __getattr__(name: str) -> Any:
+    if name == "METHODS":  # the methods a user can name
+        return {key: cls for key, cls in registry().items() if not cls.internal}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+C = TypeVar("C", bound="type[Method]")
+
+
+def method(
+    peft_type: str,
+    *,
+    foreign: Mapping[str, Any] | None = None,
+    patterns: Mapping[str, str] | None = None,
+    internal: bool = False,
+) -> Callable[[C], C]:
+    """Register a dataclass as the method `peft_type`.
+
+    Args:
+        peft_type: its name in `adapter_config.json`.
+        foreign: fields that peft's config of this method has and this one does not, with peft's defaults.
+            They are accepted at their default, in a call and in a file, and refused at any other value.
+        patterns: config field holding per-module values -> the field those values replace
+            (`{"rank_pattern": "r"}`).
+        internal: True for a companion that users name through another config's field.
+    """
+
+    def register(cls: C) -> C:
+        cls.peft_name = peft_type
+        cls.foreign = {**(foreign or {})}
+        cls.patterns = {**(patterns or {})}
+        cls.internal = internal
+        cls.hooks = tuple(h for h in HOOKS if h in _defined(cls))
+        generated = cls.__init__
+
+        def __init__(self: Method, *args: Any, **kwargs: Any) -> None:
+            known = {f.name for f in dataclasses.fields(self) if f.init}
+            for name in [n for n in kwargs if n not in known]:
+                if name not in cls.foreign:
+                    allowed = [*known, *cls.foreign]
+                    raise TypeError(f"{cls.__name__} has no argument {name!r}{suggest(name, allowed)}")
+                refuse_foreign(cls, name, kwargs.pop(name))
+            generated(self, *args, **kwargs)
+
+        __init__.__wrapped__ = generated  # type: ignore[attr-defined]  # keeps the signature readable
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        REGISTRY[peft_type] = cls
+        PUBLIC.update({} if internal else {peft_type: None})
+        return cls
+
+    return register
+
+
+def _defined(cls: type) -> set[str]:
+    return {name for base in cls.__mro__ if base not in (Method, object) for name in vars(base)}
+
+
+def refuse_foreign(cls: type[Method], name: str, value: Any) -> None:
+    """Raise ValueError if a peft field that Veneer does not have is set to more than its default."""
+    default = cls.foreign[name]
+    if value != default and not (not value and not default):
+        raise ValueError(
+            f"{cls.__name__}({name}={value!r}): Veneer does not support {name!r} yet, and ignoring it would "
+            f"change the result; leave it at {default!r}"
+        )

@@ -1,0 +1,75 @@
+"""Method names of peft."""
+
+from __future__ import annotations
+
+# Methods that peft 0.21.2 has: its PeftType.
+PEFT_METHODS = frozenset(
+    [
+        "ADALORA",
+        "ADAMSS",
+        "ADAPTION_PROMPT",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "CARTRIDGE",
+        "CPT",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LILY",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "MULTITASK_PROMPT_TUNING",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PSOFT",
+        "PVERA",
+        "P_TUNING",
+        "RANDLORA",
+        "ROAD",
+        "SHADOW",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+        "XLORA",
+    ]
+)
+# Those that inject_adapter_in_model refuses: soft prompts, and methods with state shared between layers.
+NOT_INJECTED = frozenset(
+    [
+        "ADAPTION_PROMPT",
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PVERA",
+        "P_TUNING",
+        "RANDLORA",
+        "SHADOW",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "XLORA",
+    ]
+)

@@ -1,0 +1,183 @@
+"""A stack as the place of virtual tokens: its layer kind, its forward with virtual tokens, attaching and restoring it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.sharding import shape_of
+from ..injection.class_swap import give_back, take_over, take_over_carrier
+from ..injection.dispatch import Takeover
+from ..injection.router import Router, flat
+from ..layers.geometry import Geometry
+from ..layers.kind import LayerKind
+from ..layers.site import Site
+from .forward import Passage, refuse_left_behind
+from .masks import extend_cross
+from .stacks import CACHES, StackFacts, blocks, cache_argument, embedding_of, learned_positions, recurrent, type_name
+from .virtual_tokens import Front
+
+
+class DoorKind(LayerKind):
+    """A stack of blocks, seen as a place for virtual tokens: (vocabulary, width) of its embedding."""
+
+    name = "stack"
+    param = ""
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # methods that bring virtual tokens name it
+
+    def measure(self, owner: nn.Module, param: str) -> Geometry:
+        table = embedding_of(owner)
+        if table is None:
+            return Geometry(0, 0)
+        rows, width = shape_of(cast(Tensor, table.weight))
+        return Geometry(rows, width, lookup=True)
+
+
+DOOR = DoorKind()
+
+
+class Door(StackFacts):
+    """A stack whose forward takes the virtual tokens of adapters."""
+
+    encoder: Door | None
+
+    def run(self, state: Takeover, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stack's forward with the virtual tokens of the adapters that are live."""
+        call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if self.cache == "cache" and "past_key_values" in call:  # transformers' name for it until 5.23
+            call["cache"] = call.pop("past_key_values")
+        router = state.router
+        here = self.known(router, call.get(self.cache)) or self.front(router, call)
+        behind = None if self.encoder is None else self.encoder.front(router, call)
+        if behind is not None and call.get("encoder_hidden_states") is not None:
+            extend_cross(call, behind)
+        if here is None:
+            refuse_left_behind(call.get(self.cache))
+            return state.inner(stack, router.live(), (), call)
+        return Passage(self, state, stack, call, here).run()
+
+    def known(self, router: Router, cache: Any) -> Front | None:
+        """What the caller's cache keeps of an earlier call with the same virtual tokens, or None."""
+        memory = None if cache is None or torch.is_grad_enabled() else getattr(cache, "veneer", None)
+        if memory is None or memory.made is None or torch.compiler.is_compiling():
+            return None
+        live = router.rows() or tuple(flat(router.live()))
+        names = [n for n in dict.fromkeys(live) if n in self.site.entries]
+        key = tuple(self.key_of(n, self.site.tensors(n), router) for n in names)
+        if router.rows() is not None:
+            order = list(dict.fromkeys(live))
+            key = (tuple(order.index(n) for n in live), *key)
+        made: Front = memory.made
+        return made if made.key == key else None
+
+    def key_of(self, name: str, p: Mapping[str, Tensor], router: Router) -> tuple[Any, ...]:
+        """What an adapter's virtual tokens are made from: it, the state of its tensors, and the rows' tasks."""
+        serial, tasks = self.site.entries[name].serial, router.tasks()
+        if torch.compiler.is_compiling():
+            return (name, serial, (), ())
+        versions = tuple(0 if t.is_inference() else t._version for t in p.values())
+        return (name, serial, versions, () if tasks is None else tuple(tasks.tolist()))
+
+    def front(self, router: Router, call: Mapping[str, Any]) -> Front | None:
+        """The virtual tokens that stand before this call's rows, or None."""
+        rows = router.rows()
+        if rows is None:
+            found = [self.piece(name, router) for name in flat(router.live()) if name in self.site.entries]
+            return Front.joined([f for f in found if f is not None])
+        names = list(dict.fromkeys(rows))
+        pieces = [self.piece(n, router) if n in self.site.entries else None for n in names]
+        return Front.mixed(pieces, [names.index(n) for n in rows])
+
+    def piece(self, name: str, router: Router) -> Front | None:
+        """One adapter's virtual tokens at this stack, before they are cast and spread over the rows."""
+        entry = self.site.entries[name]
+        method, p = entry.method, self.site.tensors(name)
+        prefix = method.prefix(p, self.site) if "prefix" in method.hooks else None
+        prompt = method.prompt(p, self.site, router.tasks()) if "prompt" in method.hooks else None
+        if prefix is None and prompt is None:
+            return None
+        # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
+        prefix = None if prefix is None else prefix[None]
+        prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
+        return Front(prefix, prompt, None, (self.key_of(name, p, router),))
+
+
+def open_door(site: Site, role: str, model: nn.Module) -> Door:
+    """What there is to know of a stack, read from it once."""
+    stack = site.owner
+    arguments = tuple(inspect.signature(stack.forward).parameters)
+    own = [m for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    pooled = getattr(stack, "pooler", None) is not None
+    mean = getattr(getattr(model, "config", None), "classifier_pooling", None) in ("mean", "late")
+    whole_sequence = type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
+    causal = role != "encoder" and (not own or any(m.is_causal for m in own))
+    return Door(
+        site,
+        role,
+        arguments,
+        next((a for a in CACHES if a in arguments), ""),
+        causal,
+        learned_positions(stack),
+        keeps_first=whole_sequence and not causal and not pooled and not mean and role == "model",
+        carriers=list(blocks(stack)),
+    )
+
+
+def attach_door(door: Door, router: Router) -> None:
+    """Take over the stack, and the blocks that carry its prefix."""
+    take_over(door.site.owner, router).door = door
+    for block in door.carriers:
+        take_over_carrier(block, router, *cache_argument(block))  # type: ignore[misc]
+
+
+def join(sites: Iterable[Site]) -> None:
+    """Let the decoder's door know the encoder's."""
+    opened = [s.owner.__dict__["_veneer"].door for s in sites if isinstance(s.kind, DoorKind)]
+    by_role = {d.role: d for d in opened if d is not None}
+    for found in by_role.values():
+        found.encoder = by_role.get("encoder") if found.role == "decoder" else None
+
+
+def close(door: Door) -> None:
+    """Undo `attach_door`; blocks that hold nothing else are given back."""
+    door.site.owner.__dict__["_veneer"].door = None
+    for block in door.carriers:
+        state = block.__dict__["_veneer"]
+        state.carries = None
+        if not state.in_use:
+            give_back(block)
+
+
+def check_fits(door: Door, virtual: int, prefix: bool) -> None:
+    """Raise where a stack has no place for virtual tokens.
+
+    Raises:
+        ValueError: they leave no position for a real one.
+        TypeError: a prefix needs the stack's cache, and it takes none.
+    """
+    config = getattr(door.site.owner, "config", None)
+    if not prefix and "per_layer_inputs" in door.arguments and getattr(config, "hidden_size_per_layer_input", None):
+        raise TypeError(
+            f"{type_name(door.site.owner)} reads the ids of its tokens in every layer, and virtual tokens have none; use "
+            "PrefixTuningConfig or LoraConfig"
+        )
+    if prefix and door.cache and recurrent(config):
+        raise TypeError(
+            f"{type_name(door.site.owner)} has layers with recurrent states (linear attention), which have no keys and values "
+            "for a prefix to stand in front of; use PromptTuningConfig or LoraConfig"
+        )
+    if prefix and not door.cache:
+        raise TypeError(
+            f"{type_name(door.site.owner)} takes no cache, which a prefix needs; use PromptTuningConfig or LoraConfig"
+        )
+    if door.positions is not None and virtual >= door.positions:
+        raise ValueError(
+            f"num_virtual_tokens={virtual}: {type_name(door.site.owner)} has {door.positions} positions, so no room is left "
+            f"for real tokens; use {door.positions // 2} or fewer"
+        )

@@ -1,0 +1,78 @@
+"""Checkpoints that are whole or do not count, and one run a folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..io import atomic_write
+from .errors import InputError, disk
+
+MARK = "complete.json"  # in a checkpoint, when all else in it is on the disk
+LOCK = ".running"  # in the folder of a run, held while it runs
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's whole checkpoints, the oldest first."""
+    found = [p.parent for p in folder.glob(f"checkpoints/checkpoint-*/{MARK}")]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def drop_broken(folder: Path) -> None:
+    """Remove checkpoints in whose writing a run was killed, which Trainer would count among those to keep."""
+    whole = set(checkpoints(folder))
+    for path in folder.glob("checkpoints/checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+
+
+class WholeCheckpoints:
+    """For transformers' Trainer: marks a checkpoint once all processes have written their part of it."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.process_index == 0:
+            (folder / MARK).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.process_index == 0:
+            for path in [*folder.rglob("*"), folder]:
+                atomic_write.sync(path)
+            atomic_write.save_text(folder / MARK, f'{{"step": {trainer.state.global_step}}}\n')
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[ExitStack]:
+    """What a run holds until it ends; within it, errors of the disk say whether `--resume` can go on."""
+    with disk(lambda: last_checkpoint(folder) is not None), ExitStack() as held:
+        yield held
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block, this is the only run in a folder.
+
+    Raises:
+        InputError: another process runs there.
+    """
+    path = folder / LOCK
+    path.touch()
+    try:
+        with atomic_write.locked(path, wait=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except TimeoutError as error:
+        raise InputError(
+            f"{folder}: another process is training there now; wait for it, or give another --out"
+        ) from error

@@ -1,0 +1,1 @@
+"""Slots and hot swapping; may import lifecycle and everything below it."""

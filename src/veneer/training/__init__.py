@@ -1,0 +1,1 @@
+"""Watching and preparing training; may import lifecycle and everything below it."""

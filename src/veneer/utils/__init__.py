@@ -1,1 +1,0 @@
-"""What peft keeps in `peft.utils`, under the same names."""

@@ -72,7 +72,7 @@ def peak(store: str, rows: int, tokens: int, steps: int = 3) -> dict[str, Any]:
     import gc
 
     import veneer
-    from veneer.recipes.malloc import give_back
+    from veneer.recipes.malloc import release_memory
     from veneer.recipes.models import load_model
 
     from .plan import resident
@@ -80,7 +80,7 @@ def peak(store: str, rows: int, tokens: int, steps: int = 3) -> dict[str, Any]:
     torch.set_num_threads(1)
     quantize = None if store == "float32" else store
     if quantize is not None:
-        give_back()
+        release_memory()
     base = load_model("smollm2-135m", "causal-lm", "float32", quantize)
     if quantize is not None:
         veneer.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)

@@ -75,7 +75,7 @@ def test_houlsby_by_hand(name: str) -> None:
     model = adapted(name, "houlsby")
     other = MODELS[name].make()
     tensors = dict(model.named_parameters())
-    spots = blocks.find_spots(other)
+    spots = blocks.find_sublayers(other)
     assert {s.role for s in spots} >= {"attention", "feed_forward"}
     for spot in spots:
         at = f"base_model.model.{spot.name}.adapter_"
@@ -172,7 +172,7 @@ def test_nothing_is_kept_between_calls() -> None:
 
 def stream(model: nn.Module, x: dict[str, Any]) -> list[float]:
     """How far each place's r + h is from what its norm gets, or from the r of one of the next places."""
-    spots, seen = blocks.find_spots(model), {}
+    spots, seen = blocks.find_sublayers(model), {}
     modules = dict(model.named_modules())
 
     def enters(name: str) -> Any:
@@ -241,7 +241,7 @@ def test_reading_a_block_agrees_with_the_table(name: str) -> None:
 def test_opt_says_where_it_normalises() -> None:
     for before in (True, False):
         config = t.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, do_layer_norm_before=before)
-        assert all(bool(s.norm) != before for s in blocks.find_spots(t.AutoModelForCausalLM.from_config(config)))
+        assert all(bool(s.norm) != before for s in blocks.find_sublayers(t.AutoModelForCausalLM.from_config(config)))
 
 
 class Odd(nn.Module):
@@ -380,7 +380,7 @@ def test_fusion_by_hand(name: str) -> None:
     scramble(model, 5)
     with torch.no_grad():
         sites = [s for s in model.runtime.sites.values() if "fusion" in s.entries]
-        assert len(sites) == len(blocks.find_spots(MODELS[name].make()))
+        assert len(sites) == len(blocks.find_sublayers(MODELS[name].make()))
         site = sites[0]
         h = torch.randn(2, 3, 32)
         p = site.tensors("fusion")

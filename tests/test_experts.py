@@ -23,7 +23,7 @@ from small import scramble
 from table import Holder, Model
 from veneer.algebra.low_rank import Factored
 from veneer.algebra.operators import Diagonal
-from veneer.algebra.recursion import Fork, Link
+from veneer.algebra.recursion import Branches, Term
 from veneer.algebra.sums import Sum
 from veneer.layers.lazy_weight import Lazy, LowRank, lazily, lazy
 from veneer.layers.parameter import Parameter
@@ -387,7 +387,7 @@ def used(use: Callable[[Tensor, Tensor], Tensor], formed: bool, flipped: bool, d
         weight = W + 0.5 * stacked @ A
     else:
         stored = W.mT.contiguous() if flipped else W
-        made = lazily(stored, [Link(Factored(stacked, A, 0.5), None, None, None, None)], flipped=flipped)
+        made = lazily(stored, [Term(Factored(stacked, A, 0.5), None, None, None, None)], flipped=flipped)
         assert isinstance(made, Lazy)
         assert made.shape == stored.shape and made.dtype == dtype and made.ndim == 3 and made.formed is None
         weight = made.mT if flipped else made
@@ -459,24 +459,25 @@ def test_what_is_declined() -> None:
     def of(*links: Any, weight: Tensor = W) -> Tensor | None:
         return lazily(weight, links)
 
-    assert of(Link(low, None, None, None, None)) is not None
+    assert of(Term(low, None, None, None, None)) is not None
     assert (
-        of(Link(Sum(low, low), None, None, None, None), Fork([(0.5, [Link(low, None, None, None, None)])])) is not None
+        of(Term(Sum(low, low), None, None, None, None), Branches([(0.5, [Term(low, None, None, None, None)])]))
+        is not None
     )
     assert of() is None
     for link in (
-        Link(low, Diagonal(torch.ones(OUT)), None, None, None),
-        Link(low, None, Diagonal(torch.ones(IN)), None, None),
-        Link(low, None, None, torch.ones(OUT), None),
-        Link(low, None, None, None, lambda x, y: y),
-        Link(Diagonal(torch.ones(OUT)), None, None, None, None),
-        Link(Factored(B, A, inner=torch.ones(3)), None, None, None, None),
+        Term(low, Diagonal(torch.ones(OUT)), None, None, None),
+        Term(low, None, Diagonal(torch.ones(IN)), None, None),
+        Term(low, None, None, torch.ones(OUT), None),
+        Term(low, None, None, None, lambda x, y: y),
+        Term(Diagonal(torch.ones(OUT)), None, None, None, None),
+        Term(Factored(B, A, inner=torch.ones(3)), None, None, None, None),
     ):
         assert of(link) is None
-        assert of(Fork([(1.0, [link])])) is None
-    assert of(Link(low, None, None, None, None), weight=W.to(torch.int8)) is None
+        assert of(Branches([(1.0, [link])])) is None
+    assert of(Term(low, None, None, None, None), weight=W.to(torch.int8)) is None
     seen = []
-    torch.func.grad(lambda a: seen.append(of(Link(Factored(B, a), None, None, None, None))) or a.sum())(A)
+    torch.func.grad(lambda a: seen.append(of(Term(Factored(B, a), None, None, None, None))) or a.sum())(A)
     assert seen == [None]
 
 

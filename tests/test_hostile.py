@@ -236,7 +236,7 @@ def test_what_is_packed_is_what_is_read(shapes: dict[str, list[int]]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        path.write_bytes(adapter_files.packed(tensors))
+        path.write_bytes(adapter_files.to_safetensors_bytes(tensors))
         safe_read.load_tensors(path)
         found = locate.read_tensors(path)
         assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in tensors)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import veneer
 from models import IDS, MODELS
 from small import llama, scramble
-from veneer.injection.dispatch import Takeover
+from veneer.injection.dispatch import AdaptedState
 from veneer.kernels import mixed
 
 BASE = "__base__"
@@ -31,14 +31,14 @@ ways = pytest.mark.parametrize("way", WAYS, ids=str)
 def loops(monkeypatch: Any) -> list[str]:
     """The layers that ran one adapter after another."""
     seen: list[str] = []
-    before = Takeover.weights_by_rows
+    before = AdaptedState.weights_by_rows
 
-    def counted(self: Takeover, layer: nn.Module, rows: Any, args: Any, kwargs: Any) -> Any:
+    def counted(self: AdaptedState, layer: nn.Module, rows: Any, args: Any, kwargs: Any) -> Any:
         if self.main is not None and any(n in self.main.entries for n in rows):
             seen.append(self.main.name)
         return before(self, layer, rows, args, kwargs)
 
-    monkeypatch.setattr(Takeover, "weights_by_rows", counted)
+    monkeypatch.setattr(AdaptedState, "weights_by_rows", counted)
     return seen
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .operators import Operator
 
-if TYPE_CHECKING:
-    pass
 
-
-class Link:
+class Term:
     """What one adapter says at one site in one forward: a term of the recursion."""
 
     __slots__ = ("delta", "left", "post", "right", "shift")
@@ -29,20 +26,20 @@ class Link:
         self.delta, self.left, self.right, self.shift, self.post = delta, left, right, shift, post
 
 
-class Fork:
+class Branches:
     """Branches of the recursion that start from the same output; their weighted changes to it are added."""
 
     __slots__ = ("branches",)
 
-    def __init__(self, branches: list[tuple[float, list[Link | Fork]]]) -> None:
+    def __init__(self, branches: list[tuple[float, list[Term | Branches]]]) -> None:
         self.branches = branches
 
 
-def every(links: Sequence[Link | Fork]) -> Iterator[Link]:
+def walk_terms(links: Sequence[Term | Branches]) -> Iterator[Term]:
     """The links in a chain, those of its branches too."""
     for link in links:
-        if isinstance(link, Link):
+        if isinstance(link, Term):
             yield link
         else:
             for _, branch in link.branches:
-                yield from every(branch)
+                yield from walk_terms(branch)

@@ -84,7 +84,7 @@ def bare_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: shape for backend in backends() for name, shape in backend.bare(module).items()}
 
 
-def settle(root: nn.Module) -> None:
+def prepare_for_gradients(root: nn.Module) -> None:
     """Make the modules below `root` ready for gradients to go through."""
     libraries = [b for b in backends() if b.packed]
     for module in root.modules():

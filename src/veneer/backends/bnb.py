@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.sharding import whole
+from ..distributed.sharding import gathered
 from .base import Backend
 from .plain import FLOATS
 
@@ -35,7 +35,7 @@ class FourBit(Backend):
     def read(self, owner: nn.Module, param: str) -> Tensor:
         weight, state = owner._parameters[param], self.state(owner, param)
         assert weight is not None
-        packed = whole(weight.data)
+        packed = gathered(weight.data)
         if state is None:
             return packed
         self.gathered(owner, param)

@@ -703,7 +703,7 @@ def fold(p: Patient, rank: int) -> None:
     p.tensors = made
     p.config |= {
         "r": rank,
-        "lora_alpha": whole(scale * rank),
+        "lora_alpha": rounded(scale * rank),
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -712,10 +712,10 @@ def fold(p: Patient, rank: int) -> None:
 
 def fold_rslora(p: Patient) -> None:
     """The same scale, written as alpha / r."""
-    p.config |= {"lora_alpha": whole(p.scale() * p.config.get("r", 8)), "use_rslora": False}
+    p.config |= {"lora_alpha": rounded(p.scale() * p.config.get("r", 8)), "use_rslora": False}
 
 
-def whole(value: float) -> float:
+def rounded(value: float) -> float:
     """A whole number as an int, as configs have it."""
     return int(value) if value == int(value) else value
 

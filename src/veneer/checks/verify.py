@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ..files import adapter_files
+from ..files.certificate import Certificate, Check, digest, versions
 from ..injection.entries import copy_name
 from ..io import fingerprint, locate
 
 if TYPE_CHECKING:
     from ..model.peft_model import PeftModel
 
-from ..files.certificate import Certificate, Check, digest, versions
 
 # How far outputs may be apart, relative to the largest: the same computation again, and one that rounds elsewhere.
 SAME = {torch.float32: 1e-5, torch.float64: 1e-9, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -189,7 +189,7 @@ def verify(
         target = place / "adapter" if folder is None else Path(folder)
         if not holds(target, model, adapter_name):
             adapter_files.save_adapter(model.runtime, adapter_name, target, **named(model, adapter_name))
-        where, note = settled(root, base, place)
+        where, note = saved_base(root, base, place)
         request = {
             "base": where,
             "class": type(root).__dict__.get("_veneer_base", type(root)).__name__,
@@ -210,7 +210,7 @@ def verify(
         answer = process("veneer", request)
         checks.append(compared("loaded in a new process", said, answer["said"], same, note))
         checks += [Check(**c) for c in answer["checks"]]
-        checks.append(alone(request, said, root, answer))
+        checks.append(check_alone(request, said, root, answer))
         checks.append(in_peft(request, said, same, config.peft_name))
         files = {
             n: {"size": p.stat().st_size, "sha256": digest(p, whole=True), "sampled": digest(p, whole=False)}
@@ -261,7 +261,7 @@ def named(model: PeftModel, adapter: str) -> dict[str, Any]:
     return {"base_model_name_or_path": base_name(model.get_base_model())}
 
 
-def settled(root: Any, base: str | os.PathLike[str] | None, place: Path) -> tuple[str, str]:
+def saved_base(root: Any, base: str | os.PathLike[str] | None, place: Path) -> tuple[str, str]:
     """Where a new process finds the base model, and what is to be said of it.
 
     Raises:
@@ -312,7 +312,7 @@ def process(how: str, request: Mapping[str, Any]) -> dict[str, Any]:
     return answer | {"said": load_file(place / f"{how}-said.safetensors")["said"]}
 
 
-def alone(request: Mapping[str, Any], said: Tensor, root: nn.Module, answer: Mapping[str, Any]) -> Check:
+def check_alone(request: Mapping[str, Any], said: Tensor, root: nn.Module, answer: Mapping[str, Any]) -> Check:
     """The merged model, loaded by transformers without Veneer."""
     name = "merged for good, by transformers alone"
     if not answer["merged"]:

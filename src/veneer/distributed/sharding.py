@@ -44,7 +44,7 @@ def shape_of(tensor: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor that may be one rank's shard; of ZeRO-3's only within `available`."""
     full = getattr(tensor, "full_tensor", None)
     made: Tensor = tensor if full is None else full()

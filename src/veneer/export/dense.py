@@ -22,7 +22,7 @@ from ..backends.base import Backend
 from ..backends.base import held as held_by
 from ..backends.plain import FLOATS
 from ..files.adapter_files import base_of
-from ..injection.router import Item
+from ..injection.router import AdapterExpr
 from ..lifecycle.adapters import Runtime, runtime_of
 
 
@@ -109,7 +109,7 @@ def quantized_layers(root: nn.Module) -> dict[str, Backend]:
 
 
 def merge_dense(
-    root: nn.Module, names: Sequence[Item] | None, *, dtype: torch.dtype | None = None, check: bool = False
+    root: nn.Module, names: Sequence[AdapterExpr] | None, *, dtype: torch.dtype | None = None, check: bool = False
 ) -> int:
     """Dequantize a model's layers in place, with adapters merged into them for good and all adapters taken off.
 

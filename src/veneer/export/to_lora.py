@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored, best_rank, low_rank
-from ..algebra.recursion import Link
+from ..algebra.recursion import Term
 from ..algebra.sums import terms
 from ..distributed import sharding
 from ..files import adapter_files
-from ..injection.entries import copy_name, link
+from ..injection.entries import copy_name, term_of
 from ..layers.site import Site
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX, file_key
@@ -189,20 +189,20 @@ def refuse(site: Site, adapter: str) -> None:
 
 def change(site: Site, adapter: str) -> tuple[Parts, Tensor | None]:
     """By what an adapter changes a weight, as factors where it has them, and the bias it leaves (out,)."""
-    said = link(site.entries[adapter].method, site.tensors(adapter), site)
+    said = term_of(site.entries[adapter].method, site.tensors(adapter), site)
     n = site.experts or site.groups
     wide = torch.float64 if site.home.type in ("cpu", "cuda") else torch.float32
     bias = None if site.bias is None else site.bias.to(device=site.home, dtype=wide)
     if said.left is not None or said.shift is not None:
         beside = torch.zeros(site.fan_out, 1, dtype=wide, device=site.home)  # in place of the weight
-        _, bias = site.kind.compose(site, [Link(None, said.left, None, said.shift, None)], beside, bias)
+        _, bias = site.kind.compose(site, [Term(None, said.left, None, said.shift, None)], beside, bias)
     if said.left is None and said.right is None:
         delta = [t.factored() if isinstance(t, Hadamard) and t.thin else t for t in terms(said.delta)]
         if all(isinstance(t, Factored) and t.size == site.patch for t in delta):
             pairs = [stacked(t, n, wide) for t in delta if isinstance(t, Factored)]
             return (torch.cat([B for B, _ in pairs], -1), torch.cat([A for _, A in pairs], -2)), bias
     weight = site.weight().to(device=site.home, dtype=wide)
-    changed, _ = site.kind.compose(site, [Link(said.delta, said.left, said.right, None, None)], weight, None)
+    changed, _ = site.kind.compose(site, [Term(said.delta, said.left, said.right, None, None)], weight, None)
     return ((changed - weight).reshape(n, -1, weight.shape[-1]),), bias
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..distributed import sharding
-from ..distributed.sharding import whole
+from ..distributed.sharding import gathered
 from ..io import fingerprint, safe_read
 from ..io.atomic_write import locked, save_bytes, save_text, write_pair
 from ..io.fingerprint import BaseMismatchWarning, Differences, Fingerprint
@@ -22,9 +22,9 @@ from ..io.locate import (
     FIELDS,
     SET_NAME,
     WEIGHTS_NAME,
+    field_hashes,
     find_file,
     folder_to_write,
-    marks,
     weights_path,
 )
 from ..lifecycle.adapters import Runtime, runtime_of
@@ -94,7 +94,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], 
     Raises:
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
     """
-    data = packed(tensors)
+    data = to_safetensors_bytes(tensors)
     target = folder_to_write(folder)
     with locked(target):
         save_bytes(target / name, data)
@@ -114,18 +114,18 @@ def save_pair(
         ValueError: a tensor is empty, as parameters that were not gathered from their shards are.
         OSError: they cannot be written; what was there is as before.
     """
-    data = packed(tensors, metadata_of(tensors, values, base))
+    data = to_safetensors_bytes(tensors, metadata_of(tensors, values, base))
     target = folder_to_write(folder)
     write_pair((target / WEIGHTS_NAME, data), (target / CONFIG_NAME, config_bytes(values)))
 
 
 def metadata_of(keys: Iterable[str], values: Mapping[str, Any], base: Fingerprint | None) -> dict[str, str]:
     """What the weights' metadata say of the config and of the base model, where the file has tensors of these keys."""
-    found = {FIELDS: json.dumps(marks(values), separators=(",", ":"))}
+    found = {FIELDS: json.dumps(field_hashes(values), separators=(",", ":"))}
     return found if base is None else {**found, fingerprint.KEY: base.without(keys).to_json()}
 
 
-def packed(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None) -> bytes:
+def to_safetensors_bytes(tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a safetensors file."""
     from safetensors.torch import save
 
@@ -308,7 +308,7 @@ def adapter_tensors(
 
 def copied(tensor: Tensor) -> Tensor:
     """The whole of a tensor; a copy where ZeRO-3 lends it for a while."""
-    return tensor.detach().clone() if sharding.is_partitioned(tensor) else whole(tensor.detach())
+    return tensor.detach().clone() if sharding.is_partitioned(tensor) else gathered(tensor.detach())
 
 
 def resized(root: nn.Module, config: Method) -> bool:

@@ -23,7 +23,7 @@ from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from ..methods.registry import registry
-from ..targets.blocks import Spot, nearest_config
+from ..targets.blocks import SublayerOutput, nearest_config
 from . import adapter_files
 
 VERSION = "adapters.1.3.0"  # the layout written here
@@ -388,7 +388,7 @@ def tails(ours: str, config: Any, before: bool) -> list[str]:
     return [f"adapter_down.{int(before)}.{part}" if side == "adapter_down" else f"adapter_up.{part}"]
 
 
-def place(base: nn.Module, kind: str, spot: Spot, fusion: bool, name: str) -> str:
+def place(base: nn.Module, kind: str, spot: SublayerOutput, fusion: bool, name: str) -> str:
     """Where the library has the adapter of a place, with the adapter's name."""
     if spot.role not in LAYOUTS[kind]:
         raise ValueError(f"{spot.name}: AdapterHub's layout for {kind!r} has no adapter at this place")

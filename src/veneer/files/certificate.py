@@ -12,13 +12,9 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..io import atomic_write, locate, safe_read
-
-if TYPE_CHECKING:
-    pass
-
 
 NAME = locate.CERTIFICATE_NAME
 FORMAT = 1

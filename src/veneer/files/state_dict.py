@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import sharding
-from ..distributed.sharding import fill, shape_of, whole
+from ..distributed.sharding import fill, gathered, shape_of
 from ..io.locate import TRAINING_NAME, load_weights, read_tensors
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import AdapterLoadError, Loader, LoadReport
@@ -44,7 +44,7 @@ def get_peft_model_state_dict(
         return dict(found)
     names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
     own = {k: names.get(id(t), "") for k, t in runtime.named_tensors(adapter_name, prefix)}
-    return {k: whole(state_dict[n]) if (n := own.get(k, "")) in state_dict else t for k, t in found.items()}
+    return {k: gathered(state_dict[n]) if (n := own.get(k, "")) in state_dict else t for k, t in found.items()}
 
 
 def set_peft_model_state_dict(
@@ -99,7 +99,7 @@ def training_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What is trained of an adapter by its own names, whole and copied. Every process calls it where it is sharded."""
     own = attached(model).training_state(adapter)
     with sharding.available(own.values()):
-        return {k: whole(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
+        return {k: gathered(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
 
 
 def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..distributed import tensor_parallel
+from .dispatch import AdaptedState
 
 if TYPE_CHECKING:
     from .router import Router
-
-from .dispatch import Takeover
 
 
 class Adapted:
@@ -49,7 +48,7 @@ def adapted_class(base: type[nn.Module], read: bool = False) -> type[nn.Module]:
     if cls is None:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            state: Takeover = self.__dict__["_veneer"]
+            state: AdaptedState = self.__dict__["_veneer"]
             return state.run(self, args, kwargs)
 
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # others read arguments off it
@@ -73,16 +72,16 @@ def adapted_class(base: type[nn.Module], read: bool = False) -> type[nn.Module]:
     return cls
 
 
-def take_over(layer: nn.Module, router: Router) -> Takeover:
+def adapt_class(layer: nn.Module, router: Router) -> AdaptedState:
     """Swap the layer's class, keeping a forward that others put on the instance.
 
     accelerate's dispatch shadows the class with an instance-level `forward` that calls `_old_forward`; left
     alone, the base layer would silently run without its adapters.
     """
     state = layer.__dict__.get("_veneer")
-    if isinstance(state, Takeover):
+    if isinstance(state, AdaptedState):
         return state
-    state = Takeover(layer, router)
+    state = AdaptedState(layer, router)
     own = layer.__dict__.get("forward")
     split = tensor_parallel.style_of(layer)
     if split is not None:
@@ -106,14 +105,14 @@ def take_over(layer: nn.Module, router: Router) -> Takeover:
     return state
 
 
-def take_over_carrier(block: nn.Module, router: Router, name: str, place: int) -> None:
+def adapt_carrier(block: nn.Module, router: Router, name: str, place: int) -> None:
     """Let a block take a prefix although checkpointing takes its cache away."""
-    take_over(block, router).carries = (name, place)
+    adapt_class(block, router).carries = (name, place)
 
 
-def give_back(layer: nn.Module) -> None:
+def restore_class(layer: nn.Module) -> None:
     """Undo `take_over`."""
-    state: Takeover = layer.__dict__.pop("_veneer")
+    state: AdaptedState = layer.__dict__.pop("_veneer")
     layer.__class__ = state.base
     if state.split is not None:
         tensor_parallel.put_back(layer, *state.split)

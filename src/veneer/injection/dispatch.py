@@ -17,23 +17,18 @@ from torch.compiler import is_compiling
 
 from ..algebra import modes
 from ..distributed import offload
-from .router import Item, flat
+from ..layers.shallow_copy import rows_of_adapter, select_rows, shallow_copy
+from ..prompts.objective import state_objective
+from .effective_weight import with_effective_weight
+from .entries import copy_name
+from .router import AdapterExpr, adapter_names
 
 if TYPE_CHECKING:
     from ..kernels.plan import Group, Kernel
     from ..kernels.structure import Gated
-    from ..prompts.door import Door
-    from .router import Router, Rows
-
-from typing import TYPE_CHECKING
-
-from ..layers.stand_in import own_rows, picked, stand_in
-from ..prompts.objective import state_objective
-from .effective_weight import with_weights
-from .entries import copy_name
-
-if TYPE_CHECKING:
     from ..layers.site import Site
+    from ..prompts.prompt_stack import PromptStack
+    from .router import Router, Rows
 
 
 CARRIED = "veneer_prefix"  # argument that brings a block the cache that gradient checkpointing takes away
@@ -49,7 +44,7 @@ class Plan(NamedTuple):
         whole: the same where nothing else happens at the layer.
     """
 
-    live: tuple[Item, ...] | None
+    live: tuple[AdapterExpr, ...] | None
     version: object
     kernel: Kernel | None
     whole: Kernel | None
@@ -59,7 +54,7 @@ NO_PLAN = Plan(None, None, None, None)
 PLANS = 16  # kept at a layer
 
 
-class Takeover:
+class AdaptedState:
     """The state of one adapted layer: its base forward and the sites whose weights it uses."""
 
     def __init__(self, layer: nn.Module, router: Router) -> None:
@@ -67,7 +62,7 @@ class Takeover:
         self.router = router
         self.main: Site | None = None  # a layer whose input and output the operators act on
         self.bare: list[Site] = []  # parameters swapped for their effective value during forward
-        self.door: Door | None = None  # a stack into which virtual tokens go
+        self.door: PromptStack | None = None  # a stack into which virtual tokens go
         self.carries: tuple[str, int] | None = None  # a block's cache argument, which checkpointing takes away
         self.objective: Site | None = None  # a model whose loss an adapter says
         self.module: Site | None = None  # a module whose output is mapped as a whole
@@ -78,7 +73,7 @@ class Takeover:
         self.group: Group | None = None  # the layers that see the same input
         self.gated: Gated | None = None  # a gated feed-forward network, whose layers can run as one
         self.planned = NO_PLAN
-        self.plans: dict[tuple[Item, ...], Plan] = {}
+        self.plans: dict[tuple[AdapterExpr, ...], Plan] = {}
 
     @property
     def in_use(self) -> bool:
@@ -91,7 +86,7 @@ class Takeover:
         held = (self.module, self.opaque, self.door, self.carries, self.objective)
         return not (self.bare or self.tapped) and all(x is None for x in held)
 
-    def plan(self, layer: nn.Module, live: tuple[Item, ...]) -> Plan:
+    def plan(self, layer: nn.Module, live: tuple[AdapterExpr, ...]) -> Plan:
         """What serves a stack of adapters, found once until adapters change."""
         plan = self.planned
         if plan.live is not live or plan.version is not self.router.version:
@@ -121,7 +116,7 @@ class Takeover:
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, on the layer itself or on a stand-in for it."""
         if "__getattr__" in vars(type(module)):
-            module = stand_in(module)  # the layer's own tensors, and not what its adapters make of them
+            module = shallow_copy(module)  # the layer's own tensors, and not what its adapters make of them
         if self.instance_forward is not None:
             return self.instance_forward(module, *args, **kwargs)
         return self.base.forward(module, *args, **kwargs)
@@ -157,12 +152,12 @@ class Takeover:
         if layer.training and "_hf_hook" in layer.__dict__:
             offload.refuse_training(layer)
         for site in self.tapped:
-            if any(name in site.entries for name in (flat(live) if rows is None else rows)):
+            if any(name in site.entries for name in (adapter_names(live) if rows is None else rows)):
                 site.tap.value = args[0] if args else next(iter(kwargs.values()))
         if self.opaque is not None:
             if rows is not None and any(name in self.opaque.entries for name in rows):
                 return self.by_rows(layer, rows, args, kwargs)
-            for name in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
+            for name in reversed(tuple(adapter_names(live + self.router.merged if self.router.enabled else live))):
                 if name in self.opaque.entries:
                     return layer._modules[copy_name(name)](*args, **kwargs)  # type: ignore[misc]
         if self.objective is not None and (live or rows):
@@ -185,7 +180,7 @@ class Takeover:
             return None
         live = self.router.live()
         if self.opaque is not None:
-            for adapter in reversed(tuple(flat(live + self.router.merged if self.router.enabled else live))):
+            for adapter in reversed(tuple(adapter_names(live + self.router.merged if self.router.enabled else live))):
                 if adapter in self.opaque.entries:
                     found: Tensor = getattr(layer._modules[copy_name(adapter)], name)
                     return found
@@ -230,9 +225,9 @@ class Takeover:
             )
         order, parts = [], []
         for name in dict.fromkeys(rows):
-            own = own_rows([i for i, n in enumerate(rows) if n == name], len(rows), x)
-            taken = tuple(picked(a, own, x) for a in args)
-            named = {k: picked(a, own, x) for k, a in kwargs.items()}
+            own = rows_of_adapter([i for i, n in enumerate(rows) if n == name], len(rows), x)
+            taken = tuple(select_rows(a, own, x) for a in args)
+            named = {k: select_rows(a, own, x) for k, a in kwargs.items()}
             if self.opaque is not None and name in self.opaque.entries:
                 part = layer._modules[copy_name(name)](*taken, **named)  # type: ignore[misc]
             else:
@@ -246,7 +241,9 @@ class Takeover:
             order.append(own)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
-    def inner(self, layer: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def inner(
+        self, layer: nn.Module, live: tuple[AdapterExpr, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """The layer with the adapters of its weights."""
         if self.gated is not None and len(args) == 1 and not kwargs and modes.enabled() and not is_compiling():
             kernel = self.plan(layer, live).kernel
@@ -257,7 +254,7 @@ class Takeover:
         for site in self.bare:
             links = site.links(live)
             if links:
-                target = with_weights(target, layer, site, links)
+                target = with_effective_weight(target, layer, site, links)
         if self.main is not None:
             links = self.main.links(live)
             if links:

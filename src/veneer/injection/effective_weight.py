@@ -6,26 +6,21 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
-
-from ..layers.stand_in import stand_in
+from ..layers.shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
-    from ..algebra.recursion import Fork, Link
+    from ..algebra.recursion import Branches, Term
     from ..layers.site import Site
 
 
-def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Link | Fork]) -> nn.Module:
+def with_effective_weight(target: nn.Module, layer: nn.Module, site: Site, links: list[Term | Branches]) -> nn.Module:
     """A stand-in for `target` in which the site's parameter has its effective value."""
     value, bias = site.kind.lazy(site, links), site.current_bias()
     if value is None:
         weight, bias = site.kind.compose(site, links, site.current_weight(), bias)
         value = site.kind.restored(site, weight)
     if target is layer:
-        target = stand_in(layer)
+        target = shallow_copy(layer)
     if site.owner is layer:
         target._parameters[site.param] = value  # type: ignore[assignment]
         if site.geometry.bias:
@@ -33,7 +28,7 @@ def with_weights(target: nn.Module, layer: nn.Module, site: Site, links: list[Li
         return target
     for child_name, child in layer._modules.items():
         if child is site.owner:
-            child_target = stand_in(child)
+            child_target = shallow_copy(child)
             child_target._parameters[site.param] = value  # type: ignore[assignment]
             if site.geometry.bias:
                 child_target._parameters[site.kind.bias] = bias  # type: ignore[assignment]

@@ -9,27 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..methods.base import Method
-
-from typing import TYPE_CHECKING
-
-from ..algebra.recursion import Link
+from ..algebra.recursion import Term
 
 if TYPE_CHECKING:
     from ..layers.site import Site
+    from ..methods.base import Method
 
 
-class Tap(threading.local):
+class ResidualTap(threading.local):
     """What went into another module in this call, kept for the site that asked for it; one a thread."""
 
     value: Tensor | None = None
 
     def __reduce__(self) -> Any:
-        return Tap, ()
+        return ResidualTap, ()
 
 
-class Entry:
+class AdapterAtSite:
     """One adapter's share of one site: its method there and where its tensors are."""
 
     __slots__ = ("frozen", "key", "method", "names", "original", "saved", "serial", "shared", "trained")
@@ -41,14 +37,14 @@ class Entry:
         self.trained: tuple[tuple[str, str], ...] = ()  # the method's key -> attribute of the owner
         self.frozen: tuple[tuple[str, str], ...] = ()
         self.shared: tuple[str, ...] = ()
-        self.serial = next(Entry.made)  # tells it from an adapter of the same name that was deleted
+        self.serial = next(AdapterAtSite.made)  # tells it from an adapter of the same name that was deleted
         self.saved = True  # False where the tensors are another site's
 
 
-def link(method: Method, p: Mapping[str, Tensor], site: Site) -> Link:
+def term_of(method: Method, p: Mapping[str, Tensor], site: Site) -> Term:
     """Ask a method for its operators; only the hooks it overrides are called."""
     hooks = method.hooks
-    return Link(
+    return Term(
         method.delta(p, site) if "delta" in hooks else None,
         method.left(p, site) if "left" in hooks else None,
         method.right(p, site) if "right" in hooks else None,

@@ -15,23 +15,23 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-Item: TypeAlias = "str | Combined"  # an adapter, or several that act side by side
+AdapterExpr: TypeAlias = "str | CombinedExpr"  # an adapter, or several that act side by side
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedExpr:
     """Branches of adapters that all see the same input; their weighted changes are added: f + sum_i w_i (f_i - f).
 
     A branch is a stack: one or more items in order. Immutable, so that it can be a part of what is active.
     """
 
-    branches: tuple[tuple[Item, ...], ...] = field(init=False)
+    branches: tuple[tuple[AdapterExpr, ...], ...] = field(init=False)
     weights: tuple[float, ...] = field(init=False)
 
     def _fill(self, adapters: Sequence[Any], weights: Sequence[float]) -> None:
-        object.__setattr__(self, "branches", tuple(stack(a) for a in adapters))
+        object.__setattr__(self, "branches", tuple(as_stack(a) for a in adapters))
         object.__setattr__(self, "weights", tuple(weights))
-        names = list(flat([self]))
+        names = list(adapter_names([self]))
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"{self!r}: adapter {min(twice)!r} is named twice; name it once, with a weight in Average")
 
@@ -41,7 +41,7 @@ class Combined:
 
 
 @dataclass(frozen=True, repr=False)
-class Parallel(Combined):
+class Parallel(CombinedExpr):
     """Adapters side by side: each changes the same output of the base, and the changes are summed.
 
     Args:
@@ -52,12 +52,12 @@ class Parallel(Combined):
     """
 
     def __init__(self, *adapters: Any) -> None:
-        several(self, adapters)
+        _refuse_single(self, adapters)
         self._fill(adapters, [1.0] * len(adapters))
 
 
 @dataclass(frozen=True, repr=False)
-class Average(Combined):
+class Average(CombinedExpr):
     """As `Parallel`, with the weighted mean of the changes in place of their sum.
 
     Args:
@@ -69,7 +69,7 @@ class Average(Combined):
     """
 
     def __init__(self, *adapters: Any, weights: Sequence[float] | None = None) -> None:
-        several(self, adapters)
+        _refuse_single(self, adapters)
         given = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
         if len(given) != len(adapters) or not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
             raise ValueError(
@@ -79,31 +79,31 @@ class Average(Combined):
         self._fill(adapters, [w / sum(given) for w in given])
 
 
-def several(made: Combined, adapters: Sequence[Any]) -> None:
+def _refuse_single(made: CombinedExpr, adapters: Sequence[Any]) -> None:
     if len(adapters) < 2:
         raise ValueError(f"{type(made).__name__}{tuple(adapters)!r}: name two adapters or more")
 
 
-def stack(chosen: Any) -> tuple[Item, ...]:
+def as_stack(chosen: Any) -> tuple[AdapterExpr, ...]:
     """What a user chose, as a stack: a name, a `Parallel` or `Average`, or a list of these in order.
 
     Raises:
         TypeError: anything else.
     """
-    items = (chosen,) if isinstance(chosen, (str, Combined)) else chosen
-    if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, Combined)) for i in items):
+    items = (chosen,) if isinstance(chosen, (str, CombinedExpr)) else chosen
+    if not isinstance(items, (list, tuple)) or not all(isinstance(i, (str, CombinedExpr)) for i in items):
         raise TypeError(f"{chosen!r}: name an adapter, or give Parallel(...), Average(...) or a list of these")
     return tuple(items)
 
 
-def flat(items: Iterable[Item]) -> Iterator[str]:
+def adapter_names(items: Iterable[AdapterExpr]) -> Iterator[str]:
     """The names in a stack, from first to last."""
     for item in items:
         if isinstance(item, str):
             yield item
         else:
             for branch in item.branches:
-                yield from flat(branch)
+                yield from adapter_names(branch)
 
 
 class Shared(nn.Module):
@@ -151,7 +151,7 @@ class Local(threading.local):
     """What holds for one thread. In each it is set on the object, as torch.compile asks whether it is."""
 
     def __init__(self) -> None:
-        self.chosen: tuple[Item, ...] | None = None
+        self.chosen: tuple[AdapterExpr, ...] | None = None
         self.rows: Rows | None = None
         self.tasks: Tensor | None = None
         self.whole = False
@@ -173,21 +173,21 @@ class Router:
     """
 
     def __init__(self) -> None:
-        self.chosen: tuple[Item, ...] = ()
-        self.merged: tuple[Item, ...] = ()
+        self.chosen: tuple[AdapterExpr, ...] = ()
+        self.merged: tuple[AdapterExpr, ...] = ()
         self.enabled = True
         self.shared = Shared()
         self.local = Local()
-        self.stack: tuple[Item, ...] = ()
+        self.stack: tuple[AdapterExpr, ...] = ()
         self.version = object()
         self.kept: dict[Any, Any] = {}
         self.runtime: Callable[[], Any] = lambda: None  # whose router it is
 
     @property
     def active(self) -> tuple[str, ...]:
-        return tuple(flat(self.chosen))
+        return tuple(adapter_names(self.chosen))
 
-    def live(self) -> tuple[Item, ...]:
+    def live(self) -> tuple[AdapterExpr, ...]:
         """The stack that a forward must apply now: chosen for this thread, or active; without what is merged."""
         chosen = self.local.chosen
         return self.stack if chosen is None else chosen
@@ -210,9 +210,9 @@ class Router:
 
     def set(
         self,
-        active: tuple[Item, ...] | None = None,
+        active: tuple[AdapterExpr, ...] | None = None,
         *,
-        merged: tuple[Item, ...] | None = None,
+        merged: tuple[AdapterExpr, ...] | None = None,
         enabled: bool | None = None,
     ) -> None:
         """Change any of the three; the sites see it on their next forward."""
@@ -228,7 +228,7 @@ class Router:
             self.stack = tuple(n for n in self.chosen if n not in self.merged) if self.merged else self.chosen
 
     @contextmanager
-    def choose(self, names: tuple[Item, ...]) -> Iterator[None]:
+    def choose(self, names: tuple[AdapterExpr, ...]) -> Iterator[None]:
         """Within the block and in this thread only, apply `names` instead of the active adapters."""
         with self.hold(chosen=names):
             yield

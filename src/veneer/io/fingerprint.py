@@ -183,7 +183,7 @@ def sampled(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
         found: dict[torch.device, list[Tensor]] = {}
         order: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():
-            held = sharding.whole(tensor.detach())  # of any shape
+            held = sharding.gathered(tensor.detach())  # of any shape
             picked = held.take(positions(held.numel()).to(held.device)).to(torch.bfloat16)  # (values,)
             found.setdefault(held.device, []).append(picked)
             order.setdefault(held.device, []).append(name)

@@ -40,7 +40,7 @@ def find_file(where: str | os.PathLike[str], name: str, subfolder: str | None = 
         raise ValueError(f"subfolder={subfolder!r}: must be a path inside {str(where)!r}")
     if folder.is_dir():
         path = folder / (subfolder or "") / name
-        path = finished(path) if name == CONFIG_NAME else path
+        path = recover_pending_config(path) if name == CONFIG_NAME else path
         return path if path.is_file() else None
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -125,7 +125,7 @@ def folder_to_write(folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def marks(values: Mapping[str, Any]) -> dict[str, str]:
+def field_hashes(values: Mapping[str, Any]) -> dict[str, str]:
     """A short hash of each field of a config that says what the adapter computes."""
     from xxhash import xxh3_64_hexdigest
 
@@ -141,11 +141,11 @@ def changed_fields(values: Mapping[str, Any], weights: Path) -> list[str]:
     then = safe_read.json_text(text) if text is not None else None
     if not isinstance(then, dict):
         return []
-    now = marks(values)
+    now = field_hashes(values)
     return [k for k, mark in then.items() if now.get(k) != mark]
 
 
-def finished(config: Path) -> Path:
+def recover_pending_config(config: Path) -> Path:
     """The config that belongs to the weights beside it: where a save was killed between the two, the one that waits."""
     waiting = pending(config)
     weights = config.with_name(WEIGHTS_NAME)

@@ -24,7 +24,7 @@ from .member import Member, Share
 from .structure import Gated
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
 
 # Activations of one element at a time that always give the same, so that they can be computed twice.
 ACTIVATIONS = {"SiLU", "SiLUActivation", "GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation"}
@@ -37,7 +37,7 @@ HOME = ("torch.nn.modules.activation", "transformers.activations")
 class GatedNetwork:
     """The kernel of one gated feed-forward network."""
 
-    def __init__(self, names: Gated, members: Sequence[Member], state: Takeover) -> None:
+    def __init__(self, names: Gated, members: Sequence[Member], state: AdaptedState) -> None:
         self.names, self.state, self.forward = names, state, state.base.forward
         self.members = tuple(members)  # gate, up, down
         self.act: nn.Module | None = None  # the activation, once it is known to be one that we can compute twice

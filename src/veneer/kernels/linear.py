@@ -24,16 +24,11 @@ from torch.nn.functional import linear
 
 from ..algebra.modes import ready, shaped
 from . import decode, dropout, scratch
+from .member import gathers_alone
 
 if TYPE_CHECKING:
     from types import CodeType
 
-
-from typing import TYPE_CHECKING
-
-from .member import gathers_alone
-
-if TYPE_CHECKING:
     from .member import Member, Share
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal
-from ..algebra.recursion import Link
+from ..algebra.recursion import Term
 from ..algebra.sums import Sum, terms
-from ..injection.router import flat
+from ..injection.router import adapter_names
 
 if TYPE_CHECKING:
-    from ..injection.router import Item
+    from ..injection.router import AdapterExpr
     from ..layers.site import Site
 
 
@@ -47,7 +47,7 @@ class Share(NamedTuple):
 class Member:
     """One layer with the adapters of one stack: where its share comes from."""
 
-    def __init__(self, site: Site, live: tuple[Item, ...]) -> None:
+    def __init__(self, site: Site, live: tuple[AdapterExpr, ...]) -> None:
         self.site, self.live, self.layer = site, live, site.owner
         self.names: tuple[str, str] | None = None  # of A and B where the operator holds the adapter's own tensors
         self.scale = self.dropout = 0.0
@@ -63,7 +63,7 @@ class Member:
         if not self.says(links):
             return False
         link = links[0]
-        if len(links) == 1 and isinstance(link, Link) and link.left is None and link.shift is None:
+        if len(links) == 1 and isinstance(link, Term) and link.left is None and link.shift is None:
             op = link.delta
             if isinstance(op, Factored):
                 # A copy, as another thread may attach an adapter meanwhile.
@@ -77,11 +77,11 @@ class Member:
         """Whether the layer's adapters can be read now. Where each layer gathers its own shards, its siblings' are away."""
         entries = self.site.entries
         return all(type(self.layer._parameters[attr]) in PLAIN
-                   for name in flat(self.live) if name in entries for _, attr in entries[name].trained)  # fmt: skip
+                   for name in adapter_names(self.live) if name in entries for _, attr in entries[name].trained)  # fmt: skip
 
     def says(self, links: Sequence[Any]) -> bool:
         for link in links:
-            if not isinstance(link, Link) or link.right is not None or link.post is not None or link.delta is None:
+            if not isinstance(link, Term) or link.right is not None or link.post is not None or link.delta is None:
                 return False
             if not all(factored(op) for op in terms(link.delta)):
                 return False

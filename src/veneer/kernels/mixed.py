@@ -36,7 +36,7 @@ from .member import Member, stored_in
 from .plan import runs_as_linear
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
     from ..injection.router import Router, Rows
 
     Pair = tuple[Tensor, Tensor]
@@ -401,7 +401,7 @@ _LOCK = threading.Lock()
 class Mixed:
     """The kernel of one linear layer whose rows have adapters of their own."""
 
-    def __init__(self, state: Takeover, layer: nn.Module) -> None:
+    def __init__(self, state: AdaptedState, layer: nn.Module) -> None:
         assert state.main is not None
         self.site, self.layer, self.router = state.main, layer, state.router
         self.members: dict[str, Member | None] = {}
@@ -478,7 +478,7 @@ class Mixed:
         if not here or any(m is None for m in members):
             return None
         trained = graded and any(t.requires_grad for name in here for t in self.site.tensors(name).values())
-        names = rows.distinct if trained else crew(self.router, rows.distinct)
+        names = rows.distinct if trained else cached_adapters(self.router, rows.distinct)
         r = max(self.ranks[name] for name in here)
         return Found(names, batch_of(self.router, rows, names), r, trained, {}, {})
 
@@ -573,7 +573,7 @@ def sharded() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def crew(router: Router, names: tuple[str, ...]) -> tuple[str, ...]:
+def cached_adapters(router: Router, names: tuple[str, ...]) -> tuple[str, ...]:
     """The adapters that the tables hold: those of the batches so far, in the order in which they came."""
     held: tuple[str, ...] = router.kept.get("crew", ())
     known = set(held)
@@ -601,7 +601,7 @@ def batch_of(router: Router, rows: Rows, names: tuple[str, ...]) -> Batch:
     return batch
 
 
-def kernel_of(state: Takeover, layer: nn.Module) -> Mixed | None:
+def kernel_of(state: AdaptedState, layer: nn.Module) -> Mixed | None:
     """The kernel for the rows of a layer, or None."""
     if state.main is None or not state.only_main or not runs_as_linear(state) or "_hf_hook" in layer.__dict__:
         return None

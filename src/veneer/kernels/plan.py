@@ -15,8 +15,8 @@ from .linear import Alone, Sibling, Together
 from .member import Member, gathers_alone
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
-    from ..injection.router import Item
+    from ..injection.dispatch import AdaptedState
+    from ..injection.router import AdapterExpr
 
     Kernel = Callable[[nn.Module, Tensor], Tensor | None]
 
@@ -30,7 +30,7 @@ class Group:
         self.layers, self.base = tuple(layers), base  # of the parent
         self.made: dict[Any, dict[nn.Module, Sibling]] = {}
 
-    def kernel(self, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
+    def kernel(self, layer: nn.Module, live: tuple[AdapterExpr, ...], version: object) -> Kernel | None:
         """The kernel of one of them, for the adapters of `live`; None where no other has any of them."""
         if gathers_alone(layer):
             return None
@@ -52,9 +52,9 @@ class Group:
         return {**vars(self), "made": {}}
 
 
-def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
+def member_of(layer: nn.Module, live: tuple[AdapterExpr, ...]) -> Member | None:
     """A layer's part in a kernel, or None where a kernel cannot say all that happens there."""
-    state: Takeover | None = layer.__dict__.get("_veneer")
+    state: AdaptedState | None = layer.__dict__.get("_veneer")
     if state is None or state.main is None or not state.only_main:
         return None
     if not runs_as_linear(state) and not runs_itself(state):
@@ -63,7 +63,7 @@ def member_of(layer: nn.Module, live: tuple[Item, ...]) -> Member | None:
     return member if member.plan() else None
 
 
-def runs_as_linear(state: Takeover) -> bool:
+def runs_as_linear(state: AdaptedState) -> bool:
     """Whether the layer's own forward is x W^T + b and nothing more."""
     assert state.main is not None
     own = state.main.kind.own_forward()
@@ -71,13 +71,13 @@ def runs_as_linear(state: Takeover) -> bool:
     return plain and not state.main.backend.packed
 
 
-def runs_itself(state: Takeover) -> bool:
+def runs_itself(state: AdaptedState) -> bool:
     """Whether the layer is a linear one whose weight only its own forward can use."""
     assert state.main is not None
     return state.main.backend.packed and state.main.kind.packable and state.instance_forward is None
 
 
-def kernel_of(state: Takeover, layer: nn.Module, live: tuple[Item, ...], version: object) -> Kernel | None:
+def kernel_of(state: AdaptedState, layer: nn.Module, live: tuple[AdapterExpr, ...], version: object) -> Kernel | None:
     """The kernel for a layer with the adapters of `live`, or None."""
     if not live:
         return None
@@ -130,5 +130,5 @@ def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]
 
 def replaced(module: nn.Module) -> bool:
     """Whether the module has a forward of its own, beside that of its class."""
-    state: Takeover | None = module.__dict__.get("_veneer")
+    state: AdaptedState | None = module.__dict__.get("_veneer")
     return "forward" in module.__dict__ or (state is not None and state.instance_forward is not None)

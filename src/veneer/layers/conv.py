@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal, Operator, along, regroup, ungroup
-from ..algebra.recursion import every
+from ..algebra.recursion import walk_terms
 from ..algebra.sums import Sum
 from .geometry import Geometry
 from .kind import LayerKind
-from .stand_in import stand_in
+from .shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
     from .kind import Links
     from .site import Site
 
@@ -77,11 +77,11 @@ class Conv(LayerKind):
         return ungroup(dense, site.groups) if grouped else dense
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # An R over whole patches does not commute with the convolution: run with the effective weight instead.
-        if any(link.right is not None and link.right.size != site.fan_in for link in every(links)):
-            for link in every(links):
+        if any(link.right is not None and link.right.size != site.fan_in for link in walk_terms(links)):
+            for link in walk_terms(links):
                 if target.training:
                     link.right = link.right and link.right.sample()
                     link.delta = link.delta and link.delta.sample()
@@ -91,12 +91,14 @@ class Conv(LayerKind):
 
     def with_weight(self, target: nn.Module, site: Site, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """The layer with another weight (out, in * kernel), ungrouped."""
-        double = stand_in(target, groups=1)
+        double = shallow_copy(target, groups=1)
         double._parameters["weight"] = matrix.reshape(matrix.shape[0], -1, *site.kernel)  # type: ignore[assignment]
         double._parameters["bias"] = bias  # type: ignore[assignment]
         return double
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
+    def delta(
+        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
+    ) -> Tensor:
         if isinstance(op, Sum):
             return super().delta(site, op, x, target, state, training)
         channel = -1 - len(site.kernel)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal, Operator, Rows
-from ..algebra.recursion import Fork, every
+from ..algebra.recursion import Branches, walk_terms
 from ..algebra.sums import Sum
 from ..distributed.sharding import is_distributed
 from .geometry import Geometry
 from .kind import LayerKind
-from .stand_in import stand_in
+from .shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
     from .kind import Links
     from .site import Site
 
@@ -41,20 +41,20 @@ class Embedding(LayerKind):
         return matrix.T
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # R acts on one-hot inputs, which ids cannot show: only a diagonal R can be applied, and to the output,
         # since f(diag(v) onehot(i)) = v_i f(onehot(i)).
-        for link in every(links):
+        for link in walk_terms(links):
             if link.right is not None and not isinstance(link.right, Diagonal):
                 raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
         ids = args[0] if args else next(iter(kwargs.values()))
         return self.along(site, state, target, links, ids, summed(state.call(target, ids)))
 
-    def along(self, site: Site, state: Takeover, target: nn.Module, links: Links, ids: Tensor, y: Tensor) -> Tensor:
+    def along(self, site: Site, state: AdaptedState, target: nn.Module, links: Links, ids: Tensor, y: Tensor) -> Tensor:
         """The embedding's output after `links`."""
         for link in links:
-            if isinstance(link, Fork):  # f + sum_i w_i (f_i - f)
+            if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
                 start = y
                 for share, branch in link.branches:
                     y = y + share * (self.along(site, state, target, branch, ids, start) - start)
@@ -72,7 +72,9 @@ class Embedding(LayerKind):
                 y = link.post(ids, y)
         return y
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
+    def delta(
+        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
+    ) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
         dtype = site.float_dtype
         if isinstance(op, Sum):
@@ -85,18 +87,18 @@ class Embedding(LayerKind):
             padding = getattr(target, "padding_idx", None)
             if isinstance(op, Hadamard) and padding is not None:  # such a row is used and not trained
                 rows = torch.where((x == padding)[..., None], rows.detach(), rows)
-            table = stand_in(target, padding_idx=None)
+            table = shallow_copy(target, padding_idx=None)
             return self.scaled_like(table, state, rows, x)
         return self.look_up(target, state, op.dense().T.to(dtype), x)
 
-    def look_up(self, target: nn.Module, state: Takeover, table: Tensor, ids: Tensor) -> Tensor:
+    def look_up(self, target: nn.Module, state: AdaptedState, table: Tensor, ids: Tensor) -> Tensor:
         """The layer's own forward on another table (vocabulary, n), so that a scale in it applies here too."""
-        double = stand_in(target, max_norm=None)
+        double = shallow_copy(target, max_norm=None)
         double._parameters["weight"] = table  # type: ignore[assignment]
         y: Tensor = state.call(double, ids)
         return y
 
-    def scaled_like(self, target: nn.Module, state: Takeover, rows: Tensor, ids: Tensor) -> Tensor:
+    def scaled_like(self, target: nn.Module, state: AdaptedState, rows: Tensor, ids: Tensor) -> Tensor:
         """Rows already looked up (..., n), passed through the layer's forward as a table of their own."""
         n = rows.shape[-1]
         own = torch.arange(ids.numel(), device=ids.device).view(ids.shape)

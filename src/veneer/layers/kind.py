@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algebra.operators import Operator
-from ..algebra.recursion import Fork
+from ..algebra.recursion import Branches
 from ..algebra.sums import Sum
 
 if TYPE_CHECKING:
-    from ..algebra.recursion import Link
-    from ..injection.dispatch import Takeover
+    from ..algebra.recursion import Term
+    from ..injection.dispatch import AdaptedState
     from .geometry import Geometry
     from .site import Site
 
-    Links = Sequence[Link | Fork]
+    Links = Sequence[Term | Branches]
     Function = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # input -> output, and the bias in it
 
 
@@ -70,7 +70,7 @@ class LayerKind(ABC):
     def compose(self, site: Site, links: Links, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W, b -> L (W R + Delta), L b + shift for each link in turn; weight is canonical (out, in)."""
         for link in links:
-            if isinstance(link, Fork):  # W + sum_i w_i (W_i - W)
+            if isinstance(link, Branches):  # W + sum_i w_i (W_i - W)
                 start = (weight, bias)
                 for share, branch in link.branches:
                     one, one_bias = self.compose(site, branch, *start)
@@ -110,7 +110,7 @@ class LayerKind(ABC):
     # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer with its adapters. The layer's first argument is its input."""
         if not args:  # called by keyword
@@ -126,13 +126,13 @@ class LayerKind(ABC):
         return self.chain(site, state, target, links, base, x)[0]
 
     def chain(
-        self, site: Site, state: Takeover, target: nn.Module, links: Links, f: Function, x: Tensor
+        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, f: Function, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """`links` around f, at x: the output, and the bias in it."""
         if not links:
             return f(x)
         *before, link = links
-        if isinstance(link, Fork):  # f + sum_i w_i (f_i - f)
+        if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
             start = self.chain(site, state, target, before, f, x)
 
             def known(z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +168,9 @@ class LayerKind(ABC):
             y = link.post(x, y)
         return y, bias
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: Takeover, training: bool) -> Tensor:
+    def delta(
+        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
+    ) -> Tensor:
         """Delta x, in the layout of the layer's output."""
         if isinstance(op, Sum):
             y = self.delta(site, op.terms[0], x, target, state, training)

@@ -29,7 +29,7 @@ from ..backends.deferred import READ, Deferred
 if TYPE_CHECKING:
     from .kind import Links
 
-    Term = tuple[Tensor, Tensor, float]  # B (..., out, r), A (..., r, in), scale
+    LowRankTerm = tuple[Tensor, Tensor, float]  # B (..., out, r), A (..., r, in), scale
 
 
 def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | None:
@@ -50,13 +50,13 @@ def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | N
     return lazy(weight, LowRank(factors, weight.dtype), flipped)
 
 
-def factors_of(links: Links, share: float = 1.0) -> list[Term] | None:
+def factors_of(links: Links, share: float = 1.0) -> list[LowRankTerm] | None:
     """The factored matrices that `links` add to the weight, or None where they do something else."""
-    from ..algebra.recursion import Fork
+    from ..algebra.recursion import Branches
 
-    found: list[Term] = []
+    found: list[LowRankTerm] = []
     for link in links:
-        if isinstance(link, Fork):  # W + sum_i w_i (W_i - W)
+        if isinstance(link, Branches):  # W + sum_i w_i (W_i - W)
             for weight, branch in link.branches:
                 inside = factors_of(branch, share * weight)
                 if inside is None:
@@ -83,7 +83,7 @@ class LowRank:
 
     __slots__ = ("both", "dtype", "experts", "terms", "trained")
 
-    def __init__(self, terms: Sequence[Term], dtype: torch.dtype) -> None:
+    def __init__(self, terms: Sequence[LowRankTerm], dtype: torch.dtype) -> None:
         self.terms, self.dtype = terms, dtype
         self.trained = torch.is_grad_enabled() and any(B.requires_grad or A.requires_grad for B, A, _ in terms)
         self.both: tuple[Tensor, Tensor] | None = None
@@ -117,7 +117,7 @@ class LowRank:
         return joined([(B[ids], A[ids], scale) for B, A, scale in self.terms], self.dtype)
 
 
-def joined(terms: Sequence[Term], dtype: torch.dtype, aligned: bool = False) -> tuple[Tensor, Tensor]:
+def joined(terms: Sequence[LowRankTerm], dtype: torch.dtype, aligned: bool = False) -> tuple[Tensor, Tensor]:
     Bs = [(B if scale == 1 else B * scale).to(dtype) for B, _, scale in terms]
     As = [A.to(dtype) for _, A, _ in terms]
     B, A = (Bs[0], As[0]) if len(terms) == 1 else (torch.cat(Bs, -1), torch.cat(As, -2))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..algebra.recursion import Fork
+from ..algebra.recursion import Branches
 from .geometry import Geometry
 from .kind import LayerKind
-from .stand_in import own_rows, picked
+from .shallow_copy import rows_of_adapter, select_rows
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
     from .kind import Links
     from .site import Site
 
@@ -36,7 +36,7 @@ class Module(LayerKind):
         return Geometry(0, 0)
 
     def forward(
-        self, site: Site, state: Takeover, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         outputs = state.inner(target, state.router.live(), args, kwargs)
         inputs = self.inputs(site, state, args, kwargs)
@@ -45,7 +45,7 @@ class Module(LayerKind):
     def by_rows(
         self,
         site: Site,
-        state: Takeover,
+        state: AdaptedState,
         outputs: Any,
         parts: Sequence[tuple[Links, Sequence[int]]],
         count: int,
@@ -75,12 +75,14 @@ class Module(LayerKind):
             )
         y = first
         for links, rows in parts:
-            own = own_rows(rows, count, first)
-            mapped = along(links, {k: picked(v, own, first) for k, v in inputs.items()}, first.index_select(0, own))
+            own = rows_of_adapter(rows, count, first)
+            mapped = along(
+                links, {k: select_rows(v, own, first) for k, v in inputs.items()}, first.index_select(0, own)
+            )
             y = y.index_copy(0, own, mapped.to(y.dtype))
         return with_first(outputs, y)
 
-    def inputs(self, site: Site, state: Takeover, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, site: Site, state: AdaptedState, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments by name, with the residual stream at the site."""
         inputs = {**dict(zip(arguments(state.base), args, strict=False)), **kwargs}
         if site.spot is not None and site.spot.residual:
@@ -106,7 +108,7 @@ def with_first(outputs: Any, first: Tensor) -> Any:
 def along(links: Links, inputs: dict[str, Any], y: Tensor) -> Tensor:
     """The module's output after `links`."""
     for link in links:
-        if isinstance(link, Fork):  # f + sum_i w_i (f_i - f)
+        if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
             start = y
             for share, branch in link.branches:
                 y = y + share * (along(branch, inputs, start) - start)

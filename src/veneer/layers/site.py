@@ -11,30 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.cached import Kept
+from ..algebra.recursion import Branches
 from ..algebra.starts import START
 from ..backends.base import held
 from ..distributed import offload, tensor_parallel
-from ..distributed.sharding import is_distributed, whole
-from ..injection.router import Combined, Item
+from ..distributed.sharding import gathered, is_distributed
+from ..injection.entries import ResidualTap, term_of
+from ..injection.router import AdapterExpr, CombinedExpr
 
 if TYPE_CHECKING:
+    from ..algebra.recursion import Term
+    from ..injection.entries import AdapterAtSite
     from ..injection.router import Router
     from ..methods.base import Method
-    from ..targets.blocks import Spot
+    from ..targets.blocks import SublayerOutput
     from .kind import LayerKind
-
-from typing import TYPE_CHECKING
-
-from ..algebra.recursion import Fork
-from ..injection.entries import Tap, link
-
-if TYPE_CHECKING:
-    from ..algebra.recursion import Link
-    from ..injection.entries import Entry
 
 
 @dataclass(slots=True)
-class Original:
+class MergeBackup:
     """A base weight, and its bias, from before a merge, with what brings their exact bits back."""
 
     weight: Tensor | None  # None where it is packed: the token holds it
@@ -69,11 +64,11 @@ class Site:
         self.lookup, self.bare = geometry.lookup, geometry.bare
         self.role = ""  # of a stack: "model", "encoder" or "decoder"
         self.near = owner  # the module whose dtype and device are meant where the owner has no tensors
-        self.entries: dict[str, Entry] = {}
-        self.spot: Spot | None = None  # the place in its block, where the site is a place in a block
-        self.tap = Tap()  # the residual stream there
+        self.entries: dict[str, AdapterAtSite] = {}
+        self.spot: SublayerOutput | None = None  # the place in its block, where the site is a place in a block
+        self.tap = ResidualTap()  # the residual stream there
         self.norm: nn.Module | None = None  # the norm behind the residual's sum there
-        self.original: Original | None = None  # while adapters are merged
+        self.original: MergeBackup | None = None  # while adapters are merged
         self.squares = Kept()  # of the weight's rows
         self.device: torch.device | None = None
         self.dtype = torch.float32
@@ -114,7 +109,7 @@ class Site:
     def stored_rows(self, index: Tensor) -> Tensor:
         """Some rows of `stored()`, (k, ...), whole in every process also where it is split."""
         weight = self.stored()
-        return whole(weight.index_select(0, index.to(weight.device)))
+        return gathered(weight.index_select(0, index.to(weight.device)))
 
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor in the layer's own layout as a matrix, as `weight()` is of `stored()`."""
@@ -185,7 +180,7 @@ class Site:
             device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
-    def split(self, values: Mapping[str, Tensor], entry: Entry) -> dict[str, Tensor]:
+    def split(self, values: Mapping[str, Tensor], entry: AdapterAtSite) -> dict[str, Tensor]:
         """An adapter's whole tensors by attribute, each split as tensor parallelism splits the layer's weight."""
         if self.backend is None or not is_distributed(self.reference):
             return dict(values)
@@ -228,12 +223,12 @@ class Site:
         """`make()` cast to the adapter's dtype, or only its shape where a file brings the values."""
         if self.meta:
             return self.empty(*shape)
-        made = whole(make().detach()).reshape(shape)
+        made = gathered(make().detach()).reshape(shape)
         return made.to(device=self.device, dtype=self.dtype, copy=True).contiguous()  # never the base's storage
 
     def start(self, how: str, r: int, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
         """Starting factors (B, A) computed from the base weight, scale * B A being their share of it."""
-        weight = whole(self.weight().detach())
+        weight = gathered(self.weight().detach())
         device = self.home
         if weight.device.type == "meta":  # a skeleton: shapes are all there is
             return self.empty(weight.shape[0], r), self.empty(r, weight.shape[1])
@@ -254,18 +249,18 @@ class Site:
             p[key] = self.router.shared.get(adapter, key)
         return p
 
-    def links(self, items: tuple[Item, ...]) -> list[Link | Fork]:
+    def links(self, items: tuple[AdapterExpr, ...]) -> list[Term | Branches]:
         """The terms of the recursion for the adapters of `items` that are here, in order."""
-        found: list[Link | Fork] = []
+        found: list[Term | Branches] = []
         for item in items:
-            if isinstance(item, Combined):
+            if isinstance(item, CombinedExpr):
                 pairs = [(w, self.links(b)) for w, b in zip(item.weights, item.branches, strict=True)]
                 if branches := [(w, b) for w, b in pairs if b]:
-                    found.append(Fork(branches))
+                    found.append(Branches(branches))
                 continue
             entry = self.entries.get(item)
             if entry is not None:
-                found.append(link(entry.method, self.tensors(item), self))
+                found.append(term_of(entry.method, self.tensors(item), self))
         return found
 
     def adapter(self, name: str) -> tuple[Method, dict[str, Tensor]] | None:

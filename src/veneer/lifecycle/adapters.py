@@ -15,30 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..backends import backend_of, bare_of, settle
+from ..backends import backend_of, bare_of, prepare_for_gradients
 from ..distributed import offload, sharding, tensor_parallel, torch_fastpath
-from ..injection.class_swap import adapted_class, give_back, take_over
-from ..injection.dispatch import Takeover
-from ..injection.entries import Entry, copy_name
-from ..injection.router import Combined, Item, Router, flat, stack
+from ..injection.class_swap import adapt_class, adapted_class, restore_class
+from ..injection.dispatch import AdaptedState
+from ..injection.entries import AdapterAtSite, copy_name
+from ..injection.router import AdapterExpr, CombinedExpr, Router, adapter_names, as_stack
 from ..io import fingerprint
 from ..kernels.plan import arrange
 from ..layers.kind import LayerKind
 from ..layers.site import Site
 from ..methods.base import Method
-from ..prompts import door as prompts_door
-from ..prompts import stacks as prompts_stacks
-from ..prompts.door import DOOR
+from ..prompts import prompt_stack
+from ..prompts.prompt_stack import PROMPT_STACK
+from ..prompts.stacks import find_stacks
 from ..targets import defaults, select, suggest
-from ..targets.blocks import Spot
+from ..targets.blocks import SublayerOutput
+from .keys import PREFIX, file_key, prefix_of
+from .load_report import AdapterLoadError, Loader, LoadReport
+from .merge import merge_site, restore
+from .plan import AttachPlan, PlannedSite, attr_of, check_name, copy_module, parameter_dtype, short_names
 
 if TYPE_CHECKING:
     from ..serving.slots import Slots
 
-from .keys import PREFIX, file_key, prefix_of
-from .load_report import AdapterLoadError, Loader, LoadReport
-from .merge import merge_site, restore
-from .plan import Draft, Place, attr_of, check_name, parameter_dtype, short_names, whole_copy
 
 ATTRIBUTE = "_veneer_runtime"
 
@@ -147,13 +147,13 @@ class Runtime:
         strict: bool = True,
         autocast: bool = True,
         meta: bool = False,
-    ) -> Draft:
+    ) -> AttachPlan:
         """An adapter with its tensors, without touching the model; arguments and errors as of `attach`."""
         with self.looking():
             config = copy.deepcopy(config).prepare(self.root)
             prefix = prefix_of(config, prefix)
             loader = None if tensors is None else Loader(tensors, strict)
-            plan: list[Place] = []
+            plan: list[PlannedSite] = []
             shared: dict[str, Tensor] = {}
             parts = [config, *config.companions(self.root)]
             copied = {n for part in parts if part.whole_module for n in part.sites_of(self.root) or ()}
@@ -163,26 +163,26 @@ class Runtime:
                 shared |= drawn
             overrides = {} if loader is None else self.settle(loader, prefix, strict, adapter)
             report = LoadReport() if loader is None else loader.report
-            return Draft(self.described(config, plan), plan, shared, overrides, report)
+            return AttachPlan(self.described(config, plan), plan, shared, overrides, report)
 
     def plan(
         self,
         adapter: str,
         config: Method,
-        taken: Sequence[Place],
+        taken: Sequence[PlannedSite],
         copied: set[str],
         loader: Loader | None,
         prefix: str,
         autocast: bool,
         meta: bool,
-    ) -> tuple[list[Place], dict[str, Tensor]]:
+    ) -> tuple[list[PlannedSite], dict[str, Tensor]]:
         """Choose the sites of one config and make its tensors, without touching the model."""
         places = self.choose(config, taken, copied)
         shared = self.share(adapter, config, [p.site for p in places], loader, meta)
-        first: Place | None = None
+        first: PlannedSite | None = None
         for place in places:
             if place.role == "opaque":
-                place.whole = whole_copy(place, loader, prefix)
+                place.whole = copy_module(place, loader, prefix)
                 continue
             if place.role == "objective":
                 place.entry.saved = False
@@ -207,7 +207,9 @@ class Runtime:
             self.assign(place, adapter, fresh)
         return places, shared
 
-    def fill(self, place: Place, fresh: dict[str, Tensor], loader: Loader, prefix: str, home: torch.device) -> None:
+    def fill(
+        self, place: PlannedSite, fresh: dict[str, Tensor], loader: Loader, prefix: str, home: torch.device
+    ) -> None:
         """Replace the shapes in `fresh` by the file's tensors."""
         site, entry = place.site, place.entry
         for key, shape in fresh.items():
@@ -229,7 +231,7 @@ class Runtime:
             start = entry.method.loaded(site)
             fresh.update({k: start[k] for k in lacking})
 
-    def assign(self, place: Place, adapter: str, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
+    def assign(self, place: PlannedSite, adapter: str, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
         """Give a place its tensors under the attribute names they get on the layer."""
         entry, method = place.entry, place.entry.method
         entry.trained = tuple((k, attr_of(place, k, adapter)) for k in fresh if k not in method.frozen)
@@ -259,7 +261,7 @@ class Runtime:
         fresh = config.init_shared(sites)
         return {k: drawn.get(k, t).to(device="meta" if meta else home) for k, t in fresh.items()}
 
-    def choose(self, config: Method, taken: Sequence[Place], copied: set[str]) -> list[Place]:
+    def choose(self, config: Method, taken: Sequence[PlannedSite], copied: set[str]) -> list[PlannedSite]:
         """The sites that one config names."""
         if config.enters:
             return self.door_places(config)
@@ -295,7 +297,7 @@ class Runtime:
         owner, _, leaf = name.rpartition(".")
         return leaf in self.named[owner]._parameters
 
-    def module_places(self, name: str, config: Method) -> list[Place]:
+    def module_places(self, name: str, config: Method) -> list[PlannedSite]:
         module = self.module(name)
         parent = self.module(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):  # its out_proj is a weight to it; the forward is never called
@@ -311,7 +313,7 @@ class Runtime:
             raise TypeError(f"{name}: {type(module).__name__} is no layer that operators can act on")
         return [self.place(self.site(name, name, module, module, kind), module, "main", config)]
 
-    def parameter_places(self, names: Sequence[str], config: Method) -> list[Place]:
+    def parameter_places(self, names: Sequence[str], config: Method) -> list[PlannedSite]:
         # peft nests one wrapper for each parameter of a module, the first named innermost.
         owners = Counter(n.rpartition(".")[0] for n in names)
         seen: Counter[str] = Counter()
@@ -322,7 +324,7 @@ class Runtime:
             places.append(self.place_parameter(name, owner + ".base_layer" * (owners[owner] - seen[owner]), config))
         return places
 
-    def place_parameter(self, name: str, key: str, config: Method) -> Place:
+    def place_parameter(self, name: str, key: str, config: Method) -> PlannedSite:
         owner_name, _, param = name.rpartition(".")
         owner = self.module(owner_name)
         site = self.site(name, key, owner, owner, layers.PARAMETER, param)
@@ -330,7 +332,7 @@ class Runtime:
         place.entry.key = key
         return place
 
-    def bias_place(self, name: str, config: Method) -> Place | None:
+    def bias_place(self, name: str, config: Method) -> PlannedSite | None:
         """A layer's bias is adapted at the layer, where it stacks with what other adapters do to the output."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.module(owner_name)
@@ -343,7 +345,7 @@ class Runtime:
                 return place
         return None
 
-    def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[Place]) -> list[Place]:
+    def copy_places(self, names: Iterable[str], config: Method, taken: Sequence[PlannedSite]) -> list[PlannedSite]:
         places, names = [], list(names)
         for name in names:
             if any(name.startswith(f"{other}.") for other in names):
@@ -361,9 +363,9 @@ class Runtime:
             places.append(self.place(site, module, "opaque", config))
         return places
 
-    def door_places(self, config: Method) -> list[Place]:
+    def door_places(self, config: Method) -> list[PlannedSite]:
         """The stacks into which a config's virtual tokens go, and the model if it says the loss."""
-        stacks = prompts_stacks.stacks(self.root)
+        stacks = find_stacks(self.root)
         roles = config.roles(tuple(stacks))
         places = []
         for role in roles:
@@ -373,9 +375,11 @@ class Runtime:
                 opened = known.owner.__dict__["_veneer"].door
             else:
                 module = self.module(stacks[role])
-                opened = prompts_door.open_door(Site(name, "", module, "", DOOR, None, self.router), role, self.root)
+                opened = prompt_stack.inspect_stack(
+                    Site(name, "", module, "", PROMPT_STACK, None, self.router), role, self.root
+                )
                 opened.site.role = role
-            prompts_door.check_fits(opened, config.virtual_tokens, "prefix" in config.hooks)
+            prompt_stack.check_stack_fits(opened, config.virtual_tokens, "prefix" in config.hooks)
             place = self.place(opened.site, opened.site.owner, "door", config)
             place.door = opened
             places.append(place)
@@ -386,7 +390,7 @@ class Runtime:
             places.append(self.place(site, self.root, "objective", config))
         return places
 
-    def whole_place(self, name: str, config: Method, spot: Spot | None) -> Place:
+    def whole_place(self, name: str, config: Method, spot: SublayerOutput | None) -> PlannedSite:
         module = self.module(name)
         known = self.sites.get(f"{name} (module)")
         site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
@@ -415,10 +419,10 @@ class Runtime:
             )
         return Site(name, key, owner, param, kind, backend, self.router)
 
-    def place(self, site: Site, layer: nn.Module, role: str, config: Method) -> Place:
+    def place(self, site: Site, layer: nn.Module, role: str, config: Method) -> PlannedSite:
         method = config.at(site.name)
         names = method.file_names(site)
-        return Place(site, layer, role, Entry(method, site.key, names))
+        return PlannedSite(site, layer, role, AdapterAtSite(method, site.key, names))
 
     def settle(
         self, loader: Loader, prefix: str, strict: bool, adapter: str
@@ -454,7 +458,7 @@ class Runtime:
             warnings.warn(text, stacklevel=2)
         return overrides
 
-    def described(self, config: Method, plan: Sequence[Place]) -> Method:
+    def described(self, config: Method, plan: Sequence[PlannedSite]) -> Method:
         """Fill in what the file has to say: resolved targets, copied modules, transposed layers."""
         mine = [p for p in plan if type(p.entry.method) is type(config)]
         if hasattr(config, "target_modules") and config.sites_of(self.root) is None:
@@ -481,7 +485,7 @@ class Runtime:
     def settle_down(self) -> None:
         """Freeze a base model that has nothing of ours so far, and stay with it."""
         if runtime_of(self.root) is None:
-            settle(self.root)
+            prepare_for_gradients(self.root)
             self.known_base()
             self.root.requires_grad_(False)
             self.root.__dict__[ATTRIBUTE] = self
@@ -500,7 +504,7 @@ class Runtime:
         self,
         adapter: str,
         config: Method,
-        plan: Sequence[Place],
+        plan: Sequence[PlannedSite],
         shared: Mapping[str, Tensor],
         trainable: bool,
         overrides: Mapping[str, tuple[nn.Module, str, Tensor]],
@@ -510,7 +514,7 @@ class Runtime:
         sites = []
         for place in plan:
             site, layer = place.site, place.layer
-            state = take_over(layer, self.router)
+            state = adapt_class(layer, self.router)
             if place.role == "main":
                 state.main = site
             elif place.role == "bare":
@@ -519,11 +523,11 @@ class Runtime:
             elif place.role == "module":
                 state.module = site
                 if site.spot is not None and site.spot.residual:
-                    tapped = take_over(self.module(site.spot.residual), self.router).tapped
+                    tapped = adapt_class(self.module(site.spot.residual), self.router).tapped
                     tapped += [site] if site not in tapped else []
             elif place.role == "door":
                 assert place.door is not None
-                prompts_door.attach_door(place.door, self.router)
+                prompt_stack.attach_stack(place.door, self.router)
             elif place.role == "objective":
                 state.objective = site
             else:
@@ -560,7 +564,7 @@ class Runtime:
                 module._parameters[param].copy_(value)  # type: ignore[union-attr]
         if any(issubclass(k, nn.TransformerEncoderLayer) for k in {type(m) for m in self.named.values()}):
             torch_fastpath.disable(self.root, [self.layers[s.name] for s in sites])
-        prompts_door.join(self.sites.values())
+        prompt_stack.link_encoder(self.sites.values())
         self.configs[adapter] = config
         self.places[adapter] = sites
         self.arrange(sites)
@@ -573,11 +577,11 @@ class Runtime:
         found = arrange(parents.values())
         for parent in parents.values():
             if parent in found:
-                take_over(parent, self.router).gated = found[parent]
+                adapt_class(parent, self.router).gated = found[parent]
             elif "_veneer" in parent.__dict__ and parent.__dict__["_veneer"].gated is not None:
                 parent.__dict__["_veneer"].gated = None
                 if not parent.__dict__["_veneer"].in_use:
-                    give_back(parent)
+                    restore_class(parent)
         self.router.changed()
 
     # Looking.
@@ -650,32 +654,32 @@ class Runtime:
 
     # Switching.
 
-    def activate(self, names: Item | Sequence[Item]) -> None:
+    def activate(self, names: AdapterExpr | Sequence[AdapterExpr]) -> None:
         """Make `names` the active adapters, stacked in that order. Does not touch `requires_grad`."""
-        chosen = stack(names)
-        if not all(n in self.configs for n in flat(chosen)):
-            for name in flat(chosen):
+        chosen = as_stack(names)
+        if not all(n in self.configs for n in adapter_names(chosen)):
+            for name in adapter_names(chosen):
                 self.known(name)
         if self.router.merged and chosen != self.router.chosen and set(chosen) != set(self.router.merged):
             raise ValueError(
                 f"adapters {list(self.router.merged)} are merged into the base weights; call unmerge_adapter() before "
                 f"activating {list(chosen)}"
             )
-        if chosen and (len(chosen) > 1 or isinstance(chosen[0], Combined)):
+        if chosen and (len(chosen) > 1 or isinstance(chosen[0], CombinedExpr)):
             self.check_together(chosen)
         self.router.set(chosen)
 
-    def check_together(self, chosen: Sequence[Item]) -> None:
+    def check_together(self, chosen: Sequence[AdapterExpr]) -> None:
         """Raise ValueError where adapters cannot be active at once, or not side by side."""
         taken: dict[str, str] = {}
         for item in chosen:
-            for name in flat([item]) if isinstance(item, Combined) else ():
+            for name in adapter_names([item]) if isinstance(item, CombinedExpr) else ():
                 if not self.configs[name].hooks or self.configs[name].enters:
                     raise ValueError(
                         f"{item!r}: adapter {name!r} ({self.configs[name].peft_name}) makes no change to a layer's output "
                         "that could be added to another's; stack it instead: set_adapter([...])"
                     )
-        for name in flat(chosen):
+        for name in adapter_names(chosen):
             for site in self.places[name]:
                 if site.kind.whole:
                     other = taken.setdefault(site.name, name)
@@ -687,7 +691,7 @@ class Runtime:
 
     # Merging.
 
-    def merge(self, names: Sequence[Item], *, check: bool = False, keep: bool = True) -> None:
+    def merge(self, names: Sequence[AdapterExpr], *, check: bool = False, keep: bool = True) -> None:
         """Bake adapters into the base weights, computed in float32 and rounded once.
 
         Args:
@@ -698,17 +702,19 @@ class Runtime:
         Raises:
             ValueError: an adapter cannot be expressed as a weight, or a weight would not be finite.
         """
-        for name in flat(names):
+        for name in adapter_names(names):
             self.known(name)
         already = self.router.merged
         wanted = (*already, *(n for n in names if n not in already))
         if wanted == already:
             warnings.warn("all of these adapters are merged already; nothing to do", stacklevel=3)
             return
-        sites = [s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in flat(wanted))]
+        sites = [
+            s for s in self.sites.values() if not s.kind.whole and any(n in s.entries for n in adapter_names(wanted))
+        ]
         for site in sites:
             if site.backend is None:
-                name = next(n for n in flat(wanted) if n in site.entries)
+                name = next(n for n in adapter_names(wanted) if n in site.entries)
                 raise ValueError(
                     f"{site.name}: adapter {name!r} ({self.configs[name].peft_name}) acts on activations and cannot be "
                     "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
@@ -807,7 +813,7 @@ class Runtime:
     def delete(self, adapter: str) -> None:
         """Remove an adapter; layers without any are given back as they were."""
         self.known(adapter)
-        if adapter in flat(self.router.merged):
+        if adapter in adapter_names(self.router.merged):
             raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
         if needed := [n for n, c in self.configs.items() if adapter in c.uses]:
             raise ValueError(f"adapter {adapter!r} is used by {needed[0]!r}; delete that one first")
@@ -825,7 +831,7 @@ class Runtime:
         self.arrange(sites)
         self.router.shared.drop(adapter)
         del self.configs[adapter]
-        self.router.set(tuple(i for i in self.router.chosen if adapter not in flat([i])))
+        self.router.set(tuple(i for i in self.router.chosen if adapter not in adapter_names([i])))
         if not self.router.active and self.configs:
             self.router.set((next(iter(self.configs)),))
             warnings.warn(
@@ -844,22 +850,24 @@ class Runtime:
             state.module = None
             if site.spot is not None and site.spot.residual:
                 module = self.root.get_submodule(site.spot.residual)
-                tapped: Takeover = module.__dict__["_veneer"]
+                tapped: AdaptedState = module.__dict__["_veneer"]
                 tapped.tapped.remove(site)
                 if module is not layer and not tapped.in_use:
-                    give_back(module)
+                    restore_class(module)
         if state.objective is site:
             state.objective = None
         if state.door is not None and state.door.site is site:
-            prompts_door.close(state.door)
-            prompts_door.join(self.sites.values())
+            prompt_stack.detach_stack(state.door)
+            prompt_stack.link_encoder(self.sites.values())
         if site in state.bare:
             state.bare.remove(site)
         if not state.in_use:
-            give_back(layer)
+            restore_class(layer)
             offload.release(layer)
 
-    def unload(self, *, merge: Sequence[Item] | None = None, check: bool = False, progress: bool = False) -> nn.Module:
+    def unload(
+        self, *, merge: Sequence[AdapterExpr] | None = None, check: bool = False, progress: bool = False
+    ) -> nn.Module:
         """Take every adapter off and return the base model, with `merge` baked in for good."""
         if self.slots is not None:
             self.slots.release()
@@ -869,7 +877,7 @@ class Runtime:
             self.merge_for_good(merge, check)
         for adapter in list(self.configs):
             for site in list(self.places[adapter]):
-                if site.kind.whole and merge and adapter in flat(merge):
+                if site.kind.whole and merge and adapter in adapter_names(merge):
                     self.replace_module(site.key, self.layers[site.name]._modules[copy_name(adapter)])  # type: ignore[arg-type]
         self.router.set((), merged=())
         with warnings.catch_warnings():
@@ -881,7 +889,7 @@ class Runtime:
         self.root.__dict__.pop(ATTRIBUTE, None)
         return self.root
 
-    def merge_for_good(self, names: Sequence[Item], check: bool) -> None:
+    def merge_for_good(self, names: Sequence[AdapterExpr], check: bool) -> None:
         missing = [n for n in names if n not in self.router.merged]
         if missing:
             self.merge(names, check=check)

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from ..injection.entries import Entry
+from ..injection.entries import AdapterAtSite
 from ..methods.base import Method
-
-if TYPE_CHECKING:
-    pass
-
 
 PREFIX = "base_model.model."
 HALF = (torch.float16, torch.bfloat16)
@@ -22,7 +16,7 @@ def prefix_of(config: Method, prefix: str) -> str:
     return config.file_prefix if prefix == PREFIX else prefix
 
 
-def file_key(prefix: str, entry: Entry, key: str) -> str:
+def file_key(prefix: str, entry: AdapterAtSite, key: str) -> str:
     below = entry.names[key]
     if not entry.key:  # of the adapter as a whole
         return below

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra.recursion import every
+from ..algebra.recursion import walk_terms
 from ..backends.plain import PLAIN
-from ..injection.router import Item
-from ..layers.site import Original, Site
-
-if TYPE_CHECKING:
-    pass
+from ..injection.router import AdapterExpr
+from ..layers.site import MergeBackup, Site
 
 
-def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], check: bool) -> None:
+def merge_site(site: Site, names: tuple[AdapterExpr, ...], uses: Mapping[int, int], check: bool) -> None:
     """Write the effective weight and bias of one site, remembering what was there."""
     with torch.no_grad():
         stored, bias = site.stored(), site.bias
@@ -35,9 +32,9 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
             )
         groups = site.kind.widen(site, value)
         backend = site.backend
-        original = Original(None if backend.packed else stored, bias, None, groups=site.groups)
+        original = MergeBackup(None if backend.packed else stored, bias, None, groups=site.groups)
         parameter = backend.storage(site.owner, site.param)
-        if not any(changes_weight(link) for link in every(links)):
+        if not any(changes_weight(link) for link in walk_terms(links)):
             pass  # what is stored stays as it is, tied, quantized or not
         elif backend.packed and not backend.can_write(site.owner, site.param):
             raise ValueError(
@@ -57,7 +54,7 @@ def merge_site(site: Site, names: tuple[Item, ...], uses: Mapping[int, int], che
             original.token = backend.write(site.owner, site.param, value)
         if not backend.packed and isinstance(original.token, Tensor):
             original.weight = original.token
-        if bias is not None and new_bias is not None and any(changes_bias(link) for link in every(links)):
+        if bias is not None and new_bias is not None and any(changes_bias(link) for link in walk_terms(links)):
             original.bias_token = PLAIN.write(site.owner, site.kind.bias, new_bias)
             if isinstance(original.bias_token, Tensor):
                 original.bias = original.bias_token

@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from .. import layers
 from ..backends import backend_of, bare_of
 from ..distributed import offload, sharding, tensor_parallel
-from ..injection.entries import Entry
+from ..injection.entries import AdapterAtSite
+from ..layers.shallow_copy import shallow_copy
 from ..layers.site import Site
-from ..layers.stand_in import stand_in
 from ..methods.base import Method
-from ..prompts.door import Door
-
-if TYPE_CHECKING:
-    pass
-
-from typing import TYPE_CHECKING
-
+from ..prompts.prompt_stack import PromptStack
 from .keys import HALF
 
 if TYPE_CHECKING:
@@ -31,30 +25,30 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Place:
+class PlannedSite:
     """A site about to receive an adapter: planned first, committed once nothing can fail any more."""
 
     site: Site
     layer: nn.Module  # the module whose forward is taken over
     role: str  # "main", "bare", "module", "door", "objective" or "opaque"
-    entry: Entry
+    entry: AdapterAtSite
     values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
     whole: nn.Module | None = None  # a full copy
-    door: Door | None = None
+    door: PromptStack | None = None
 
 
 @dataclass
-class Draft:
+class AttachPlan:
     """An adapter that was planned and not yet put into the model."""
 
     config: Method
-    places: list[Place]
+    places: list[PlannedSite]
     shared: dict[str, Tensor]
     overrides: dict[str, tuple[nn.Module, str, Tensor]]  # base tensors that the file brings
     report: LoadReport
 
 
-def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
+def copy_module(place: PlannedSite, loader: Loader | None, prefix: str) -> nn.Module:
     """A deep copy of a module without anything of ours on it, filled from the file if there is one."""
     module = place.layer
     refuse_packed(module, place.site.name)
@@ -63,7 +57,7 @@ def whole_copy(place: Place, loader: Loader | None, prefix: str) -> nn.Module:
             f"{place.site.name}: tensor parallelism splits it between the processes, and a copy that is trained whole "
             "(modules_to_save) is not supported there; name it in target_modules, or load the model without tp_plan"
         )
-    double = stand_in(module)
+    double = shallow_copy(module)
     double.__dict__["_buffers"] = dict(double._buffers)
     for table in (double._parameters, double._modules, double._buffers):
         for name in [n for n in table if ":" in n]:
@@ -102,7 +96,7 @@ def refuse_packed(module: nn.Module, name: str) -> None:
             )
 
 
-def attr_of(place: Place, key: str, adapter: str) -> str:
+def attr_of(place: PlannedSite, key: str, adapter: str) -> str:
     """Name of a tensor on its layer: peft's name below the module, then the adapter's, without dots."""
     stem = place.entry.names.get(key) or key
     stem = stem.removesuffix(".weight").replace(".", "_")

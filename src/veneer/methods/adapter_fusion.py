@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.site import Site
-from ..targets.blocks import Spot
+from ..targets.blocks import SublayerOutput
 from .base import Method, Tensors, spots_of
-from .checks import probability
+from .checks import check_probability
 from .registry import method
 
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
@@ -67,7 +67,7 @@ class AdapterFusionConfig(Method):
 
     def check(self) -> None:
         if self.dropout is not None:
-            probability(self, dropout=self.dropout)
+            check_probability(self, dropout=self.dropout)
         if not (self.query or self.key or self.value):
             raise ValueError("AdapterFusionConfig(query=False, key=False, value=False): there is nothing to train")
         if not isinstance(self.adapter_names, (list, tuple)) or len(set(self.adapter_names)) != len(self.adapter_names):
@@ -92,8 +92,8 @@ class AdapterFusionConfig(Method):
     def uses(self) -> Collection[str]:
         return self.adapter_names
 
-    def sites_of(self, model: nn.Module) -> Mapping[str, Spot]:
-        first: dict[str, Spot] = {}
+    def sites_of(self, model: nn.Module) -> Mapping[str, SublayerOutput]:
+        first: dict[str, SublayerOutput] = {}
         for name in self.adapter_names:
             found = spots_of(model, name)
             methods: list[Any] = [m for _, m in found.values()]

@@ -18,7 +18,7 @@ from ..layers.site import Site
 from ..targets.defaults import model_type
 from ..targets.suggest import suggest
 from .base import Method, Tensors
-from .checks import whole
+from .checks import check_positive_int
 from .registry import method
 
 # Attentions whose queries are those computed here (tests/parity/test_adaption_prompt.py): model type -> their module.
@@ -48,7 +48,7 @@ class AdaptionPromptConfig(Method):
 
     def check(self) -> None:
         given = {n: v for n in ("adapter_len", "adapter_layers") if (v := getattr(self, n)) is not None}
-        whole(self, **given)
+        check_positive_int(self, **given)
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             raise ValueError(
                 f"AdaptionPromptConfig(target_modules={self.target_modules!r}): must be one name, such as 'self_attn'"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..algebra.operators import Dense, Operator
 from ..layers.site import Site
-from ..targets.blocks import Spot
+from ..targets.blocks import SublayerOutput
 from ..targets.defaults import pattern_value
 from ..targets.suggest import suggest
 from .peft_types import TASK_HEADS, PeftType, TaskType
@@ -383,7 +383,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
-def spots_of(model: nn.Module, adapter: str) -> dict[str, tuple[Spot, Method]]:
+def spots_of(model: nn.Module, adapter: str) -> dict[str, tuple[SublayerOutput, Method]]:
     """Where another adapter of the model maps the outputs of modules: name -> the place, and its method there.
 
     Raises:

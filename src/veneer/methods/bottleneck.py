@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.site import Site
-from ..targets.blocks import Spot, find_spots, spot_at
+from ..targets.blocks import SublayerOutput, find_sublayers, sublayer_at
 from ..targets.select import matches
 from ..targets.suggest import show, suggest
 from .base import Method, Tensors
 from .checks import (
-    one_of,
-    positive,
-    probability,
-    whole,  # fmt: skip
+    check_one_of,
+    check_positive,
+    check_positive_int,  # fmt: skip
+    check_probability,
 )
 from .registry import method
 
@@ -153,7 +153,7 @@ class BottleneckConfig(Method):
         return {**cls.recipe, "learning_rate": 2e-4} if hot else cls.recipe
 
     def check(self) -> None:
-        one_of(self, tuple(KINDS), kind=self.kind)
+        check_one_of(self, tuple(KINDS), kind=self.kind)
         for name, value in KINDS[self.kind].items():
             if getattr(self, name) is None and not (name == "reduction_factor" and self.width is not None):
                 setattr(self, name, value)
@@ -163,11 +163,11 @@ class BottleneckConfig(Method):
                 "the bottleneck; leave one out"
             )
         for role in self.places or ():
-            one_of(self, ROLES, places=role)
+            check_one_of(self, ROLES, places=role)
         for what in ("width", "reduction_factor"):
             value = getattr(self, what)
             for one in value.values() if isinstance(value, Mapping) else [] if value is None else [value]:
-                (whole if what == "width" else positive)(self, **{what: one})
+                (check_positive_int if what == "width" else check_positive)(self, **{what: one})
             if isinstance(value, Mapping):
                 setattr(self, what, {str(k): v for k, v in value.items()})  # as JSON has them
         if self.activation not in ACTIVATIONS:
@@ -175,27 +175,27 @@ class BottleneckConfig(Method):
             raise ValueError(
                 f"BottleneckConfig(activation={self.activation!r}): must be one of {', '.join(ACTIVATIONS)}{hint}"
             )
-        probability(self, dropout=self.dropout, stochastic_depth=self.stochastic_depth)
-        one_of(self, (None, "before", "after", "both"), layer_norm=self.layer_norm)
-        one_of(self, (True, False, "post_add"), residual_before_ln=self.residual_before_ln)
+        check_probability(self, dropout=self.dropout, stochastic_depth=self.stochastic_depth)
+        check_one_of(self, (None, "before", "after", "both"), layer_norm=self.layer_norm)
+        check_one_of(self, (True, False, "post_add"), residual_before_ln=self.residual_before_ln)
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError(
                 "BottleneckConfig(residual_before_ln='post_add'): the residual behind the block's sum needs "
                 "original_ln_before=True"
             )
         if isinstance(self.scaling, str):
-            one_of(self, ("learned", "channel"), scaling=self.scaling)
+            check_one_of(self, ("learned", "channel"), scaling=self.scaling)
         elif isinstance(self.scaling, bool) or not isinstance(self.scaling, (int, float)):
             raise ValueError(f"BottleneckConfig(scaling={self.scaling!r}): must be a number, 'learned' or 'channel'")
         for what in ("phm_dim", "phm_rank"):
             if getattr(self, what) != 0:
-                whole(self, **{what: getattr(self, what)})
-        one_of(self, INITS, init_weights=self.init_weights)
+                check_positive_int(self, **{what: getattr(self, what)})
+        check_one_of(self, INITS, init_weights=self.init_weights)
 
     # Places.
 
-    def sites_of(self, model: nn.Module) -> Mapping[str, Spot]:
-        spots = {s.name: s for s in find_spots(model)}
+    def sites_of(self, model: nn.Module) -> Mapping[str, SublayerOutput]:
+        spots = {s.name: s for s in find_sublayers(model)}
         if self.target_modules is not None:
             inner = [n for n, _ in model.named_modules() if n and ":" not in n]
             chosen = [n for n in inner if matches(n, self.target_modules)]
@@ -206,7 +206,7 @@ class BottleneckConfig(Method):
                     f"target_modules={show(self.target_modules)} matches no module{hint}; a bottleneck is put at the "
                     f"output of any module; places of this model: {show([*spots][:6]) if spots else 'none known'}"
                 )
-            found = [spot_at(model, n, spots) for n in chosen]
+            found = [sublayer_at(model, n, spots) for n in chosen]
         else:
             found = [s for s in spots.values() if s.role in (self.places or ())]
             if not found:
@@ -228,7 +228,7 @@ class BottleneckConfig(Method):
         kept = [s.at_norm() if s.norm and not self.original_ln_after else s for s in kept]
         return {s.name: s for s in kept}
 
-    def spot(self, site: Site) -> Spot:
+    def spot(self, site: Site) -> SublayerOutput:
         assert site.spot is not None
         return site.spot
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..layers.site import Site
 from .base import Tensors
-from .checks import one_of
+from .checks import check_one_of
 from .peft_types import TaskType
 from .prompt_learning import PromptLearningConfig
 from .prompt_tuning import words
@@ -87,7 +87,7 @@ class CPTConfig(PromptLearningConfig):
                 "CPTConfig(cpt_mask=...): must be all 1, as tokens in front of a sequence need no padding; leave out the "
                 "tokens that are not to be attended to"
             )
-        one_of(self, ("none", "decay"), opt_weighted_loss_type=self.opt_weighted_loss_type)
+        check_one_of(self, ("none", "decay"), opt_weighted_loss_type=self.opt_weighted_loss_type)
         self.num_virtual_tokens, self.num_transformer_submodules = n, 1
         super().check()
 

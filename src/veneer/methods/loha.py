@@ -16,7 +16,7 @@ from ..algebra.hadamard import Hadamard
 from ..algebra.operators import Operator
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import positive, probability, whole
+from .checks import check_positive, check_positive_int, check_probability
 from .registry import method
 
 
@@ -58,9 +58,9 @@ class LoHaConfig(Method):
     names = {key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 
     def check(self) -> None:
-        whole(self, r=self.r)
-        positive(self, alpha=self.alpha)
-        probability(self, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
+        check_positive_int(self, r=self.r)
+        check_positive(self, alpha=self.alpha)
+        check_probability(self, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
 
     def core(self, site: Site) -> bool:
         """Whether the delta has a core over the kernel, as peft builds it (1-D and 2-D kernels above 1)."""

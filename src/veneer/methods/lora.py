@@ -25,7 +25,7 @@ from ..algebra.sums import Sum
 from ..algebra.task_arithmetic import Combination
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import one_of, positive, probability, whole
+from .checks import check_one_of, check_positive, check_positive_int, check_probability
 from .registry import method
 
 
@@ -115,10 +115,10 @@ class LoraConfig(Method):
     recipe = {"learning_rate": 2e-3, "warmup": 10, "target_modules": "all-linear", "lora_alpha": 16}
 
     def check(self) -> None:
-        whole(self, r=self.r)
-        positive(self, lora_alpha=self.lora_alpha)
-        probability(self, lora_dropout=self.lora_dropout)
-        one_of(self, ("none", "all", "lora_only"), bias=self.bias)
+        check_positive_int(self, r=self.r)
+        check_positive(self, lora_alpha=self.lora_alpha)
+        check_probability(self, lora_dropout=self.lora_dropout)
+        check_one_of(self, ("none", "all", "lora_only"), bias=self.bias)
         for name, table in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key, value in (table or {}).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layers.site import Site
 from .base import Tensors, read_tensors
-from .checks import one_of, whole
+from .checks import check_one_of, check_positive_int
 from .prompt_tuning import PromptTuningConfig
 from .registry import method
 
@@ -61,8 +61,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     names = {"embedding": "prompt_embeddings", "cols": "prefix_task_cols", "rows": "prefix_task_rows"}
 
     def check_start(self) -> None:
-        one_of(self, ("RANDOM", "TEXT", *SOURCES), prompt_tuning_init=self.prompt_tuning_init)
-        whole(self, num_ranks=self.num_ranks, num_tasks=self.num_tasks)
+        check_one_of(self, ("RANDOM", "TEXT", *SOURCES), prompt_tuning_init=self.prompt_tuning_init)
+        check_positive_int(self, num_ranks=self.num_ranks, num_tasks=self.num_tasks)
         if self.prompt_tuning_init in SOURCES and not (self.prompt_tuning_init_state_dict_path or self.from_file):
             raise ValueError(
                 f"MultitaskPromptTuningConfig(prompt_tuning_init={self.prompt_tuning_init!r}): needs "

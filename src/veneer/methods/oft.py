@@ -17,7 +17,7 @@ from torch import Tensor
 from ..algebra.operators import BlockDiagonal, Operator
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import one_of, positive, probability, whole
+from .checks import check_one_of, check_positive, check_positive_int, check_probability
 from .registry import method
 
 
@@ -74,11 +74,11 @@ class OFTConfig(Method):
             raise ValueError(
                 f"OFTConfig(r={self.r!r}, oft_block_size={self.oft_block_size!r}): give one of them and 0 for the other"
             )
-        whole(self, **({"r": self.r} if self.r else {"oft_block_size": self.oft_block_size}))
-        whole(self, num_cayley_neumann_terms=self.num_cayley_neumann_terms)
-        probability(self, module_dropout=self.module_dropout)
-        positive(self, eps=self.eps)
-        one_of(self, ("none", "all", "oft_only"), bias=self.bias)
+        check_positive_int(self, **({"r": self.r} if self.r else {"oft_block_size": self.oft_block_size}))
+        check_positive_int(self, num_cayley_neumann_terms=self.num_cayley_neumann_terms)
+        check_probability(self, module_dropout=self.module_dropout)
+        check_positive(self, eps=self.eps)
+        check_one_of(self, ("none", "all", "oft_only"), bias=self.bias)
 
     def file_names(self, site: Site) -> Mapping[str, str]:
         return {**self.names, "Q": "oft_embedding_R.weight"} if site.lookup else self.names

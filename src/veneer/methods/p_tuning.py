@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import one_of, probability, whole
+from .checks import check_one_of, check_positive_int, check_probability
 from .prompt_learning import PromptLearningConfig
 from .registry import method
 
@@ -57,11 +57,11 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.check_where(self.virtual_tokens_in)
         how = self.encoder_reparameterization_type
         self.encoder_reparameterization_type = str(getattr(how, "value", how))
-        one_of(self, ("MLP", "LSTM"), encoder_reparameterization_type=self.encoder_reparameterization_type)
-        whole(self, encoder_num_layers=self.encoder_num_layers)
+        check_one_of(self, ("MLP", "LSTM"), encoder_reparameterization_type=self.encoder_reparameterization_type)
+        check_positive_int(self, encoder_num_layers=self.encoder_num_layers)
         if self.encoder_hidden_size is not None:
-            whole(self, encoder_hidden_size=self.encoder_hidden_size)
-        probability(self, encoder_dropout=self.encoder_dropout)
+            check_positive_int(self, encoder_hidden_size=self.encoder_hidden_size)
+        check_probability(self, encoder_dropout=self.encoder_dropout)
 
     def prepare(self, model: nn.Module) -> Method:
         prepared = super().prepare(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import one_of, whole
+from .checks import check_one_of, check_positive_int
 from .prompt_learning import PromptLearningConfig, size
 from .registry import method
 
@@ -60,14 +60,14 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def check(self) -> None:
         super().check()
-        one_of(self, (None, "zero", "vocabulary"), init_weights=self.init_weights)
+        check_one_of(self, (None, "zero", "vocabulary"), init_weights=self.init_weights)
         if self.init_weights == "vocabulary" and self.prefix_projection:
             raise ValueError(
                 "PrefixTuningConfig(init_weights='vocabulary'): keys and values to start from cannot be had through "
                 "prefix_projection=True; leave one of the two out"
             )
         if self.encoder_hidden_size is not None:
-            whole(self, encoder_hidden_size=self.encoder_hidden_size)
+            check_positive_int(self, encoder_hidden_size=self.encoder_hidden_size)
         if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
             raise ValueError(
                 f"PrefixTuningConfig(token_dim={self.token_dim}): must be a multiple of num_attention_heads="

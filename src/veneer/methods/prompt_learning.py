@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 from .base import Method
-from .checks import one_of, whole
+from .checks import check_one_of, check_positive_int
 from .peft_types import TaskType
 
 
@@ -30,7 +30,7 @@ class PromptLearningConfig(Method):
 
     def check_where(self, where: str | None) -> None:
         """Raise ValueError where `virtual_tokens_in` cannot be had."""
-        one_of(self, (None, "encoder", "decoder", "both"), virtual_tokens_in=where)
+        check_one_of(self, (None, "encoder", "decoder", "both"), virtual_tokens_in=where)
         if where == "both" and self.num_transformer_submodules == 1:
             raise ValueError(
                 f"{type(self).__name__}(virtual_tokens_in='both'): needs rows for two stacks; set "
@@ -38,9 +38,9 @@ class PromptLearningConfig(Method):
             )
 
     def check(self) -> None:
-        whole(self, num_virtual_tokens=self.num_virtual_tokens)
+        check_positive_int(self, num_virtual_tokens=self.num_virtual_tokens)
         sizes = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
-        whole(self, **{n: getattr(self, n) for n in sizes if getattr(self, n) is not None})
+        check_positive_int(self, **{n: getattr(self, n) for n in sizes if getattr(self, n) is not None})
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layers.site import Site
 from .base import Tensors
-from .checks import one_of
+from .checks import check_one_of
 from .prompt_learning import PromptLearningConfig
 from .registry import method
 
@@ -70,7 +70,7 @@ class PromptTuningConfig(PromptLearningConfig):
             )
 
     def check_start(self) -> None:
-        one_of(self, ("RANDOM", "SAMPLE_VOCAB", "TEXT"), prompt_tuning_init=self.prompt_tuning_init)
+        check_one_of(self, ("RANDOM", "SAMPLE_VOCAB", "TEXT"), prompt_tuning_init=self.prompt_tuning_init)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         shape = (self.total_virtual_tokens, self.token_dim or site.fan_out)  # (T, width)

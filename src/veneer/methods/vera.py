@@ -18,7 +18,7 @@ from ..algebra.low_rank import Factored
 from ..algebra.operators import Operator
 from ..layers.site import Site
 from .base import Method, Tensors
-from .checks import one_of, probability, whole
+from .checks import check_one_of, check_positive_int, check_probability
 from .registry import method
 
 
@@ -61,9 +61,9 @@ class VeraConfig(Method):
     shared_names = {"A": "vera_A", "B": "vera_B"}
 
     def check(self) -> None:
-        whole(self, r=self.r)
-        probability(self, vera_dropout=self.vera_dropout)
-        one_of(self, ("none", "all", "vera_only"), bias=self.bias)
+        check_positive_int(self, r=self.r)
+        check_probability(self, vera_dropout=self.vera_dropout)
+        check_one_of(self, ("none", "all", "vera_only"), bias=self.bias)
 
     @property
     def saves_shared(self) -> bool:

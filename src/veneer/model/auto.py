@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..methods import config_file
 from ..methods.base import Method
-
-if TYPE_CHECKING:
-    pass
-
 from .peft_model import PeftModel
 
 

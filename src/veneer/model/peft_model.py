@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..files import adapter_files, adapterhub, fused_layers, renamed_modules
 from ..files import state_dict as files_state_dict
 from ..injection import checkpointing
-from ..injection.router import Item, Rows, flat, stack
+from ..injection.router import AdapterExpr, Rows, adapter_names, as_stack
 from ..io import atomic_write, locate
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX
@@ -25,15 +25,10 @@ from ..methods import config_file
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..targets.suggest import suggest
-
-if TYPE_CHECKING:
-    from ..serving.slots import Slots
-
-from typing import TYPE_CHECKING
-
 from .status import get_layer_status, get_model_status
 
 if TYPE_CHECKING:
+    from ..serving.slots import Slots
     from .status import TunerLayerStatus, TunerModelStatus
 
 
@@ -210,7 +205,7 @@ class PeftModel(nn.Module):
 
     # Switching.
 
-    def set_adapter(self, adapter_name: Item | Sequence[Item], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: AdapterExpr | Sequence[AdapterExpr], inference_mode: bool = False) -> None:
         """Make one adapter, or several stacked in order, the active ones; `Parallel`, `Average` set them side by side.
 
         Activating does not change what is trained: a fresh adapter is trainable, a loaded one is as
@@ -221,7 +216,7 @@ class PeftModel(nn.Module):
         """
         self.runtime.activate(adapter_name)
         if inference_mode:
-            self.set_requires_grad(tuple(flat(stack(adapter_name))), False)
+            self.set_requires_grad(tuple(adapter_names(as_stack(adapter_name))), False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trained."""
@@ -246,10 +241,10 @@ class PeftModel(nn.Module):
             router.set(enabled=before)
 
     @contextmanager
-    def use_adapter(self, adapter_name: Item | Sequence[Item]) -> Iterator[None]:
+    def use_adapter(self, adapter_name: AdapterExpr | Sequence[AdapterExpr]) -> Iterator[None]:
         """Within the block and in this thread only, other adapters than the active ones; see `set_adapter`."""
-        names = stack(adapter_name)
-        for name in flat(names):
+        names = as_stack(adapter_name)
+        for name in adapter_names(names):
             self.runtime.known(name)
         self.runtime.check_together(names)
         if self.runtime.router.merged:
@@ -545,8 +540,8 @@ class PeftModel(nn.Module):
         """Take all adapters off and return the base model as it was."""
         return self.runtime.unload()
 
-    def _names(self, adapter_names: Sequence[Item] | None) -> tuple[Item, ...]:
-        return self.runtime.router.chosen if adapter_names is None else stack(adapter_names)
+    def _names(self, adapter_names: Sequence[AdapterExpr] | None) -> tuple[AdapterExpr, ...]:
+        return self.runtime.router.chosen if adapter_names is None else as_stack(adapter_names)
 
     # Counting.
 

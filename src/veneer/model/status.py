@@ -8,7 +8,7 @@ from torch import nn
 
 from ..files import adapter_files
 from ..injection.entries import copy_name
-from ..injection.router import flat
+from ..injection.router import adapter_names
 
 
 @dataclass
@@ -65,7 +65,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 module_type=site.kind.name,
                 enabled=router.enabled,
                 active_adapters=[n for n in router.active if n in site.entries],
-                merged_adapters=[n for n in flat(router.merged) if n in site.entries],
+                merged_adapters=[n for n in adapter_names(router.merged) if n in site.entries],
                 requires_grad=grads,
                 available_adapters=sorted(site.entries),
                 devices=devices,
@@ -95,7 +95,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(status),
         enabled=runtime.router.enabled,
         active_adapters=list(runtime.router.active),
-        merged_adapters=list(flat(runtime.router.merged)),
+        merged_adapters=list(adapter_names(runtime.router.merged)),
         requires_grad=grads,
         available_adapters=sorted(runtime.configs),
         devices={n: sorted(d) for n, d in devices.items()},

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from ..algebra.operators import Operator
 from ..injection.class_swap import Adapted
-from ..injection.dispatch import Takeover
-from ..injection.entries import Entry, copy_name, link
-from ..injection.router import flat
+from ..injection.dispatch import AdaptedState
+from ..injection.entries import AdapterAtSite, copy_name, term_of
+from ..injection.router import adapter_names
+from ..layers.shallow_copy import shallow_copy
 from ..layers.site import Site
-from ..layers.stand_in import stand_in
 from ..lifecycle.adapters import Runtime
 
 
-def state_of(layer: nn.Module) -> Takeover:
-    found: Takeover = layer.__dict__["_veneer"]
+def state_of(layer: nn.Module) -> AdaptedState:
+    found: AdaptedState = layer.__dict__["_veneer"]
     return found
 
 
@@ -39,7 +39,7 @@ def sites(layer: nn.Module) -> list[Site]:
     return [s for s in (state.main, *state.bare) if s is not None and s.backend is not None]
 
 
-def entries(layer: nn.Module) -> dict[str, tuple[Site, Entry]]:
+def entries(layer: nn.Module) -> dict[str, tuple[Site, AdapterAtSite]]:
     """Adapter -> its place on the layer and what it has there."""
     return {name: (site, entry) for site in sites(layer) for name, entry in site.entries.items()}
 
@@ -152,7 +152,7 @@ class Scaling(MutableMapping[str, float]):
         changed.lora_alpha = float(value) / unit  # type: ignore[attr-defined]
         entry.method = changed
         site.router.changed()
-        if site.original is not None and name in flat(site.router.merged):
+        if site.original is not None and name in adapter_names(site.router.merged):
             runtime(self._layer).merge_again(site)
 
     def __delitem__(self, name: str) -> None:
@@ -175,10 +175,10 @@ class View:
 
     @property
     def base_layer(self: Any) -> nn.Module:
-        return stand_in(self)
+        return shallow_copy(self)
 
     def get_base_layer(self: Any) -> nn.Module:
-        return stand_in(self)
+        return shallow_copy(self)
 
     @property
     def scaling(self: Any) -> Scaling:
@@ -234,7 +234,7 @@ class View:
 
     @property
     def merged_adapters(self: Any) -> list[str]:
-        return list(flat(state_of(self).router.merged))
+        return list(adapter_names(state_of(self).router.merged))
 
     @property
     def merged(self: Any) -> bool:
@@ -286,7 +286,7 @@ class View:
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """The change of the weight, in its own layout."""
         site, entry = entries(self)[adapter]
-        op: Operator | None = link(entry.method, site.tensors(adapter), site).delta
+        op: Operator | None = term_of(entry.method, site.tensors(adapter), site).delta
         if op is None:
             raise TypeError(f"{site.name}: {entry.method.peft_name} changes the weight by more than a sum")
         weight = site.weight()
@@ -299,7 +299,7 @@ class View:
 
     @property
     def original_module(self: Any) -> nn.Module:
-        return stand_in(self)
+        return shallow_copy(self)
 
 
 def own_parameters(layer: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -23,27 +23,25 @@ from torch import Tensor, nn
 
 from ..distributed import tensor_parallel
 from ..injection.dispatch import CARRIED
-
-if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
-
-from typing import TYPE_CHECKING
-
 from .masks import like, refuse_packed_kernels
 from .stacks import CACHES, embedding_of
 from .virtual_tokens import glue
 
 if TYPE_CHECKING:
+    from ..injection.dispatch import AdaptedState
     from .stacks import StackFacts
-    from .virtual_tokens import Front
+    from .virtual_tokens import VirtualTokens
+
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 
-class Passage:
+class PromptedForward:
     """One call of a stack with virtual tokens in front."""
 
-    def __init__(self, door: StackFacts, state: Takeover, stack: nn.Module, call: dict[str, Any], front: Front) -> None:
+    def __init__(
+        self, door: StackFacts, state: AdaptedState, stack: nn.Module, call: dict[str, Any], front: VirtualTokens
+    ) -> None:
         self.door, self.state, self.stack, self.call = door, state, stack, call
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         shown = embeds if embeds is not None else ids
@@ -205,7 +203,7 @@ class Passage:
         return bool(memory.plain == self.batch and own_layers(inner)[0].is_initialized)  # else it was reset
 
     @property
-    def made(self) -> Front | None:
+    def made(self) -> VirtualTokens | None:
         """The virtual tokens, where a later call can have them again."""
         return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.front
 

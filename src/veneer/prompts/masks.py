@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    pass
+    from .virtual_tokens import VirtualTokens
 
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .virtual_tokens import Front
 
 MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
 
@@ -27,7 +22,7 @@ def like(seen: Tensor, mask: Tensor) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
 
 
-def extend_cross(call: dict[str, Any], front: Front) -> None:
+def extend_cross(call: dict[str, Any], front: VirtualTokens) -> None:
     """Let a decoder see the encoder's virtual tokens, of which its mask knows nothing."""
     mask, hidden = call.get("encoder_attention_mask"), call["encoder_hidden_states"]
     front = front.rows(hidden.shape[0])

@@ -7,24 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..injection.router import Item, flat
+from ..injection.router import AdapterExpr, adapter_names
 
 if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..injection.dispatch import Takeover
+    from ..injection.dispatch import AdaptedState
 
 
 def state_objective(
-    state: Takeover, model: nn.Module, live: tuple[Item, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: AdaptedState, model: nn.Module, live: tuple[AdapterExpr, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A model's forward whose loss an adapter computes, from the logits of virtual and real tokens."""
     assert state.objective is not None
-    names = state.router.rows() or tuple(flat(live))
+    names = state.router.rows() or tuple(adapter_names(live))
     entry = next((state.objective.entries[n] for n in names if n in state.objective.entries), None)
     if entry is None:
         return state.inner(model, live, args, kwargs)

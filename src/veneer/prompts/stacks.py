@@ -5,15 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers.site import Site
-
-if TYPE_CHECKING:
-    pass
-
 
 CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # what forwards call their cache
 
@@ -65,7 +61,7 @@ class StackFacts:
         return None if self.table is None else self.table.count
 
 
-def stacks(model: nn.Module) -> dict[str, str]:
+def find_stacks(model: nn.Module) -> dict[str, str]:
     """Role -> name of the stacks into which virtual tokens can go.
 
     Raises:

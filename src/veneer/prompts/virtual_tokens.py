@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
-class Front:
+class VirtualTokens:
     """Virtual tokens in front of the rows of a batch.
 
     Attributes:
@@ -38,13 +35,13 @@ class Front:
         return 0 if self.prompt is None else self.prompt.shape[-2]
 
     @staticmethod
-    def joined(parts: Sequence[Front]) -> Front | None:
+    def joined(parts: Sequence[VirtualTokens]) -> VirtualTokens | None:
         """Several adapters' virtual tokens one after another."""
         if len(parts) < 2:
             return parts[0] if parts else None
         prefixes = [f.prefix for f in parts if f.prefix is not None]
         prompts = [f.prompt for f in parts if f.prompt is not None]
-        return Front(
+        return VirtualTokens(
             torch.cat([p.expand(widest(prefixes), -1, -1, -1, -1, -1) for p in prefixes], -2) if prefixes else None,
             torch.cat([p.expand(widest(prompts), -1, -1) for p in prompts], -2) if prompts else None,
             None,
@@ -52,7 +49,7 @@ class Front:
         )
 
     @staticmethod
-    def mixed(parts: Sequence[Front | None], which: Sequence[int]) -> Front | None:
+    def mixed(parts: Sequence[VirtualTokens | None], which: Sequence[int]) -> VirtualTokens | None:
         """Each row's own virtual tokens: row r has those of `parts[which[r]]`, which may be none."""
         there = [f for f in parts if f is not None]
         if not there:
@@ -76,14 +73,14 @@ class Front:
         sizes = [(0, 0) if parts[i] is None else (parts[i].P, parts[i].T) for i in which]  # type: ignore[union-attr]
         even = all(s == (P, T) for s in sizes)
         device = (sample if sample is not None else words).device  # type: ignore[union-attr]
-        return Front(
+        return VirtualTokens(
             torch.cat(prefixes) if prefixes else None,
             torch.cat(prompts) if prompts else None,
             None if even else torch.tensor(sizes, device=device),
             (tuple(which), *(k for f in there for k in f.key)),
         )
 
-    def rows(self, batch: int) -> Front:
+    def rows(self, batch: int) -> VirtualTokens:
         """The same for a batch that `generate` has repeated each row of (beams, several sequences)."""
         have = max(0 if t is None else t.shape[0] for t in (self.prefix, self.prompt, self.counts))
         if have in (1, batch):
@@ -96,7 +93,7 @@ class Front:
             t if t is None or t.shape[0] == 1 else t.repeat_interleave(batch // have, 0)
             for t in (self.prefix, self.prompt, self.counts)
         )
-        return Front(prefix, prompt, counts, self.key)
+        return VirtualTokens(prefix, prompt, counts, self.key)
 
     def mask(self, batch: int, device: torch.device) -> Tensor:
         """Which virtual positions a row may attend to, (batch, P + T) bool."""

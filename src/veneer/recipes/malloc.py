@@ -10,7 +10,7 @@ LIMITS = {M_MMAP_THRESHOLD: 2**17, M_TRIM_THRESHOLD: 2**17}  # bytes: those with
 VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
-def give_back() -> bool:
+def release_memory() -> bool:
     """Have glibc map large blocks by themselves and return them when they are freed.
 
     By itself it raises both limits with the blocks that are freed, to 32 and 64 MiB. The tensors of a step then lie

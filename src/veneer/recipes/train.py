@@ -24,7 +24,7 @@ from . import data as rows_of
 from .checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint, running
 from .errors import InputError, PointlessError, user_input
 from .launch import check_rows
-from .malloc import give_back
+from .malloc import release_memory
 from .report import Report, peak_memory, plot, show
 from .run import Run
 from .tasks import TASKS
@@ -72,7 +72,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
     import veneer
 
     if run.quantize is not None and not torch.accelerator.is_available():
-        give_back()
+        release_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.set_seed(run.seed)
     with console.status(f"loading {run.model}"):

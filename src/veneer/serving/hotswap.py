@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import adapter_files
-from ..injection.entries import Entry, copy_name
-from ..injection.router import flat
+from ..injection.entries import AdapterAtSite, copy_name
+from ..injection.router import adapter_names
 from ..io import locate
 from ..layers.site import Site
 from ..lifecycle.adapters import Runtime
@@ -112,7 +112,7 @@ def swap(
 ) -> None:
     """Copy an adapter's tensors, by their key in the file, into a live one; see `hotswap_adapter`."""
     live = runtime.known(adapter)
-    if adapter in flat(runtime.router.merged):
+    if adapter in adapter_names(runtime.router.merged):
         raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
     if not isinstance(live, LoraConfig) or not isinstance(config, LoraConfig):
         raise ValueError(
@@ -128,7 +128,7 @@ def swap(
     left = dict(tensors)
     places = lora_places(runtime, adapter)
     prefix = prefix_of(config, PREFIX)
-    values: list[tuple[Site, Entry, str, Tensor | None]] = []
+    values: list[tuple[Site, AdapterAtSite, str, Tensor | None]] = []
     largest = 0
     for site, entry in places:
         if entry.frozen:
@@ -255,7 +255,7 @@ def can_grow(site: Site) -> bool:
     return not site.experts and site.groups == 1
 
 
-def lora_places(runtime: Runtime, adapter: str) -> list[tuple[Site, Entry]]:
+def lora_places(runtime: Runtime, adapter: str) -> list[tuple[Site, AdapterAtSite]]:
     """Where an adapter has a LoRA of its own, rather than a full copy or trained rows."""
     found = [(site, site.entries[adapter]) for site in runtime.places[adapter]]
     return [(site, entry) for site, entry in found if isinstance(entry.method, LoraConfig)]

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..algebra.low_rank import Factored
-from ..algebra.recursion import Link
+from ..algebra.recursion import Term
 from ..algebra.sums import Sum, terms
 from ..backends import backend_of
 from ..distributed import sharding
-from ..injection.class_swap import give_back, take_over
-from ..injection.dispatch import Takeover
-from ..injection.entries import link
+from ..injection.class_swap import adapt_class, restore_class
+from ..injection.dispatch import AdaptedState
+from ..injection.entries import term_of
 from ..io import locate
 from ..kernels.mixed import Batch
 from ..lifecycle.adapters import ATTRIBUTE
@@ -35,7 +35,7 @@ from .slotted_layer import A_NAME, B_NAME, COUNT, INDEX, Slotted
 
 if TYPE_CHECKING:
     from ..lifecycle.adapters import Runtime
-    from ..lifecycle.plan import Place
+    from ..lifecycle.plan import PlannedSite
     from ..methods.base import Method
 
     Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | Packed"
@@ -145,7 +145,7 @@ class Slots:
         assert weight is not None
         self.flat = torch.zeros(max_adapters + 1, start, dtype=dtype, device=weight.device)  # (S + 1, numbers)
         for name in self.parts:
-            state = take_over(self.root.get_submodule(name), runtime.router)
+            state = adapt_class(self.root.get_submodule(name), runtime.router)
             state.__class__ = Slotted
             state.slots = self  # type: ignore[attr-defined]
         self.show()
@@ -236,7 +236,7 @@ class Slots:
                 room[: factor.shape[0]].copy_(factor)
         return Packed(values, self.layout)
 
-    def factors(self, place: Place, shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def factors(self, place: PlannedSite, shared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (r, out), with its scale, of what an adapter says at a place."""
         site, entry, method = place.site, place.entry, place.entry.method
         refusal = f"{site.name}: {method.peft_name} is no low-rank matrix added to the weight of a linear layer here"
@@ -246,7 +246,7 @@ class Slots:
             k: shared[k] for k in entry.shared
         }
         with torch.no_grad():
-            said: Link = link(method, p, site)
+            said: Term = term_of(method, p, site)
             ops = () if said.delta is None else terms(said.delta)
             pure = all(x is None for x in (said.left, said.right, said.shift, said.post))
             if not pure or not ops or not all(isinstance(op, Factored) and op.groups == 1 for op in ops):
@@ -363,11 +363,11 @@ class Slots:
         for name in self.parts:
             layer = self.root.get_submodule(name)
             state = layer.__dict__["_veneer"]
-            state.__class__ = Takeover
+            state.__class__ = AdaptedState
             del state.slots
             self.drop(layer, A_NAME, B_NAME)
             if not state.in_use:
-                give_back(layer)
+                restore_class(layer)
         self.drop(self.root, INDEX, COUNT)
         self.runtime.slots = None
         self.runtime.router.changed()

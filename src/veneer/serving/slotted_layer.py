@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..injection.dispatch import Takeover
+from ..injection.dispatch import AdaptedState
 from ..kernels import mixed
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ A_NAME, B_NAME = "A:slots", "B:slots"
 INDEX, COUNT = "index:slots", "count:slots"
 
 
-class Slotted(Takeover):
+class Slotted(AdaptedState):
     """The state of a layer with slots, whose adapters act on what comes after all others."""
 
     slots: Slots

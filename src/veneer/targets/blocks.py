@@ -32,7 +32,7 @@ ADD = "+"
 
 
 @dataclass(frozen=True)
-class Spot:
+class SublayerOutput:
     """A module whose output an adapter maps, and what lies around it.
 
     Attributes:
@@ -57,15 +57,15 @@ class Spot:
     fan_in: int
     on_norm: bool = False
 
-    def at_norm(self) -> Spot:
+    def at_norm(self) -> SublayerOutput:
         """The same place behind its norm."""
         return replace(self, name=self.norm, on_norm=True)
 
 
-def find_spots(model: nn.Module) -> list[Spot]:
+def find_sublayers(model: nn.Module) -> list[SublayerOutput]:
     """Every place in every block of a model, in the order in which the blocks run."""
     modules = {n: m for n, m in model.named_modules() if ":" not in n}
-    spots: list[Spot] = []
+    spots: list[SublayerOutput] = []
     layer = 0
     blocks: set[str] = set()
     for name, stack in modules.items():
@@ -78,14 +78,14 @@ def find_spots(model: nn.Module) -> list[Spot]:
             for role, (out, residual, norm) in found.items():
                 width = width_of(block, (norm, residual), out, config)
                 after = f"{at}.{norm}" if norm else ""
-                spots.append(Spot(f"{at}.{out}", role, layer, at, f"{at}.{residual}", after, width, width))
+                spots.append(SublayerOutput(f"{at}.{out}", role, layer, at, f"{at}.{residual}", after, width, width))
             if found:
                 blocks.add(at)
                 layer += 1
     return spots
 
 
-def spot_at(model: nn.Module, name: str, known: Mapping[str, Spot]) -> Spot:
+def sublayer_at(model: nn.Module, name: str, known: Mapping[str, SublayerOutput]) -> SublayerOutput:
     """The place that a module's name means: one in a block, or the module's output as such.
 
     Raises:
@@ -108,7 +108,7 @@ def spot_at(model: nn.Module, name: str, known: Mapping[str, Spot]) -> Spot:
             f"target_modules: the width of {name!r} ({type(module).__name__}) is not known; name a linear layer, a norm "
             "or a module with linear layers in it"
         )
-    return Spot(name, "", layer, "", "", "", sizes[1], sizes[0])
+    return SublayerOutput(name, "", layer, "", "", "", sizes[1], sizes[0])
 
 
 def nearest_config(modules: Mapping[str, nn.Module], name: str) -> tuple[str | None, Any]:
@@ -305,7 +305,7 @@ def sort_of(module: nn.Module, name: str) -> str:
 def events(cls: type, children: Mapping[str, nn.Module]) -> list[str]:
     """Names of the children that a class's forward calls, and its additions, in the order of evaluation."""
     base: type = getattr(cls, "_veneer_base", cls)
-    return list(walk(body_of(base.forward), base, children, 0))  # type: ignore[attr-defined]
+    return list(_walk_ast(body_of(base.forward), base, children, 0))  # type: ignore[attr-defined]
 
 
 def body_of(function: Callable[..., Any]) -> ast.AST | None:
@@ -316,26 +316,26 @@ def body_of(function: Callable[..., Any]) -> ast.AST | None:
         return None
 
 
-def walk(node: ast.AST | None, cls: type, children: Mapping[str, nn.Module], depth: int) -> Iterator[str]:
+def _walk_ast(node: ast.AST | None, cls: type, children: Mapping[str, nn.Module], depth: int) -> Iterator[str]:
     if node is None:
         return
     if isinstance(node, ast.Call):
         for part in (*node.args, *(k.value for k in node.keywords)):
-            yield from walk(part, cls, children, depth)
-        yield from walk(node.func, cls, children, depth)
+            yield from _walk_ast(part, cls, children, depth)
+        yield from _walk_ast(node.func, cls, children, depth)
         return
     if isinstance(node, ast.Assign):  # the value comes before the target
-        yield from walk(node.value, cls, children, depth)
+        yield from _walk_ast(node.value, cls, children, depth)
         return
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
         helper = getattr(cls, node.attr, None)
         if node.attr in children:
             yield node.attr
         elif inspect.isfunction(helper) and depth < 2:  # a part of the forward in a method of its own
-            yield from walk(body_of(helper), cls, children, depth + 1)
+            yield from _walk_ast(body_of(helper), cls, children, depth + 1)
         return
     for child in ast.iter_child_nodes(node):
-        yield from walk(child, cls, children, depth)
+        yield from _walk_ast(child, cls, children, depth)
     adds = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
     if adds and not isinstance(node.left, ast.Tuple) and not isinstance(node.right, ast.Tuple):  # type: ignore[attr-defined]
         yield ADD

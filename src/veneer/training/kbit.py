@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..backends import backends, bare_of, settle
+from ..backends import backends, bare_of, prepare_for_gradients
 from .watch import look_once
 
 HALF = (torch.float16, torch.bfloat16)
@@ -61,7 +61,7 @@ def prepare_model_for_kbit_training(
     # Checkpoints that are reentrant pass no gradient on unless their input has one; a Trainer may turn them on later.
     if hasattr(root, "enable_input_require_grads"):
         root.enable_input_require_grads()
-    settle(root)
+    prepare_for_gradients(root)
     look_once(root)
     return model
 

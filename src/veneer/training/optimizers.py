@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.sharding import fill, is_partitioned, whole
+from ..distributed.sharding import fill, gathered, is_partitioned
 
 STEP = "step"
 
@@ -63,7 +63,7 @@ def read(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     found[f"{name}|{key}"] = full.detach().cpu().clone()
         else:
             for key, value in inner.state.get(parameter, {}).items():
-                found[f"{name}|{key}"] = whole(torch.as_tensor(value).detach()).float().cpu().clone()
+                found[f"{name}|{key}"] = gathered(torch.as_tensor(value).detach()).float().cpu().clone()
     return found
 
 

@@ -63,7 +63,7 @@ class Seen:
     first: tuple[str, str] | None = None
 
 
-def replay(call: Call, router: Router | None) -> Seen:
+def rerun_forward(call: Call, router: Router | None) -> Seen:
     """Run a forward again as it ran: same input, adapters, random numbers and autocast; nothing is changed by it."""
     seen, handles = Seen(), []
     known: set[nn.Module] = set()

@@ -24,12 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..backends import backends
 from ..distributed.sharding import distributed, is_partitioned, is_sharded, rank
 from ..injection.entries import copy_name
-from ..injection.router import flat
+from ..injection.router import adapter_names
 from ..lifecycle.adapters import Runtime, runtime_of
 from ..lifecycle.keys import HALF
 from .findings import Finding, WatchError, WatchWarning
 from .optimizers import by_deepspeed, innermost
-from .replay import Call, Seen, floats, replay
+from .replay import Call, Seen, floats, rerun_forward
 
 STEPS = 2  # of the optimizer that are looked at
 NAMED = 3  # parameters that a message names
@@ -223,7 +223,7 @@ class Watch:
         self.trained = survey(self.model)
         for runtime in runtimes:
             rows = runtime.router.rows()
-            names = list(flat(runtime.router.live())) if rows is None else list(rows.distinct)
+            names = list(adapter_names(runtime.router.live())) if rows is None else list(rows.distinct)
             while names:
                 name = names.pop()
                 self.used.add((id(runtime), name))
@@ -371,7 +371,7 @@ class Watch:
         if self.call is None or any(is_sharded(p) for p in self.model.parameters()):
             return Seen()
         runtime = runtime_of(bare(self.call.root))
-        return replay(self.call, None if runtime is None else runtime.router)
+        return rerun_forward(self.call, None if runtime is None else runtime.router)
 
     def look_at_parameters(self) -> list[Finding]:
         """Before the first step: dtypes, and what is trained of the base."""
@@ -452,10 +452,8 @@ class Watch:
         elif router is not None and not router.enabled:
             cause = "Adapters are disabled"
             remedy = "train outside disable_adapter(), or call enable_adapter_layers()"
-        elif router is not None and set(trained) & set(flat(router.merged)):
-            cause = (
-                f"The adapters {named(list(flat(router.merged)))} are merged into the base weights, which are frozen"
-            )
+        elif router is not None and set(trained) & set(adapter_names(router.merged)):
+            cause = f"The adapters {named(list(adapter_names(router.merged)))} are merged into the base weights, which are frozen"
             remedy = "call model.unmerge_adapter() before training"
         else:
             cause = "Activating an adapter does not change what is trained, and a loaded one is frozen"

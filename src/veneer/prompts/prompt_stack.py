@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.sharding import shape_of
-from ..injection.class_swap import give_back, take_over, take_over_carrier
-from ..injection.dispatch import Takeover
-from ..injection.router import Router, flat
+from ..injection.class_swap import adapt_carrier, adapt_class, restore_class
+from ..injection.dispatch import AdaptedState
+from ..injection.router import Router, adapter_names
 from ..layers.geometry import Geometry
 from ..layers.kind import LayerKind
 from ..layers.site import Site
-from .forward import Passage, refuse_left_behind
+from .forward import PromptedForward, refuse_left_behind
 from .masks import extend_cross
 from .stacks import CACHES, StackFacts, blocks, cache_argument, embedding_of, learned_positions, recurrent, type_name
-from .virtual_tokens import Front
+from .virtual_tokens import VirtualTokens
 
 
-class DoorKind(LayerKind):
+class PromptStackKind(LayerKind):
     """A stack of blocks, seen as a place for virtual tokens: (vocabulary, width) of its embedding."""
 
     name = "stack"
@@ -39,15 +39,15 @@ class DoorKind(LayerKind):
         return Geometry(rows, width, lookup=True)
 
 
-DOOR = DoorKind()
+PROMPT_STACK = PromptStackKind()
 
 
-class Door(StackFacts):
+class PromptStack(StackFacts):
     """A stack whose forward takes the virtual tokens of adapters."""
 
-    encoder: Door | None
+    encoder: PromptStack | None
 
-    def run(self, state: Takeover, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, state: AdaptedState, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stack's forward with the virtual tokens of the adapters that are live."""
         call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         if self.cache == "cache" and "past_key_values" in call:  # transformers' name for it until 5.23
@@ -60,20 +60,20 @@ class Door(StackFacts):
         if here is None:
             refuse_left_behind(call.get(self.cache))
             return state.inner(stack, router.live(), (), call)
-        return Passage(self, state, stack, call, here).run()
+        return PromptedForward(self, state, stack, call, here).run()
 
-    def known(self, router: Router, cache: Any) -> Front | None:
+    def known(self, router: Router, cache: Any) -> VirtualTokens | None:
         """What the caller's cache keeps of an earlier call with the same virtual tokens, or None."""
         memory = None if cache is None or torch.is_grad_enabled() else getattr(cache, "veneer", None)
         if memory is None or memory.made is None or torch.compiler.is_compiling():
             return None
-        live = router.rows() or tuple(flat(router.live()))
+        live = router.rows() or tuple(adapter_names(router.live()))
         names = [n for n in dict.fromkeys(live) if n in self.site.entries]
         key = tuple(self.key_of(n, self.site.tensors(n), router) for n in names)
         if router.rows() is not None:
             order = list(dict.fromkeys(live))
             key = (tuple(order.index(n) for n in live), *key)
-        made: Front = memory.made
+        made: VirtualTokens = memory.made
         return made if made.key == key else None
 
     def key_of(self, name: str, p: Mapping[str, Tensor], router: Router) -> tuple[Any, ...]:
@@ -84,17 +84,17 @@ class Door(StackFacts):
         versions = tuple(0 if t.is_inference() else t._version for t in p.values())
         return (name, serial, versions, () if tasks is None else tuple(tasks.tolist()))
 
-    def front(self, router: Router, call: Mapping[str, Any]) -> Front | None:
+    def front(self, router: Router, call: Mapping[str, Any]) -> VirtualTokens | None:
         """The virtual tokens that stand before this call's rows, or None."""
         rows = router.rows()
         if rows is None:
-            found = [self.piece(name, router) for name in flat(router.live()) if name in self.site.entries]
-            return Front.joined([f for f in found if f is not None])
+            found = [self.piece(name, router) for name in adapter_names(router.live()) if name in self.site.entries]
+            return VirtualTokens.joined([f for f in found if f is not None])
         names = list(dict.fromkeys(rows))
         pieces = [self.piece(n, router) if n in self.site.entries else None for n in names]
-        return Front.mixed(pieces, [names.index(n) for n in rows])
+        return VirtualTokens.mixed(pieces, [names.index(n) for n in rows])
 
-    def piece(self, name: str, router: Router) -> Front | None:
+    def piece(self, name: str, router: Router) -> VirtualTokens | None:
         """One adapter's virtual tokens at this stack, before they are cast and spread over the rows."""
         entry = self.site.entries[name]
         method, p = entry.method, self.site.tensors(name)
@@ -105,10 +105,10 @@ class Door(StackFacts):
         # (layers, 2, heads, P, head width) -> (1, layers, 2, heads, P, head width); (T, width) -> (1, T, width)
         prefix = None if prefix is None else prefix[None]
         prompt = prompt[None] if prompt is not None and prompt.ndim == 2 else prompt
-        return Front(prefix, prompt, None, (self.key_of(name, p, router),))
+        return VirtualTokens(prefix, prompt, None, (self.key_of(name, p, router),))
 
 
-def open_door(site: Site, role: str, model: nn.Module) -> Door:
+def inspect_stack(site: Site, role: str, model: nn.Module) -> PromptStack:
     """What there is to know of a stack, read from it once."""
     stack = site.owner
     arguments = tuple(inspect.signature(stack.forward).parameters)
@@ -117,7 +117,7 @@ def open_door(site: Site, role: str, model: nn.Module) -> Door:
     mean = getattr(getattr(model, "config", None), "classifier_pooling", None) in ("mean", "late")
     whole_sequence = type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
     causal = role != "encoder" and (not own or any(m.is_causal for m in own))
-    return Door(
+    return PromptStack(
         site,
         role,
         arguments,
@@ -129,32 +129,32 @@ def open_door(site: Site, role: str, model: nn.Module) -> Door:
     )
 
 
-def attach_door(door: Door, router: Router) -> None:
+def attach_stack(door: PromptStack, router: Router) -> None:
     """Take over the stack, and the blocks that carry its prefix."""
-    take_over(door.site.owner, router).door = door
+    adapt_class(door.site.owner, router).door = door
     for block in door.carriers:
-        take_over_carrier(block, router, *cache_argument(block))  # type: ignore[misc]
+        adapt_carrier(block, router, *cache_argument(block))  # type: ignore[misc]
 
 
-def join(sites: Iterable[Site]) -> None:
+def link_encoder(sites: Iterable[Site]) -> None:
     """Let the decoder's door know the encoder's."""
-    opened = [s.owner.__dict__["_veneer"].door for s in sites if isinstance(s.kind, DoorKind)]
+    opened = [s.owner.__dict__["_veneer"].door for s in sites if isinstance(s.kind, PromptStackKind)]
     by_role = {d.role: d for d in opened if d is not None}
     for found in by_role.values():
         found.encoder = by_role.get("encoder") if found.role == "decoder" else None
 
 
-def close(door: Door) -> None:
+def detach_stack(door: PromptStack) -> None:
     """Undo `attach_door`; blocks that hold nothing else are given back."""
     door.site.owner.__dict__["_veneer"].door = None
     for block in door.carriers:
         state = block.__dict__["_veneer"]
         state.carries = None
         if not state.in_use:
-            give_back(block)
+            restore_class(block)
 
 
-def check_fits(door: Door, virtual: int, prefix: bool) -> None:
+def check_stack_fits(door: PromptStack, virtual: int, prefix: bool) -> None:
     """Raise where a stack has no place for virtual tokens.
 
     Raises:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
 
-
-def own_rows(rows: Sequence[int], count: int, x: Tensor) -> Tensor:
+def rows_of_adapter(rows: Sequence[int], count: int, x: Tensor) -> Tensor:
     """Where x (batch, ...) has some of `count` rows; `generate` repeats each row for its beams."""
     repeat = x.shape[0] // count
     return torch.tensor([i * repeat + k for i in rows for k in range(repeat)], device=x.device)
 
 
-def picked(value: Any, own: Tensor, x: Tensor) -> Any:
+def select_rows(value: Any, own: Tensor, x: Tensor) -> Any:
     """Some rows of an argument that has as many as x; any other as it is."""
     whole = isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
     return value.index_select(0, own) if whole else value
 
 
-def stand_in(module: nn.Module, **attributes: Any) -> nn.Module:
+def shallow_copy(module: nn.Module, **attributes: Any) -> nn.Module:
     """A shallow double of `module`, of its base class, whose parameters can be set without touching it.
 
     It lives for one call, so several threads can use the module at once.

@@ -26,7 +26,7 @@ def pages() -> dict[str, str]:
 def page(name: str, cls: Any) -> str:
     """The page of one method, from its file."""
     from veneer.cli.methods import about
-    from veneer.recipes.recipe import HELP
+    from veneer.recipes.run import HELP
 
     found = about(cls)
     key = name.lower()

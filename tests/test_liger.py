@@ -98,7 +98,7 @@ def test_the_command_line_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
-    import veneer.cli.train as training
+    import veneer.recipes.train as training
 
     monkeypatch.setattr("veneer.recipes.trained.load_model", lambda *a, **k: base)
     task = training.TASKS["causal-lm"]

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 # Blocks between others that stay: holes of 80 MB, above glibc's first limit and below what it raises that to.
 HOLES = """
 import sys, torch
-from veneer.cli.malloc import give_back
-done = give_back() if sys.argv[1] == "give" else None
+from veneer.recipes.malloc import release_memory
+done = release_memory() if sys.argv[1] == "give" else None
 torch.empty(8 << 20, dtype=torch.uint8).fill_(1)
 def resident():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) >> 10

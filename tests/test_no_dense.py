@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from table import METHODS, NAME, Model
-from veneer.algebra import cached, low_rank
-from veneer.algebra import hadamard as algebra_hadamard
+from veneer.algebra import cached, low_rank, operators
 from veneer.algebra.hadamard import Hadamard
 from veneer.algebra.low_rank import Factored
 from veneer.algebra.operators import BlockDiagonal
@@ -484,7 +483,7 @@ def test_an_embedding_forms_no_delta() -> None:
 
 @pytest.mark.parametrize("weights", ["rows", "columns", "groups"])
 def test_half_precision_weights_are_read_in_pieces(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(algebra_hadamard, "PIECE", 100)
+    monkeypatch.setattr(operators, "PIECE", 100)
     n, out, into = (4, 10, 6) if weights == "groups" else (1, 30, 50)
     W = (
         torch.randn(n, into, out).bfloat16().transpose(1, 2)

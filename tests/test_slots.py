@@ -19,7 +19,7 @@ from models import MODELS
 from small import llama, scramble
 from veneer.kernels import mixed
 from veneer.serving.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from veneer.serving.slots import reserve_slots
+from veneer.serving.slots import reserve_slots, slots_of
 
 BASE = "__base__"
 IDS = torch.arange(30).view(3, 10)
@@ -278,7 +278,7 @@ def test_copies_pickles_and_casts(source: Any) -> None:
     assert not any("slots" in k for k in model.state_dict())
     twins = (copy.deepcopy(model), torch.load(buffer, weights_only=False), pickle.loads(pickle.dumps(model)))
     for twin in twins:
-        own = twin.runtime.slots
+        own = slots_of(twin.runtime)
         assert own is not slots and own.names == ["a", "b"]
         close(out(twin), want)
         own.swap("b", source[1] / "c")

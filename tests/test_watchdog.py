@@ -497,7 +497,7 @@ def ours(run: Callable[[], None]) -> set[str]:
     seen: set[str] = set()
 
     def profile(frame: Any, event: str, argument: Any) -> None:
-        if frame.f_code.co_filename.endswith(("veneer/watchdog.py", "veneer/replay.py")):
+        if frame.f_code.co_filename.endswith(("veneer/training/watch.py", "veneer/training/replay.py")):
             seen.add(frame.f_code.co_qualname)
 
     sys.setprofile(profile)

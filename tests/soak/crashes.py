@@ -118,9 +118,9 @@ def trained(source: Path, out: Path, *more: str) -> None:
 def kills_in_training(count: int, seed: int = 0) -> dict[str, Any]:
     """Kill a run at a random moment, go on with it until it ends, and compare the adapter's files; `count` times."""
     import datasets  # noqa: F401  (before the forks, so that most of their time is training)
-    import veneer.cli.train
     from transformers import Trainer  # noqa: F401
 
+    import veneer.recipes.train
     import words
 
     torch.set_num_threads(1)
@@ -148,7 +148,7 @@ def kills_in_training(count: int, seed: int = 0) -> dict[str, Any]:
                 if status is not None:
                     wrong.append(f"run {n}, attempt {attempt} with {how or 'nothing'}: exit status {status}")
                     break
-                whole_ones = veneer.cli.train.last_checkpoint(out) is not None
+                whole_ones = veneer.recipes.train.last_checkpoint(out) is not None
                 if (out / "report.json").is_file():  # killed after all was written
                     break
                 how = ("--resume",) if whole_ones else ("--overwrite",)

@@ -30,8 +30,12 @@ from veneer.io import locate
 
 SOURCE = str(Path(veneer.__file__).parent)
 READERS = tuple(
-    f"{SOURCE}/{n}.py" for n in ("codec", "reading", "fingerprint", "patterns", "targets", "method", "runtime")
-)
+    f"{SOURCE}/{n}.py"
+    for n in (
+        "files/adapter_files", "files/state_dict", "io/locate", "io/safe_read", "io/fingerprint", "targets/regex",
+        "targets/select", "methods/base", "methods/config_file", "lifecycle/plan", "lifecycle/find_sites",
+    )
+)  # fmt: skip
 CONFIG, WEIGHTS = locate.CONFIG_NAME, locate.WEIGHTS_NAME
 Files = dict[str, bytes]
 VALUES: list[Any] = [

@@ -169,7 +169,7 @@ def verify(
         ValueError: adapters are merged, the model takes inputs that are not known, or a process fails.
     """
     root: Any = model.get_base_model()
-    config = model.runtime.known(adapter_name)
+    config = model.runtime.config_of(adapter_name)
     if model.runtime.router.merged:
         raise ValueError("verify: adapters are merged into the base weights; call unmerge_adapter() first")
     given = dict(example(root) if inputs is None else inputs)

@@ -24,6 +24,8 @@ from ..backends.plain import FLOATS
 from ..files.adapter_files import base_of
 from ..injection.router import AdapterExpr
 from ..lifecycle.adapters import Runtime, runtime_of
+from ..lifecycle.detach import unload_adapters
+from ..lifecycle.merge import unmerge_adapters
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def merge_dense(
     """
     runtime = runtime_of(root)
     if runtime is not None:
-        runtime.unmerge()
+        unmerge_adapters(runtime)
     found = quantized_layers(root)
     held: dict[tuple[nn.Module, str], Held] = {}
     if runtime is not None:
@@ -136,7 +138,7 @@ def merge_dense(
         for site in sites:
             site.backend = held.setdefault((site.owner, site.param), Held(site.backend))
         try:
-            runtime.unload(merge=names, check=check)
+            unload_adapters(runtime, merge=names, check=check)
         except BaseException:
             for site in sites:
                 site.backend = site.backend.inner
@@ -236,7 +238,7 @@ def export_dense(
     root.eval()
     before = None
     if check:
-        runtime.unmerge()
+        unmerge_adapters(runtime)
         with runtime.router.choose(tuple(names)):
             before = logits_of(root, given)
     count = merge_dense(root, names, dtype=torch.float32 if check else dtype, check=True)

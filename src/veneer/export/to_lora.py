@@ -91,7 +91,7 @@ def convert_to_lora(
     """
     check_rank(rank)
     runtime = adapter_files.attached(model)
-    config: Any = runtime.known(adapter_name)
+    config: Any = runtime.config_of(adapter_name)
     prefix = adapter_files.prefix_of(model)
     compute: Callable[..., Any] = decompose if compile_kwargs is None else torch.compile(decompose, **compile_kwargs)
     sites = [s for s in runtime.places[adapter_name] if type(s.entries[adapter_name].method) is type(config)]
@@ -157,7 +157,7 @@ def check_rank(rank: float) -> None:
 
 def convertible(runtime: Runtime, adapter: str) -> bool:
     """Whether an adapter makes changes of matrices and nothing else, but for full copies, rows and biases."""
-    config = runtime.known(adapter)
+    config = runtime.config_of(adapter)
     try:
         for site in runtime.places[adapter]:
             if type(site.entries[adapter].method) is type(config):
@@ -253,7 +253,7 @@ def cut(site: Site, parts: Parts, rank: float, compute: Callable[..., Any]) -> t
 def carried(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]:
     """The adapter's tensors that are no change of a matrix: full copies, token rows, further biases."""
     found: dict[str, Tensor] = {}
-    kind = type(runtime.known(adapter))
+    kind = type(runtime.config_of(adapter))
     for site in runtime.places[adapter]:
         entry = site.entries[adapter]
         if site.kind.whole:

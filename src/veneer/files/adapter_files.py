@@ -169,7 +169,7 @@ def save_adapter(
 
     Where its parameters are sharded, every process calls it: all of them gather, rank 0 writes, the others wait.
     """
-    config = runtime.known(adapter)
+    config = runtime.config_of(adapter)
     tensors = adapter_tensors(runtime, adapter, embeddings=embeddings)
     runtime.known_base()  # every process takes part, where it has to be taken again
     own = list(runtime.parameters(adapter))
@@ -287,7 +287,7 @@ def adapter_tensors(
         embeddings: True adds the model's embeddings and output head, "auto" only where their number of rows is not
             the base config's (a vocabulary that was resized), False never.
     """
-    config = runtime.known(adapter)
+    config = runtime.config_of(adapter)
     with sharding.available(runtime.parameters(adapter)):
         found = {k: copied(t) for k, t in runtime.named_tensors(adapter, prefix)}
     if embeddings is True or (embeddings == "auto" and resized(runtime.root, config)):

@@ -24,6 +24,7 @@ from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..targets.blocks import SublayerOutput, nearest_config
+from ..training.watch import attach_watched
 from . import adapter_files
 
 VERSION = "adapters.1.3.0"  # the layout written here
@@ -152,8 +153,8 @@ def load(
             ours[key] = value  # reported as unexpected
         elif wanted[key]:
             ours[wanted[key]] = value
-    runtime = model.runtime if hasattr(model, "get_base_model") else Runtime.ensure(base)
-    report: LoadReport = runtime.attach(  # type: ignore[union-attr, operator]
+    report: LoadReport = attach_watched(
+        Runtime.ensure(base),
         adapter_name or str(values["name"]),
         config,
         tensors=ours,
@@ -179,7 +180,7 @@ def save(
         ValueError: another method, or something that their layout cannot say.
     """
     runtime = adapter_files.attached(model)
-    base, config = runtime.root, runtime.known(adapter_name)
+    base, config = runtime.root, runtime.config_of(adapter_name)
     fusion = config.peft_name == "ADAPTER_FUSION"
     values = fusion_to(config) if fusion else config_to(config, base)
     name = ",".join(values["adapter_names"]) if fusion else adapter_name
@@ -218,7 +219,7 @@ def fusion_regularization(model: nn.Module, adapter_name: str) -> Tensor:
     Zero where the fusion's config says no `regularization` or has no values.
     """
     runtime = adapter_files.attached(model)
-    config: Any = runtime.known(adapter_name)
+    config: Any = runtime.config_of(adapter_name)
     total = torch.zeros(())
     for key, value in runtime.named_tensors(adapter_name):
         if config.regularization and key.endswith("fusion_value.weight"):
@@ -352,7 +353,7 @@ def keys(base: nn.Module, config: Method, name: str, fusion: bool, *, copies: bo
             f"AdapterHub's layout for model type {kind!r} is not known here; it is for {', '.join(sorted(LAYOUTS))}"
         )
     found: dict[str, str] = {}
-    spots = config.sites_of(base)
+    spots = config.sites_of(base, Runtime.ensure(base).sublayers_of)
     assert isinstance(spots, Mapping)
     method: Any = config
     for spot in spots.values():

@@ -216,7 +216,7 @@ def made(
         layers_to_transform=None, layers_pattern=None, exclude_modules=None,
     )  # fmt: skip
     tensors = {}
-    for place in runtime.draft("refitted", fitted, meta=True).places:
+    for place in runtime.planner("refitted", meta=True).plan_adapter(fitted).sites:
         for key in ("A", "B"):
             tensors[file_key(PREFIX, place.entry, key)] = factors[place.site.name, key]
     before = [p for cells in fused.values() for p, _ in cells.values()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from ..algebra.recursion import walk_terms
 from ..backends.plain import PLAIN
-from ..injection.router import AdapterExpr
+from ..distributed import sharding, tensor_parallel
+from ..injection.router import AdapterExpr, adapter_names
 from ..layers.site import MergeBackup, Site
+from .adapters import Runtime
 
 
 def merge_site(site: Site, names: tuple[AdapterExpr, ...], uses: Mapping[int, int], check: bool) -> None:
@@ -84,3 +87,84 @@ def restore(site: Site) -> None:
     if site.groups > 1:
         site.owner.__dict__["groups"] = original.groups
     site.original = None
+
+
+def merge_adapters(runtime: Runtime, names: Sequence[AdapterExpr], *, check: bool = False, keep: bool = True) -> None:
+    """Bake adapters into the base weights, computed in float32 and rounded once.
+
+    Args:
+        names: in the order in which they are stacked.
+        check: raise, with everything as before, if a merged weight is not finite.
+        keep: remember the base weights for `unmerge`.
+
+    Raises:
+        ValueError: an adapter cannot be expressed as a weight, or a weight would not be finite.
+    """
+    for name in adapter_names(names):
+        runtime.config_of(name)
+    already = runtime.router.merged
+    wanted = (*already, *(n for n in names if n not in already))
+    if wanted == already:
+        warnings.warn("all of these adapters are merged already; nothing to do", stacklevel=3)
+        return
+    sites = [
+        s for s in runtime.sites.values() if not s.kind.whole and any(n in s.entries for n in adapter_names(wanted))
+    ]
+    for site in sites:
+        if site.backend is None:
+            name = next(n for n in adapter_names(wanted) if n in site.entries)
+            raise ValueError(
+                f"{site.name}: adapter {name!r} ({runtime.configs[name].peft_name}) acts on activations and cannot be "
+                "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
+            )
+    done: list[Site] = []
+    uses = _parameter_uses(runtime)
+    try:
+        for site in sites:
+            if site.original is not None:
+                restore(site)
+            with sharding.available(site.owner._parameters.values(), change=True), tensor_parallel.mixing():
+                merge_site(site, wanted, uses, check)
+            done.append(site)
+            if not keep:
+                site.original = None
+    except BaseException:
+        for site in done:
+            if site.original is not None:
+                restore(site)
+        if already:
+            runtime.router.set(merged=())
+            merge_adapters(runtime, already)
+        raise
+    runtime.router.set(merged=wanted)
+
+
+def _parameter_uses(runtime: Runtime) -> Counter[int]:
+    """How many modules have each parameter, by its id."""
+    return Counter(id(p) for m in runtime.root.modules() for p in m._parameters.values() if p is not None)
+
+
+def merge_again(runtime: Runtime, site: Site) -> None:
+    """Merge anew at one site, after what is merged there was changed."""
+    restore(site)
+    merge_site(site, runtime.router.merged, _parameter_uses(runtime), False)
+
+
+def unmerge_adapters(runtime: Runtime) -> None:
+    """Put the exact bits of the base weights back."""
+    for site in runtime.sites.values():
+        if site.original is not None:
+            restore(site)
+    runtime.router.set(merged=())
+
+
+def merge_for_good(runtime: Runtime, names: Sequence[AdapterExpr], check: bool) -> None:
+    missing = [n for n in names if n not in runtime.router.merged]
+    if missing:
+        merge_adapters(runtime, names, check=check)
+    tied = [s for s in runtime.sites.values() if s.original is not None and s.original.parameter is not None]
+    config = getattr(runtime.root, "config", None)
+    if tied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for site in runtime.sites.values():
+        site.original = None

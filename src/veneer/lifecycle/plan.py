@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..backends import backend_of, bare_of
-from ..distributed import offload, sharding, tensor_parallel
-from ..injection.entries import AdapterAtSite
-from ..layers.shallow_copy import shallow_copy
 from ..layers.site import Site
 from ..methods.base import Method
-from ..prompts.prompt_stack import PromptStack
-from .keys import HALF
+from ..targets import defaults, select
+from .find_sites import PlannedSite, SiteFinder
+from .keys import HALF, PREFIX, file_key, prefix_of
+from .load_report import AdapterLoadError, Loader, LoadReport
+from .module_copy import copy_module
 
 if TYPE_CHECKING:
     from .load_report import Loader, LoadReport
-
-
-@dataclass
-class PlannedSite:
-    """A site about to receive an adapter: planned first, committed once nothing can fail any more."""
-
-    site: Site
-    layer: nn.Module  # the module whose forward is taken over
-    role: str  # "main", "bare", "module", "door", "objective" or "opaque"
-    entry: AdapterAtSite
-    values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
-    whole: nn.Module | None = None  # a full copy
-    door: PromptStack | None = None
 
 
 @dataclass
@@ -42,58 +29,202 @@ class AttachPlan:
     """An adapter that was planned and not yet put into the model."""
 
     config: Method
-    places: list[PlannedSite]
+    sites: list[PlannedSite]
     shared: dict[str, Tensor]
     overrides: dict[str, tuple[nn.Module, str, Tensor]]  # base tensors that the file brings
     report: LoadReport
 
 
-def copy_module(place: PlannedSite, loader: Loader | None, prefix: str) -> nn.Module:
-    """A deep copy of a module without anything of ours on it, filled from the file if there is one."""
-    module = place.layer
-    refuse_packed(module, place.site.name)
-    if any(tensor_parallel.style_of(m) is not None for m in module.modules()):
-        raise ValueError(
-            f"{place.site.name}: tensor parallelism splits it between the processes, and a copy that is trained whole "
-            "(modules_to_save) is not supported there; name it in target_modules, or load the model without tp_plan"
-        )
-    double = shallow_copy(module)
-    double.__dict__["_buffers"] = dict(double._buffers)
-    for table in (double._parameters, double._modules, double._buffers):
-        for name in [n for n in table if ":" in n]:
-            del table[name]
-    for name, parameter in double._parameters.items():
-        if parameter is not None and parameter.device.type == "meta":
-            found = offload.fetch(module, name)
-            if found is not None:
-                device = offload.execution_device(module)
-                double._parameters[name] = nn.Parameter(found.to(device, copy=True), requires_grad=False)
-    # A copy begins as an ordinary parameter also where ZeRO-3 partitions what it is of.
-    put_away = {id(p): nn.Parameter(sharding.value(p).detach().clone(), p.requires_grad) for p in double.parameters()
-                if sharding.is_partitioned(p)}  # fmt: skip
-    copied = copy.deepcopy(double, put_away)
-    if loader is not None:
-        for name, value in copied.state_dict().items():
-            found = loader.take(f"{prefix}{place.entry.key}.{name}", value.shape)
-            if found is not None:
-                with torch.no_grad():
-                    value.copy_(found)
-    return copied
+class AdapterPlanner:
+    """Plans one adapter: its sites and its tensors, without touching the model.
 
+    Args:
+        finder: of the model that is to get the adapter.
+        adapter: its name.
+        tensors: values by their key in the file; None starts fresh.
+        prefix: before the names of modules in the keys of `tensors`.
+        strict: whether keys that do not fit raise, or only warn.
+        autocast: keep the parameters in float32 if the base is in half precision.
+        meta: make fresh tensors on the meta device.
+    """
 
-def refuse_packed(module: nn.Module, name: str) -> None:
-    """Raise ValueError where a module that is to be trained whole has quantized weights in it."""
-    for below, layer in module.named_modules():
-        kind = layers.kind_of(layer)
-        param = next(iter(bare_of(layer)), None) if kind is None else kind.weight_of(layer)
-        if param is None:
-            continue
-        backend = backend_of(layer, param, name)
-        if backend.packed:
-            raise ValueError(
-                f"modules_to_save: {'.'.join(filter(None, (name, below)))!r} is stored as {backend.name}, and a copy of it "
-                "cannot be trained; leave it unquantized when loading the base model, or name it in target_modules"
+    def __init__(
+        self,
+        finder: SiteFinder,
+        adapter: str,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        prefix: str = PREFIX,
+        strict: bool = True,
+        autocast: bool = True,
+        meta: bool = False,
+    ) -> None:
+        self.finder, self.root, self.adapter = finder, finder.root, adapter
+        self.loader = None if tensors is None else Loader(tensors, strict)
+        self.prefix, self.autocast, self.meta = prefix, autocast, meta
+
+    def plan_adapter(self, config: Method) -> AttachPlan:
+        """Return the adapter with its tensors.
+
+        Raises:
+            ValueError: targets that do not exist, or a hyper-parameter that does not fit a layer.
+            AdapterLoadError: the file's tensors do not fit and loading is strict.
+        """
+        config = copy.deepcopy(config).prepare(self.root)
+        self.prefix = prefix_of(config, self.prefix)
+        planned: list[PlannedSite] = []
+        shared: dict[str, Tensor] = {}
+        parts = [config, *config.companions(self.root)]
+        copied = {
+            n for part in parts if part.whole_module for n in part.sites_of(self.root, self.finder.sublayers_of) or ()
+        }
+        for part in parts:
+            sites = self.finder.resolve_sites(part, planned, copied)
+            shared |= self._init_shared(part, [p.site for p in sites])
+            self._plan_config(part, sites)
+            planned += sites
+        overrides = {} if self.loader is None else self._resolve_leftover_keys(self.loader)
+        report = LoadReport() if self.loader is None else self.loader.report
+        return AttachPlan(self._with_resolved_targets(config, planned), planned, shared, overrides, report)
+
+    def _plan_config(self, config: Method, sites: Sequence[PlannedSite]) -> None:
+        """Make the tensors of one config at its sites."""
+        loader, first = self.loader, None
+        for planned in sites:
+            if planned.role == "opaque":
+                planned.whole = copy_module(planned, loader, self.prefix)
+                continue
+            if planned.role == "objective":
+                planned.entry.saved = False
+                continue
+            site, entry = planned.site, planned.entry
+            home = site.home
+            site.device = torch.device("meta") if loader is not None or self.meta else home
+            site.dtype = parameter_dtype(site, self.autocast)
+            fresh = entry.method.init(site) if loader is None else entry.method.loaded(site)
+            if first is not None:  # all sites use the first one's tensors
+                save = config.saves_every_site
+                self._assign_tensors(
+                    planned, {k: first.values[attr_of(first, k, self.adapter)] for k in fresh}, save=save
+                )
+                if save and loader is not None:
+                    for key, _ in entry.trained:
+                        loader.left.pop(file_key(self.prefix, entry, key), None)
+                continue
+            if loader is not None:
+                self._fill_from_file(planned, fresh, loader, home)
+            if config.one_for_all:
+                kept = entry.method.frozen
+                fresh = {k: t if k in kept else nn.Parameter(t) for k, t in fresh.items()}
+                first = planned
+            self._assign_tensors(planned, fresh)
+
+    def _fill_from_file(self, place: PlannedSite, fresh: dict[str, Tensor], loader: Loader, home: torch.device) -> None:
+        """Replace the shapes in `fresh` by the file's tensors."""
+        site, entry = place.site, place.entry
+        for key, shape in fresh.items():
+            if key not in entry.names:
+                continue
+            wanted = file_key(self.prefix, entry, key)
+            if wanted not in loader.left and key in entry.method.aliases:
+                other = wanted.removesuffix(entry.names[key]) + entry.method.aliases[key]
+                wanted = other if other in loader.left else wanted
+            found = loader.take(wanted, shape.shape)
+            if found is not None:
+                device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
+                fresh[key] = found.to(device=device, dtype=site.dtype)
+        # What the file does not bring, and what a lenient load leaves at its start.
+        lacking = [k for k, t in fresh.items() if t.device.type == "meta"]
+        refused = loader.strict and not loader.report.clean  # then nothing more is made for it
+        if lacking and home.type != "meta" and not refused:
+            site.device = home
+            start = entry.method.loaded(site)
+            fresh.update({k: start[k] for k in lacking})
+
+    def _assign_tensors(self, place: PlannedSite, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
+        """Give a place its tensors under the attribute names they get on the layer."""
+        entry, method = place.entry, place.entry.method
+        entry.trained = tuple((k, attr_of(place, k, self.adapter)) for k in fresh if k not in method.frozen)
+        entry.frozen = tuple((k, attr_of(place, k, self.adapter)) for k in fresh if k in method.frozen)
+        entry.shared = tuple(method.shared_names)
+        entry.saved = save
+        place.values = {attr_of(place, k, self.adapter): t for k, t in fresh.items()}
+
+    def _init_shared(self, config: Method, sites: list[Site]) -> dict[str, Tensor]:
+        """Tensors shared between the sites: from the file where it has them, else drawn anew."""
+        if not config.shared_names:
+            return {}
+        home = sites[0].home
+        drawn: dict[str, Tensor] = {}
+        if self.loader is not None:
+            for key, name in config.shared_names.items():
+                found = self.loader.left.pop(f"base_model.{name}", self.loader.left.pop(name, None))
+                if found is not None:
+                    drawn[key] = found
+            if len(drawn) == len(config.shared_names):
+                return {k: t.to(device=home) for k, t in drawn.items()}
+            if config.saves_shared:
+                lacking = [f"base_model.{n}" for k, n in config.shared_names.items() if k not in drawn]
+                self.loader.report.missing += lacking
+        fresh = config.init_shared(sites)
+        return {k: drawn.get(k, t).to(device="meta" if self.meta else home) for k, t in fresh.items()}
+
+    def _resolve_leftover_keys(self, loader: Loader) -> dict[str, tuple[nn.Module, str, Tensor]]:
+        """Deal with keys that found no place; return those that are base tensors, to be loaded as such."""
+        overrides: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        head = getattr(self.root, "get_output_embeddings", lambda: None)()
+        vocabulary = {id(head), *(id(m) for m in self.finder.modules.values() if isinstance(m, nn.Embedding))}
+        for key in list(loader.left):
+            name = key.removeprefix(self.prefix).removesuffix(".weight").removesuffix(".base_layer")
+            module: nn.Module | None = self.finder.modules.get(name) if key.endswith(".weight") else None
+            if module is None or id(module) not in vocabulary:
+                continue
+            value, weight = loader.left.pop(key), module._parameters["weight"]
+            assert weight is not None
+            if value.shape != weight.shape:
+                loader.report.mismatched.append((key, tuple(value.shape), tuple(weight.shape)))
+            elif weight.device.type == "meta" or not torch.equal(value.to(weight), weight):
+                overrides[key] = (module, "weight", value)
+        if overrides:
+            names = ", ".join(sorted(overrides))
+            warnings.warn(
+                f"adapter {self.adapter!r} brings weights of the base model, which replace its own: {names}",
+                stacklevel=2,
             )
+        loader.report.unexpected = sorted(loader.left)
+        if not loader.report.clean:
+            text = (
+                f"adapter {self.adapter!r} does not fit its file:\n  {loader.report.describe()}\n"
+                f"Likely cause: {loader.report.cause()}."
+            )
+            if loader.strict:
+                raise AdapterLoadError(text + " Pass strict=False to load what fits.", loader.report)
+            warnings.warn(text, stacklevel=2)
+        return overrides
+
+    def _with_resolved_targets(self, config: Method, plan: Sequence[PlannedSite]) -> Method:
+        """Fill in what the file has to say: resolved targets, copied modules, transposed layers."""
+        mine = [p for p in plan if type(p.entry.method) is type(config)]
+        if hasattr(config, "target_modules") and config.sites_of(self.root, self.finder.sublayers_of) is None:
+            wanted = config.target_modules
+            if wanted is None and (default := select.wanted(self.root, config)[0]) is not None:
+                config = config.replace(target_modules=default)
+            elif isinstance(wanted, str) and wanted.lower() == select.ALL_LINEAR:
+                names = [p.site.name for p in mine if p.role == "main"]
+                config = config.replace(target_modules=short_names(names, self.root))
+        elif getattr(config, "target_modules", "") is None:
+            config = config.replace(
+                target_modules=defaults.default_targets(config.peft_name, defaults.model_type(self.root))
+            )
+        if hasattr(config, "fan_in_fan_out"):
+            config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
+        kept = getattr(config, "modules_to_save", None)
+        for part in config.companions(self.root):
+            if part.whole_module:
+                kept = [*getattr(part, "modules", []), *getattr(part, "optional", [])]
+        if kept is not None:
+            config.modules_to_save = kept  # type: ignore[attr-defined]
+        return config
 
 
 def attr_of(place: PlannedSite, key: str, adapter: str) -> str:

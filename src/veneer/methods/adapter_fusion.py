@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 from ..targets.blocks import SublayerOutput
-from .base import Method, Tensors, spots_of
+from .base import Method, OtherSublayers, Tensors
 from .checks import check_probability
 from .registry import method
 
@@ -92,10 +92,10 @@ class AdapterFusionConfig(Method):
     def uses(self) -> Collection[str]:
         return self.adapter_names
 
-    def sites_of(self, model: nn.Module) -> Mapping[str, SublayerOutput]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Mapping[str, SublayerOutput]:
         first: dict[str, SublayerOutput] = {}
         for name in self.adapter_names:
-            found = spots_of(model, name)
+            found = others(name)
             methods: list[Any] = [m for _, m in found.values()]
             if not methods or any(m.peft_name != "BOTTLENECK" or m.parallel for m in methods):
                 raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..layers.site import Site
 from ..targets.defaults import model_type
 from ..targets.suggest import suggest
-from .base import Method, Tensors
+from .base import Method, OtherSublayers, Tensors
 from .checks import check_positive_int
 from .registry import method
 
@@ -69,7 +69,7 @@ class AdaptionPromptConfig(Method):
         changed: Method = self.replace(target_modules=self.target_modules or ATTENTIONS[kind])
         return changed
 
-    def sites_of(self, model: nn.Module) -> Collection[str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         named = dict(model.named_modules())
         found = [n for n in named if f".{n}".endswith(f".{self.target_modules}")]
         count = self.adapter_layers or 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from ..targets.suggest import suggest
 from .peft_types import TASK_HEADS, PeftType, TaskType
 
 Tensors = Mapping[str, Tensor]
+OtherSublayers = Callable[[str], Mapping[str, "tuple[SublayerOutput, Method]"]]  # sub-layers of another adapter
 REGISTRY: dict[str, type[Method]] = {}  # by peft_type; `registry.method` fills it
 
 
@@ -212,8 +213,10 @@ class Method:
         """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
         return self.names
 
-    def sites_of(self, model: nn.Module) -> Collection[str] | Mapping[str, Any] | None:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str] | Mapping[str, Any] | None:
         """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
+
+        `others` returns the sub-layers that another adapter of the model adapts, by that adapter's name.
 
         A mapping gives each name its key in the file, where that is not the name; a method on modules gives with each
         name the place in its block (`places.Spot`). A layer's bias is adapted at the layer, by `shift`; every other
@@ -381,16 +384,3 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     from ..io.locate import read_tensors
 
     return read_tensors(path)
-
-
-def spots_of(model: nn.Module, adapter: str) -> dict[str, tuple[SublayerOutput, Method]]:
-    """Where another adapter of the model maps the outputs of modules: name -> the place, and its method there.
-
-    Raises:
-        ValueError: there is no adapter of this name.
-    """
-    from ..lifecycle.adapters import Runtime
-
-    runtime = Runtime.ensure(model)
-    runtime.known(adapter)
-    return {s.key: (s.spot, s.entries[adapter].method) for s in runtime.places[adapter] if s.spot is not None}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..targets.select import resolve
+from .base import OtherSublayers
 from .full_copy import TrainedBias
 from .registry import method
 
@@ -35,7 +36,7 @@ class BitFitConfig(TrainedBias):
 
     recipe = {"learning_rate": 3e-3, "warmup": 10}
 
-    def sites_of(self, model: nn.Module) -> Collection[str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         owners = {n: b for n, m in model.named_modules() if ":" not in n and (b := biases(m))}
         if not owners:
             raise ValueError(f"BitFitConfig: {type(model).__name__} has no bias to train; use another method")

@@ -23,7 +23,7 @@ from ..layers.site import Site
 from ..targets.blocks import SublayerOutput, find_sublayers, sublayer_at
 from ..targets.select import matches
 from ..targets.suggest import show, suggest
-from .base import Method, Tensors
+from .base import Method, OtherSublayers, Tensors
 from .checks import (
     check_one_of,
     check_positive,
@@ -194,7 +194,7 @@ class BottleneckConfig(Method):
 
     # Places.
 
-    def sites_of(self, model: nn.Module) -> Mapping[str, SublayerOutput]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Mapping[str, SublayerOutput]:
         spots = {s.name: s for s in find_sublayers(model)}
         if self.target_modules is not None:
             inner = [n for n, _ in model.named_modules() if n and ":" not in n]

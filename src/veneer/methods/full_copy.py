@@ -13,7 +13,7 @@ from ..algebra.operators import Operator, Rows
 from ..layers.site import Site
 from ..targets.select import matches
 from ..targets.suggest import suggest
-from .base import Method, Tensors
+from .base import Method, OtherSublayers, Tensors
 from .registry import method
 
 
@@ -32,7 +32,7 @@ class ModulesToSave(Method):
 
     whole_module = True
 
-    def sites_of(self, model: nn.Module) -> Collection[str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         names = [n for n, _ in model.named_modules() if n and ":" not in n]
         for wanted in self.modules:
             if not any(n.endswith(wanted) for n in names):
@@ -81,7 +81,7 @@ class TrainableTokensConfig(Method):
             made.append(config)
         return made
 
-    def sites_of(self, model: nn.Module) -> Collection[str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         modules = dict(model.named_modules())
         if self.target_modules is None:
             find = getattr(model, "get_input_embeddings", None)
@@ -153,7 +153,7 @@ class TrainedBias(Method):
 
     names = {"copy": "", "bias": "bias"}  # a bias that is a site of its own, a bias of a layer
 
-    def sites_of(self, model: nn.Module) -> Collection[str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         return [n for n, _ in model.named_parameters() if n == "bias" or n.endswith(".bias")]
 
     def file_names(self, site: Site) -> Mapping[str, str]:

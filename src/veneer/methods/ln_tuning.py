@@ -17,7 +17,7 @@ from ..layers import supported
 from ..layers.site import Site
 from ..targets.defaults import default_targets, model_type
 from ..targets.select import resolve
-from .base import Method, Tensors
+from .base import Method, OtherSublayers, Tensors
 from .registry import method
 
 INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
@@ -51,7 +51,7 @@ class LNTuningConfig(Method):
                 "normalisation layers, or use LoraConfig for the linear ones"
             )
 
-    def sites_of(self, model: nn.Module) -> Mapping[str, str]:
+    def sites_of(self, model: nn.Module, others: OtherSublayers) -> Mapping[str, str]:
         """Site -> its key in the file: layers with an input and output of their own, else single parameters."""
         modules = dict(model.named_modules())
         every = self

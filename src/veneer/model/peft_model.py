@@ -19,12 +19,16 @@ from ..injection import checkpointing
 from ..injection.router import AdapterExpr, Rows, adapter_names, as_stack
 from ..io import atomic_write, locate
 from ..lifecycle.adapters import Runtime
+from ..lifecycle.combine import combine_adapters
+from ..lifecycle.detach import delete_adapter, unload_adapters
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import AdapterLoadError, LoadReport
+from ..lifecycle.merge import merge_adapters, unmerge_adapters
 from ..methods import config_file
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..targets.suggest import suggest
+from ..training.watch import attach_watched
 from .status import get_layer_status, get_model_status
 
 if TYPE_CHECKING:
@@ -79,7 +83,8 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         self._wrap(model)
-        self.runtime.attach(
+        attach_watched(
+            self.runtime,
             adapter_name,
             peft_config,
             trainable=not peft_config.inference_mode,
@@ -190,7 +195,7 @@ class PeftModel(nn.Module):
         if names is not None:
             for name in dict.fromkeys(names):
                 if name != "__base__":
-                    self.runtime.known(name)
+                    self.runtime.config_of(name)
             if router.merged:
                 raise ValueError(
                     "adapter_names: adapters are merged into the base weights; call unmerge_adapter() first"
@@ -221,7 +226,7 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say whether adapters are trained."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self.runtime.known(name)
+            self.runtime.config_of(name)
             for parameter in self.runtime.parameters(name):
                 parameter.requires_grad_(requires_grad)
 
@@ -231,13 +236,13 @@ class PeftModel(nn.Module):
         router = self.runtime.router
         before, merged = router.enabled, router.merged
         if merged:
-            self.runtime.unmerge()
+            unmerge_adapters(self.runtime)
         router.set(enabled=False)
         try:
             yield
         finally:
             if merged:
-                self.runtime.merge(merged)
+                merge_adapters(self.runtime, merged)
             router.set(enabled=before)
 
     @contextmanager
@@ -245,7 +250,7 @@ class PeftModel(nn.Module):
         """Within the block and in this thread only, other adapters than the active ones; see `set_adapter`."""
         names = as_stack(adapter_name)
         for name in adapter_names(names):
-            self.runtime.known(name)
+            self.runtime.config_of(name)
         self.runtime.check_together(names)
         if self.runtime.router.merged:
             raise ValueError("adapters are merged into the base weights; call unmerge_adapter() first")
@@ -287,7 +292,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a fresh adapter. It is trainable unless its config says `inference_mode`, and not active."""
-        self.runtime.attach(
+        attach_watched(
+            self.runtime,
             adapter_name,
             with_base_name(peft_config, self.get_base_model()),
             trainable=not peft_config.inference_mode,
@@ -297,7 +303,7 @@ class PeftModel(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors."""
-        self.runtime.delete(adapter_name)
+        delete_adapter(self.runtime, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -345,7 +351,7 @@ class PeftModel(nn.Module):
             "majority_sign_method": (majority_sign_method, "total"),
         }
         chosen = {name: value for name, (value, default) in given.items() if value != default}
-        self.runtime.combine(adapters, weights, adapter_name, **chosen)
+        combine_adapters(self.runtime, adapters, weights, adapter_name, **chosen)
 
     def load_adapter(
         self,
@@ -404,7 +410,7 @@ class PeftModel(nn.Module):
             return files_state_dict.set_peft_model_state_dict(self, tensors, adapter_name, strict=strict)
         given: dict[str, Any] = {"trainable": is_trainable, "autocast": autocast_adapter_dtype}
         try:
-            return self.runtime.attach(adapter_name, config, tensors=tensors, **given)
+            return attach_watched(self.runtime, adapter_name, config, tensors=tensors, **given)
         except ValueError as error:
             config, tensors, said = fused_layers.refitted(self.runtime, config, tensors)
             if not said:
@@ -419,7 +425,7 @@ class PeftModel(nn.Module):
                 f"{file} is of a layout of another release of transformers: {said}; saved again, it has those of this one",
                 stacklevel=3,
             )
-        return self.runtime.attach(adapter_name, config, tensors=tensors, strict=strict, **given)
+        return attach_watched(self.runtime, adapter_name, config, tensors=tensors, strict=strict, **given)
 
     @classmethod
     def from_pretrained(
@@ -454,9 +460,9 @@ class PeftModel(nn.Module):
                 made._load_set(model_id, adapters, is_trainable, autocast_adapter_dtype, strict, kwargs)
             except BaseException:
                 if made.peft_config and not before:
-                    made.runtime.unload()
+                    unload_adapters(made.runtime)
                 for name in [n for n in made.peft_config if n not in before]:
-                    made.runtime.delete(name)
+                    delete_adapter(made.runtime, name)
                 raise
             return made
         if config is not None:
@@ -506,11 +512,11 @@ class PeftModel(nn.Module):
             adapter_names: which, in stacking order; None for the active ones.
             safe_merge: raise, changing nothing, if a merged weight is not finite.
         """
-        self.runtime.merge(self._names(adapter_names), check=safe_merge)
+        merge_adapters(self.runtime, self._names(adapter_names), check=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Put back the exact bits of the base weights."""
-        self.runtime.unmerge()
+        unmerge_adapters(self.runtime)
 
     def merge_and_unload(
         self,
@@ -534,11 +540,11 @@ class PeftModel(nn.Module):
             base = self.get_base_model()
             merge_dense(base, self._names(adapter_names), check=safe_merge)
             return base
-        return self.runtime.unload(merge=self._names(adapter_names), check=safe_merge)
+        return unload_adapters(self.runtime, merge=self._names(adapter_names), check=safe_merge)
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the base model as it was."""
-        return self.runtime.unload()
+        return unload_adapters(self.runtime)
 
     def _names(self, adapter_names: Sequence[AdapterExpr] | None) -> tuple[AdapterExpr, ...]:
         return self.runtime.router.chosen if adapter_names is None else as_stack(adapter_names)
@@ -594,7 +600,7 @@ class PeftModel(nn.Module):
             )
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in names:
-            self.runtime.known(name)
+            self.runtime.config_of(name)
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             fields = {}
@@ -793,7 +799,8 @@ def inject_adapter_in_model(
     """
     runtime = Runtime.ensure(model)
     prefix = PREFIX if state_dict and any(k.startswith(PREFIX) for k in state_dict) else ""
-    runtime.attach(
+    attach_watched(
+        runtime,
         adapter_name,
         peft_config,
         tensors=state_dict,

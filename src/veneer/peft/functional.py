@@ -9,6 +9,7 @@ from torch import nn
 
 from ..files.adapter_files import attached
 from ..files.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+from ..lifecycle import detach
 from .models import inject_adapter_in_model as inject_adapter_in_model
 from .models import set_peft_model_state_dict as set_peft_model_state_dict
 from .utils.other import cast_adapter_dtype as cast_adapter_dtype
@@ -18,7 +19,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     """Delete an adapter; returns which are active then."""
     runtime = attached(model)
     if adapter_name in runtime.configs:
-        runtime.delete(adapter_name)
+        detach.delete_adapter(runtime, adapter_name)
     return list(runtime.router.active)
 
 

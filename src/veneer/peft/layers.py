@@ -20,6 +20,8 @@ from ..injection.router import adapter_names
 from ..layers.shallow_copy import shallow_copy
 from ..layers.site import Site
 from ..lifecycle.adapters import Runtime
+from ..lifecycle.detach import delete_adapter
+from ..lifecycle.merge import merge_adapters, merge_again, unmerge_adapters
 
 
 def state_of(layer: nn.Module) -> AdaptedState:
@@ -153,7 +155,7 @@ class Scaling(MutableMapping[str, float]):
         entry.method = changed
         site.router.changed()
         if site.original is not None and name in adapter_names(site.router.merged):
-            runtime(self._layer).merge_again(site)
+            merge_again(runtime(self._layer), site)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("an adapter always has a scaling; delete the adapter from the model")
@@ -257,7 +259,7 @@ class View:
     def delete_adapter(self: Any, adapter_name: str) -> None:
         """From the whole model: an adapter is there or it is not."""
         if adapter_name in runtime(self).configs:
-            runtime(self).delete(adapter_name)
+            delete_adapter(runtime(self), adapter_name)
 
     def set_scale(self: Any, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
@@ -277,11 +279,11 @@ class View:
         """Of the whole model, once: adapters are merged everywhere or nowhere."""
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
         if any(n not in self.merged_adapters for n in names if n in runtime(self).configs):
-            runtime(self).merge([n for n in names if n in runtime(self).configs], check=safe_merge)
+            merge_adapters(runtime(self), [n for n in names if n in runtime(self).configs], check=safe_merge)
 
     def unmerge(self: Any) -> None:
         if self.merged:
-            runtime(self).unmerge()
+            unmerge_adapters(runtime(self))
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """The change of the weight, in its own layout."""

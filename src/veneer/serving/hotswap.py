@@ -111,7 +111,7 @@ def swap(
     runtime: Runtime, adapter: str, config: Method, tensors: Mapping[str, Tensor], *, compiled: bool = False
 ) -> None:
     """Copy an adapter's tensors, by their key in the file, into a live one; see `hotswap_adapter`."""
-    live = runtime.known(adapter)
+    live = runtime.config_of(adapter)
     if adapter in adapter_names(runtime.router.merged):
         raise ValueError(f"adapter {adapter!r} is merged into the base weights; call unmerge_adapter() first")
     if not isinstance(live, LoraConfig) or not isinstance(config, LoraConfig):

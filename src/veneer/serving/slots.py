@@ -27,6 +27,7 @@ from ..injection.entries import term_of
 from ..io import locate
 from ..kernels.mixed import Batch
 from ..lifecycle.adapters import ATTRIBUTE
+from ..lifecycle.attach import freeze_base
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.plan import check_name
 from ..methods import config_file
@@ -35,7 +36,7 @@ from .slotted_layer import A_NAME, B_NAME, COUNT, INDEX, Slotted
 
 if TYPE_CHECKING:
     from ..lifecycle.adapters import Runtime
-    from ..lifecycle.plan import PlannedSite
+    from ..lifecycle.find_sites import PlannedSite
     from ..methods.base import Method
 
     Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | Packed"
@@ -113,7 +114,7 @@ class Slots:
         for what, number in (("max_adapters", max_adapters), ("max_rank", max_rank), ("max_rows", max_rows)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"reserve_slots({what}={number!r}): must be a whole number of 1 or more")
-        if runtime.slots is not None:
+        if slots_of(runtime) is not None:
             raise ValueError("this model has slots already; call their release() first")
         sharding.refuse_attaching(runtime.root, dict(runtime.root.named_modules()))
         self.runtime, self.root = runtime, runtime.root
@@ -151,8 +152,8 @@ class Slots:
         self.show()
         self.hold(INDEX, torch.full((max_rows,), max_adapters, device=weight.device))
         self.hold(COUNT, torch.ones((), dtype=torch.int64, device=weight.device))
-        runtime.settle_down()
-        runtime.slots = self
+        freeze_base(runtime)
+        runtime.on_unload.append(self.release)
         runtime.router.changed()
 
     def hold(self, name: str, value: Tensor, module: nn.Module | None = None) -> None:
@@ -223,14 +224,14 @@ class Slots:
             config = config_file.load_config(source) if config is None else config
             tensors = locate.load_weights(source)
         bare = not any(key.startswith(PREFIX) for key in tensors)
-        drafted = self.runtime.draft("slot", config, tensors=tensors, prefix="" if bare else PREFIX)
+        drafted = self.runtime.planner("slot", tensors=tensors, prefix="" if bare else PREFIX).plan_adapter(config)
         if drafted.overrides:
             raise ValueError(
                 f"{min(drafted.overrides)}: the file brings weights of the base model, and a slot has no room for them; load "
                 "it with load_adapter"
             )
         values = torch.zeros(self.flat.shape[1], dtype=self.flat.dtype)
-        for place in drafted.places:
+        for place in drafted.sites:
             A, B = self.factors(place, drafted.shared)  # (r, in), (r, out)
             for room, factor in zip(self.views(values, self.parts[place.site.name]), (A, B), strict=True):
                 room[: factor.shape[0]].copy_(factor)
@@ -369,7 +370,7 @@ class Slots:
             if not state.in_use:
                 restore_class(layer)
         self.drop(self.root, INDEX, COUNT)
-        self.runtime.slots = None
+        self.runtime.on_unload.remove(self.release)
         self.runtime.router.changed()
         if not self.runtime.configs and self.root.__dict__.get(ATTRIBUTE) is self.runtime:
             del self.root.__dict__[ATTRIBUTE]
@@ -378,6 +379,12 @@ class Slots:
         for name in names:
             del module._buffers[name]
             module._non_persistent_buffers_set.discard(name)
+
+
+def slots_of(runtime: Runtime) -> Slots | None:
+    """The slots on a model, or None."""
+    owners = (getattr(release, "__self__", None) for release in runtime.on_unload)
+    return next((owner for owner in owners if isinstance(owner, Slots)), None)
 
 
 def slottable(module: nn.Module) -> bool:

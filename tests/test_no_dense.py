@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 import veneer
 from table import METHODS, NAME, Model
 from veneer.algebra import cached, low_rank, operators
+from veneer.algebra.block_diagonal import BlockDiagonal
 from veneer.algebra.hadamard import Hadamard
 from veneer.algebra.low_rank import Factored
-from veneer.algebra.operators import BlockDiagonal
 from veneer.algebra.sums import Sum
 
 IN, OUT, TOKENS = 96, 160, 4

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import PIECE, Operator, along, piece, ungroup
+from .block_diagonal import ungroup
+from .operators import PIECE, Operator, along, piece
 
 
 class Factored(Operator):

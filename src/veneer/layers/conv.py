@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..algebra.block_diagonal import regroup, ungroup
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Diagonal, Operator, along, regroup, ungroup
+from ..algebra.operators import Diagonal, Operator, along
 from ..algebra.recursion import walk_terms
 from ..algebra.sums import Sum
 from .geometry import Geometry

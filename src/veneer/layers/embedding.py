@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Diagonal, Operator, Rows
+from ..algebra.operators import Diagonal, Operator
 from ..algebra.recursion import Branches, walk_terms
+from ..algebra.rows import SelectedRows
 from ..algebra.sums import Sum
 from ..distributed.sharding import is_distributed
 from .geometry import Geometry
@@ -82,7 +83,7 @@ class Embedding(LayerKind):
         if isinstance(op, Factored):
             h = op.middle(self.look_up(target, state, op.A.T.to(dtype), x))  # (..., r)
             return op.finish(F.linear(h, op.full_B().to(h.dtype)))  # (..., width)
-        if isinstance(op, (Rows, Hadamard)):
+        if isinstance(op, (SelectedRows, Hadamard)):
             rows = op.lookup(x).to(dtype)  # (..., width)
             padding = getattr(target, "padding_idx", None)
             if isinstance(op, Hadamard) and padding is not None:  # such a row is used and not trained

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.operators import Operator, Rows
+from ..algebra.operators import Operator
+from ..algebra.rows import SelectedRows
 from ..layers.site import Site
 from ..targets.select import matches
 from ..targets.suggest import suggest
@@ -127,7 +128,9 @@ class TrainableTokensConfig(Method):
     def delta(self, p: Tensors, site: Site) -> Operator:
         rows = p["rows"]
         change = rows - self.base_rows(site, p["index"]).to(device=rows.device, dtype=rows.dtype)  # (k, width)
-        return Rows(p["index"], change, site.fan_in if site.lookup else site.fan_out, "in" if site.lookup else "out")
+        return SelectedRows(
+            p["index"], change, site.fan_in if site.lookup else site.fan_out, "in" if site.lookup else "out"
+        )
 
     def combine(
         self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site

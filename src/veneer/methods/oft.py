@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.operators import BlockDiagonal, Operator
+from ..algebra.block_diagonal import BlockDiagonal
+from ..algebra.operators import Operator
 from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive, check_positive_int, check_probability

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,10 +19,6 @@ from ..targets.blocks import SublayerOutput
 from .find_sites import SiteFinder
 from .keys import PREFIX, file_key, prefix_of
 from .plan import AdapterPlanner
-
-if TYPE_CHECKING:
-    pass
-
 
 ATTRIBUTE = "_veneer_runtime"
 

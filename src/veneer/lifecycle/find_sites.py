@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -18,17 +17,9 @@ from ..layers.site import Site
 from ..methods.base import Method, OtherSublayers
 from ..prompts import prompt_stack
 from ..prompts.prompt_stack import PROMPT_STACK, PromptStack
-
-if TYPE_CHECKING:
-    pass
-
-
 from ..prompts.stacks import find_stacks
 from ..targets import select
 from ..targets.blocks import SublayerOutput
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

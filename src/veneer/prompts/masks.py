@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
 
 
-def like(seen: Tensor, mask: Tensor) -> Tensor:
+def mask_like(seen: Tensor, mask: Tensor) -> Tensor:
     """A bool mask in the dtype of `mask`: as it is, or as what is added to attention scores."""
     if mask.dtype in MASKS:
         return seen.to(mask.dtype)

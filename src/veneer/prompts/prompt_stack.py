@@ -16,9 +16,19 @@ from ..injection.router import Router, adapter_names
 from ..layers.geometry import Geometry
 from ..layers.kind import LayerKind
 from ..layers.site import Site
-from .forward import PromptedForward, refuse_left_behind
+from .call_cache import refuse_left_behind
+from .forward import PromptedForward
 from .masks import extend_cross
-from .stacks import CACHES, StackFacts, blocks, cache_argument, embedding_of, learned_positions, recurrent, type_name
+from .stacks import (
+    CACHES,
+    StackFacts,
+    base_type_name,
+    cache_argument,
+    checkpointable_blocks,
+    embedding_of,
+    keeps_recurrent_states,
+    learned_positions,
+)
 from .virtual_tokens import VirtualTokens
 
 
@@ -115,7 +125,7 @@ def inspect_stack(site: Site, role: str, model: nn.Module) -> PromptStack:
     own = [m for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     pooled = getattr(stack, "pooler", None) is not None
     mean = getattr(getattr(model, "config", None), "classifier_pooling", None) in ("mean", "late")
-    whole_sequence = type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
+    whole_sequence = base_type_name(model).endswith(("ForSequenceClassification", "ForMultipleChoice"))
     causal = role != "encoder" and (not own or any(m.is_causal for m in own))
     return PromptStack(
         site,
@@ -125,7 +135,7 @@ def inspect_stack(site: Site, role: str, model: nn.Module) -> PromptStack:
         causal,
         learned_positions(stack),
         keeps_first=whole_sequence and not causal and not pooled and not mean and role == "model",
-        carriers=list(blocks(stack)),
+        carriers=list(checkpointable_blocks(stack)),
     )
 
 
@@ -164,20 +174,20 @@ def check_stack_fits(door: PromptStack, virtual: int, prefix: bool) -> None:
     config = getattr(door.site.owner, "config", None)
     if not prefix and "per_layer_inputs" in door.arguments and getattr(config, "hidden_size_per_layer_input", None):
         raise TypeError(
-            f"{type_name(door.site.owner)} reads the ids of its tokens in every layer, and virtual tokens have none; use "
+            f"{base_type_name(door.site.owner)} reads the ids of its tokens in every layer, and virtual tokens have none; use "
             "PrefixTuningConfig or LoraConfig"
         )
-    if prefix and door.cache and recurrent(config):
+    if prefix and door.cache and keeps_recurrent_states(config):
         raise TypeError(
-            f"{type_name(door.site.owner)} has layers with recurrent states (linear attention), which have no keys and values "
+            f"{base_type_name(door.site.owner)} has layers with recurrent states (linear attention), which have no keys and values "
             "for a prefix to stand in front of; use PromptTuningConfig or LoraConfig"
         )
     if prefix and not door.cache:
         raise TypeError(
-            f"{type_name(door.site.owner)} takes no cache, which a prefix needs; use PromptTuningConfig or LoraConfig"
+            f"{base_type_name(door.site.owner)} takes no cache, which a prefix needs; use PromptTuningConfig or LoraConfig"
         )
     if door.positions is not None and virtual >= door.positions:
         raise ValueError(
-            f"num_virtual_tokens={virtual}: {type_name(door.site.owner)} has {door.positions} positions, so no room is left "
+            f"num_virtual_tokens={virtual}: {base_type_name(door.site.owner)} has {door.positions} positions, so no room is left "
             f"for real tokens; use {door.positions // 2} or fewer"
         )

@@ -70,14 +70,14 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
     names = {id(m): n for n, m in model.named_modules()}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        found = {"encoder": call_if(model, "get_encoder"), "decoder": call_if(model, "get_decoder")}
+        found = {"encoder": _call_if_present(model, "get_encoder"), "decoder": _call_if_present(model, "get_decoder")}
         found = {r: getattr(m, "base_model", m) for r, m in found.items()}  # below a language model's head
         chosen = {r: names[id(m)] for r, m in found.items() if takes_embeddings(m) and id(m) in names}
         if len(chosen) == 2:
             return chosen
         for name in chosen.values():  # the other takes sounds or pictures
             return {"model": name}
-    candidates = (call_if(model, "get_decoder"), getattr(model, "base_model", None), model)
+    candidates = (_call_if_present(model, "get_decoder"), getattr(model, "base_model", None), model)
     for module in candidates:
         if takes_embeddings(module) and embedding_of(module) is not None and id(module) in names:
             return {"model": names[id(module)]}
@@ -87,7 +87,7 @@ def find_stacks(model: nn.Module) -> dict[str, str]:
     )
 
 
-def call_if(model: nn.Module, name: str) -> Any:
+def _call_if_present(model: nn.Module, name: str) -> Any:
     found = getattr(model, name, None)
     return None if found is None else found()
 
@@ -108,11 +108,11 @@ def embedding_of(stack: Any) -> nn.Module | None:
     return table if isinstance(table, nn.Module) and isinstance(getattr(table, "weight", None), Tensor) else None
 
 
-def type_name(model: nn.Module) -> str:
+def base_type_name(model: nn.Module) -> str:
     return getattr(type(model), "_veneer_base", type(model)).__name__
 
 
-def blocks(stack: nn.Module) -> Iterator[nn.Module]:
+def checkpointable_blocks(stack: nn.Module) -> Iterator[nn.Module]:
     """The modules of a stack that can be checkpointed and take a cache."""
     for module in stack.modules():
         kinds = {c.__name__ for c in type(module).__mro__}
@@ -138,7 +138,7 @@ def learned_positions(stack: nn.Module) -> Positions | None:
     return None
 
 
-def recurrent(config: Any) -> bool:
+def keeps_recurrent_states(config: Any) -> bool:
     """Whether some layers of a stack keep recurrent states instead of keys and values."""
     if not callable(getattr(config, "get_text_config", None)):
         return False

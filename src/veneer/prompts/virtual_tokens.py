@@ -42,8 +42,10 @@ class VirtualTokens:
         prefixes = [f.prefix for f in parts if f.prefix is not None]
         prompts = [f.prompt for f in parts if f.prompt is not None]
         return VirtualTokens(
-            torch.cat([p.expand(widest(prefixes), -1, -1, -1, -1, -1) for p in prefixes], -2) if prefixes else None,
-            torch.cat([p.expand(widest(prompts), -1, -1) for p in prompts], -2) if prompts else None,
+            torch.cat([p.expand(_widest_batch(prefixes), -1, -1, -1, -1, -1) for p in prefixes], -2)
+            if prefixes
+            else None,
+            torch.cat([p.expand(_widest_batch(prompts), -1, -1) for p in prompts], -2) if prompts else None,
             None,
             tuple(k for f in parts for k in f.key),
         )
@@ -61,13 +63,13 @@ class VirtualTokens:
         for row, i in enumerate(which):
             f = parts[i]
             if sample is not None:
-                own = None if f is None or f.prefix is None else one_row(f.prefix, row)
+                own = None if f is None or f.prefix is None else _row_of(f.prefix, row)
                 blank = sample.new_zeros(
                     (1, *sample.shape[1:4], P - (0 if own is None else own.shape[-2]), sample.shape[-1])
                 )
                 prefixes.append(blank if own is None else torch.cat([blank, own], -2))
             if words is not None:
-                own = None if f is None or f.prompt is None else one_row(f.prompt, row)
+                own = None if f is None or f.prompt is None else _row_of(f.prompt, row)
                 blank = words.new_zeros((1, T - (0 if own is None else own.shape[-2]), words.shape[-1]))
                 prompts.append(blank if own is None else torch.cat([blank, own], -2))
         sizes = [(0, 0) if parts[i] is None else (parts[i].P, parts[i].T) for i in which]  # type: ignore[union-attr]
@@ -117,17 +119,14 @@ class VirtualTokens:
         return (steps - (self.T - mine[:, 1:]) + mine[:, :1]).clamp_min(0)
 
 
-# Small things.
-
-
-def widest(parts: Sequence[Tensor]) -> int:
+def _widest_batch(parts: Sequence[Tensor]) -> int:
     return max(p.shape[0] for p in parts)
 
 
-def one_row(t: Tensor, row: int) -> Tensor:
+def _row_of(t: Tensor, row: int) -> Tensor:
     return t if t.shape[0] == 1 else t[row : row + 1]
 
 
-def glue(a: Tensor, b: Tensor) -> Tensor:
+def join_positions(a: Tensor, b: Tensor) -> Tensor:
     batch = max(a.shape[0], b.shape[0])
     return torch.cat([a.to(b).expand(batch, -1, -1, -1), b.expand(batch, -1, -1, -1)], -2)

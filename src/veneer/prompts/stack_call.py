@@ -1,0 +1,46 @@
+"""One call of a stack with virtual tokens: its arguments, and what they say about the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..injection.dispatch import AdaptedState
+    from .stacks import StackFacts
+    from .virtual_tokens import VirtualTokens
+
+
+class StackCall:
+    """The arguments of one call of a stack, by name, and the virtual tokens of its rows."""
+
+    def __init__(
+        self, door: StackFacts, state: AdaptedState, stack: nn.Module, call: dict[str, Any], front: VirtualTokens
+    ) -> None:
+        self.door, self.state, self.stack, self.call = door, state, stack, call
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        shown = embeds if embeds is not None else ids
+        if shown is None:
+            raise ValueError(f"{door.site.name}: soft prompts need input_ids or inputs_embeds, and neither was given")
+        self.batch, self.tokens = int(shown.shape[0]), int(shown.shape[1])
+        self.device = shown.device
+        self.front = front.rows(self.batch)
+
+    def _is_checkpointed(self) -> bool:
+        """Whether the blocks are to be checkpointed in this call."""
+        if not (self.stack.training and torch.is_grad_enabled()):
+            return False
+        return any(block.__dict__.get("gradient_checkpointing", False) for block in self.door.carriers)
+
+    def _embedding_dtype(self) -> torch.dtype:
+        embeds: Tensor | None = self.call.get("inputs_embeds")
+        return self.door.site.reference.dtype if embeds is None else embeds.dtype
+
+
+def cache_length(cache: Any) -> Any:
+    from . import kv_cache as kv
+
+    own = kv.own_cache(cache)
+    return own.get_seq_length() if len(own.layers) else 0

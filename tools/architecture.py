@@ -26,14 +26,21 @@ def describe_packages() -> str:
     return "\n".join(lines)
 
 
+def escape_template(text: str) -> str:
+    """Text that `re.sub` inserts as it is."""
+    return text.replace("\\", r"\\")
+
+
 def fill_page(text: str) -> str:
     """The page with its generated parts, which stand between comments that name them, made anew."""
     parts = {"packages": describe_packages()} | {w: f"```text\n{describe_walk(w)}\n```" for w in WALKS}
     for name, made in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+        text, count = pattern.subn(rf"\g<1>{escape_template(made)}\n\g<2>", text)
         if count != 1:
-            raise ValueError(f"{PAGE}: must have the comments <!-- {name} --> and <!-- /{name} --> once, has {count} pairs")
+            raise ValueError(
+                f"{PAGE}: must have the comments <!-- {name} --> and <!-- /{name} --> once, has {count} pairs"
+            )
     return text
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .low_rank import Factored
 from .operators import Operator, piece, plain_precision
+from .protocols import AutogradContext
 
 
 class Hadamard(Operator):
@@ -99,11 +98,11 @@ class _InPieces(torch.autograd.Function):
         return torch.cat([x @ ((a @ Y1) * (b @ Y2)).to(x.dtype).T for a, b in pairs], -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, X1, Y1, X2, Y2 = ctx.saved_tensors
         k = piece(X1.shape[0], Y1.shape[1])
         gx: Tensor | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,25 @@ from torch import Tensor, nn
 from ..distributed.sharding import gathered
 from .base import Backend
 from .plain import FLOATS
+
+
+class QuantState(Protocol):
+    """Statistics of a 4-bit weight's blocks."""
+
+    absmax: Tensor
+    dtype: torch.dtype
+    blocksize: int
+    nested: bool
+    quant_type: str
+
+
+class Weight4bit(Protocol):
+    """bitsandbytes' Params4bit, by the attributes that are read here."""
+
+    data: Tensor
+    quant_state: QuantState | None
+    quant_storage: torch.dtype
+    bnb_quantized: bool
 
 
 def library() -> Any:
@@ -50,7 +69,7 @@ class FourBit(Backend):
         found = getattr(owner._parameters[param], "quant_state", None)
         return owner.__dict__.get("quant_state") if found is None else found
 
-    def dense(self, owner: nn.Module, packed: Tensor, state: Any) -> Tensor:
+    def dense(self, owner: nn.Module, packed: Tensor, state: QuantState) -> Tensor:
         """The weight as the layer evaluates it: in the dtype in which it computes, (out, in)."""
         bnb = sys.modules["bitsandbytes"]
         state = copy.copy(state)
@@ -75,12 +94,12 @@ class FourBit(Backend):
         return before
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        packed, state = token  # type: ignore[misc]
-        put(owner, owner._parameters[param], packed, state)  # type: ignore[has-type]
+        packed, state = cast(tuple[Tensor, QuantState], token)
+        put(owner, cast(Weight4bit, owner._parameters[param]), packed, state)
 
     def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
-        packed, state = token  # type: ignore[misc]
-        return self.dense(owner, packed, state)  # type: ignore[has-type]
+        packed, state = cast(tuple[Tensor, QuantState], token)
+        return self.dense(owner, packed, state)
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
         weight: Any = owner._parameters[param]
@@ -127,14 +146,14 @@ class FourBit(Backend):
             )
 
 
-def computes_in(owner: nn.Module, state: Any) -> torch.dtype:
+def computes_in(owner: nn.Module, state: QuantState) -> torch.dtype:
     """What the layer casts its input to; until the first input says so, the dtype in which it was quantized."""
     found = owner.__dict__.get("compute_dtype") or state.dtype
     assert isinstance(found, torch.dtype)
     return found
 
 
-def put(owner: nn.Module, weight: Any, packed: Tensor, state: Any) -> None:
+def put(owner: nn.Module, weight: Weight4bit, packed: Tensor, state: QuantState) -> None:
     weight.data, weight.quant_state = packed, state
     if "quant_state" in owner.__dict__:
         owner.__dict__["quant_state"] = state
@@ -181,12 +200,12 @@ class EightBit(Backend):
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         weight: Any = owner._parameters[param]
         held: Any = owner.state if weight.CB is None else weight
-        held.CB, held.SCB = token  # type: ignore[misc]
+        held.CB, held.SCB = cast(tuple[Tensor, Tensor], token)
         weight.data = held.CB
 
     def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
-        entries, maxima = token  # type: ignore[misc]
-        return entries.to(torch.float32) * (maxima * (1 / 127.0))[:, None]  # type: ignore[has-type,no-any-return]
+        entries, maxima = cast(tuple[Tensor, Tensor], token)  # (out, in) int8, (out,)
+        return entries.to(torch.float32) * (maxima * (1 / 127.0))[:, None]  # (out, in)
 
     def dtype(self, owner: nn.Module, param: str) -> torch.dtype:
         bias = owner._parameters.get("bias")

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
+from ..algebra.protocols import AutogradContext, TensorTypes, TorchFunction
+
 Make = Callable[[int | None, torch.dtype], Tensor]  # which of the stack, None for all, and the dtype -> the weight
 
 # What is read off the tensor itself.
@@ -70,7 +72,9 @@ class Deferred(Tensor):
         return Deferred(self.make, torch.Size((*stack, n, m)), self.dtype, self.device, not self.flipped)
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: TorchFunction, types: TensorTypes, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in READ:
             with torch._C.DisableTorchFunctionSubclass():
@@ -90,7 +94,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        cls, func: TorchFunction, types: TensorTypes, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, Deferred) else a, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -100,11 +104,11 @@ class Product(torch.autograd.Function):
     """X (..., m) times a frozen weight (m, n), which `dense` makes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
         ctx.dense = dense
         return x @ dense(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:  # (..., n)
+    def backward(ctx: AutogradContext, g: Tensor) -> Any:  # (..., n)
         return g @ ctx.dense(g.dtype).mT, None

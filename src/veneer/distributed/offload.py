@@ -8,13 +8,13 @@ optimizer holds.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-def hook_of(module: nn.Module) -> Any:
+def hook_of(module: nn.Module) -> DispatchHook | None:
     """The innermost dispatch hook of a module that offloads, or None."""
     hook = module.__dict__.get("_hf_hook")
     while isinstance(hook, Resident):
@@ -36,8 +36,9 @@ def fetch(module: nn.Module, param: str) -> Tensor | None:
 
 def store(module: nn.Module, param: str, value: Tensor) -> None:
     """Replace the value of an offloaded parameter, in host memory."""
-    weights = hook_of(module).weights_map
-    key = param
+    hook = hook_of(module)
+    assert hook is not None
+    weights, key = hook.weights_map, param
     while hasattr(weights, "dataset") and hasattr(weights, "prefix"):  # PrefixedDataset
         key, weights = weights.prefix + key, weights.dataset
     if isinstance(weights, dict):
@@ -55,6 +56,14 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None if device is None else torch.device(device if not isinstance(device, int) else f"cuda:{device}")
 
 
+class DispatchHook(Protocol):
+    """accelerate's AlignDevicesHook, by the attributes that are read here."""
+
+    offload: bool
+    weights_map: Any
+    execution_device: int | str | torch.device | None
+
+
 class Resident:
     """Wraps a dispatch hook so that it sees only the base layer's own tensors.
 
@@ -63,7 +72,7 @@ class Resident:
 
     no_grad = False
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: DispatchHook) -> None:
         self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
@@ -90,7 +99,7 @@ class Resident:
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self._around("pre_forward", module, *args, **kwargs)
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    def post_forward(self, module: nn.Module, output: object) -> Any:
         return self._around("post_forward", module, output)
 
     def detach_hook(self, module: nn.Module) -> Any:

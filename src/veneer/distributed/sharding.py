@@ -9,31 +9,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    class ZeroTensor(Tensor):
+        """A parameter that ZeRO-3 manages, by the attributes that are read here."""
+
+        ds_status: Any
+        ds_shape: torch.Size
+
+
 ENGINE = "_external_params"  # what deepspeed.initialize gives to every module under ZeRO-3
 
 
-def is_partitioned(tensor: Any) -> bool:
+def is_partitioned(tensor: object) -> TypeGuard[ZeroTensor]:
     """Whether ZeRO-3 manages a parameter."""
     return hasattr(tensor, "ds_id")
 
 
-def is_distributed(tensor: Any) -> bool:
+def is_distributed(tensor: object) -> TypeGuard[DTensor]:
     """Whether it is a DTensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether a process may hold less than the whole tensor."""
     return is_partitioned(tensor) or is_distributed(tensor)
 
 
-def how(tensor: Any) -> str:
+def how(tensor: object) -> str:
     """What shards it, for messages."""
     return "DeepSpeed ZeRO-3" if is_partitioned(tensor) else "fully_shard or tensor parallelism (DTensor)"
 
@@ -53,14 +63,14 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def value(tensor: Tensor) -> Tensor:
     """A parameter, or a copy of all of it where ZeRO-3 has put it away (a collective then)."""
-    if not is_partitioned(tensor) or tensor.ds_status.name == "AVAILABLE":  # type: ignore[attr-defined]
+    if not is_partitioned(tensor) or tensor.ds_status.name == "AVAILABLE":
         return tensor
     with available([tensor]):
         return tensor.detach().clone()
 
 
 @contextmanager
-def available(tensors: Iterable[Any], *, change: bool = False) -> Iterator[None]:
+def available(tensors: Iterable[Tensor | None], *, change: bool = False) -> Iterator[None]:
     """Within the block, ZeRO-3's parameters among `tensors` hold their whole values, in every process.
 
     Args:
@@ -83,11 +93,11 @@ def fill(own: Tensor, value: Tensor) -> None:
     Of a whole one every process has the same.
     """
     if is_distributed(own) and is_distributed(value):
-        value = value.redistribute(own.device_mesh, own.placements)  # type: ignore[attr-defined]
+        value = value.redistribute(own.device_mesh, own.placements)
     elif is_distributed(own):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, places = own.device_mesh, own.placements  # type: ignore[attr-defined]
+        mesh, places = own.device_mesh, own.placements
         value = distribute_tensor(value.to(own.dtype).to(own.device), mesh, places, src_data_rank=None)
     with torch.no_grad():
         own.copy_(value)

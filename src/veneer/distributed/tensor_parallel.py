@@ -14,19 +14,29 @@ import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..algebra.protocols import TensorTypes, TorchFunction
 from . import sharding
 
 KEYS = ("k_proj", "qkv_proj", "query_key_value")  # projections whose output has the keys' heads
 
 
-def style_of(module: nn.Module) -> tuple[Any, Any] | None:
+class ParallelStyle(Protocol):
+    """transformers' way of splitting one kind of layer."""
+
+    def install_forward(self, module: nn.Module, mesh: object) -> None: ...
+
+
+Split = tuple[ParallelStyle, object]  # how a layer is split, and the mesh of processes
+
+
+def style_of(module: nn.Module) -> Split | None:
     """How a layer is split, and the mesh of processes, or None of a layer that is whole."""
     forward = module.__dict__.get("forward")
     forward = getattr(forward, "veneer_around", forward)
@@ -34,7 +44,9 @@ def style_of(module: nn.Module) -> tuple[Any, Any] | None:
         return None
     held = inspect.getclosurevars(forward).nonlocals
     style, mesh = held.get("self"), held.get("mesh")
-    return (style, mesh) if hasattr(style, "install_forward") and hasattr(mesh, "get_group") else None
+    if style is None or not hasattr(style, "install_forward") or not hasattr(mesh, "get_group"):
+        return None
+    return style, mesh
 
 
 class Mode(threading.local):
@@ -43,7 +55,7 @@ class Mode(threading.local):
     grad = True
 
 
-def put_around(module: nn.Module, style: Any, mesh: Any) -> None:
+def put_around(module: nn.Module, style: ParallelStyle, mesh: object) -> None:
     """Let `style` install its forward around the class's own.
 
     Without gradients it would hand the layer local tensors, whose sum over the processes it takes later: right for a
@@ -72,7 +84,7 @@ def put_around(module: nn.Module, style: Any, mesh: Any) -> None:
     module.__dict__["forward"] = outside
 
 
-def put_back(module: nn.Module, style: Any, mesh: Any) -> None:
+def put_back(module: nn.Module, style: ParallelStyle, mesh: object) -> None:
     """As it was before adapters came."""
     module.__dict__.pop("forward", None)
     style.install_forward(module, mesh)
@@ -84,7 +96,9 @@ class Replicated(TorchFunctionMode):
     torch's own `implicit_replication` does so below autograd, which would keep the ordinary tensors for the backward.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: TensorTypes, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given, spec = tree_flatten((args, kwargs or {}))
         first = next((t for t in given if sharding.is_distributed(t)), None)
         if first is None or all(sharding.is_distributed(t) for t in given if isinstance(t, Tensor)):

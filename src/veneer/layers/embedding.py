@@ -112,5 +112,5 @@ def summed(y: Tensor) -> Tensor:
         return y
     from torch.distributed.tensor import Replicate
 
-    made: Tensor = y.redistribute(placements=[Replicate()] * y.device_mesh.ndim)  # type: ignore[attr-defined]
+    made: Tensor = y.redistribute(placements=[Replicate()] * y.device_mesh.ndim)
     return made

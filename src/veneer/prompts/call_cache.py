@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..algebra.protocols import AutogradContext
 from ..distributed import tensor_parallel
 from ..injection.dispatch import CARRIED
 from .stack_call import StackCall
@@ -174,12 +175,12 @@ class _CollectGradients(torch.autograd.Function):
     """Passes a stack's input through; in backward, hands on the gradients that its blocks left at `leaves`."""
 
     @staticmethod
-    def forward(ctx: Any, embeds: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, embeds: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
         ctx.leaves = leaves
         return embeds.view_as(embeds)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple[Any, ...]:
         found = [leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None

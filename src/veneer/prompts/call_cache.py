@@ -18,6 +18,9 @@ from .stacks import embedding_of
 from .virtual_tokens import join_positions
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from .kv_cache import KeyValues, Memory, PrefixCache
     from .virtual_tokens import VirtualTokens
 
 
@@ -47,7 +50,7 @@ class CachedCall(StackCall):
         return None if kv.is_recurrent(made) else made
 
     @contextmanager
-    def _carry_to_checkpoints(self, served: Any) -> Iterator[None]:
+    def _carry_to_checkpoints(self, served: PrefixCache | None) -> Iterator[None]:
         """Hand the prefix to checkpointed blocks, from which transformers takes the cache away.
 
         A checkpointed block is called through the function that its `_gradient_checkpointing_func` is given, now and again
@@ -55,7 +58,8 @@ class CachedCall(StackCall):
         """
         blocks = self.door.carriers if served is not None and self._is_checkpointed() else []
         before = [block.__dict__["_gradient_checkpointing_func"] for block in blocks]
-        if any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in before):
+        reentrant = any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in before)
+        if served is not None and reentrant:
             self._collect_gradients(served)
         try:
             for block, checkpoint in zip(blocks, before, strict=True):
@@ -67,7 +71,7 @@ class CachedCall(StackCall):
             for block, checkpoint in zip(blocks, before, strict=True):
                 block.__dict__["_gradient_checkpointing_func"] = checkpoint
 
-    def _collect_gradients(self, served: Any) -> None:
+    def _collect_gradients(self, served: PrefixCache) -> None:
         """For reentrant checkpointing, whose blocks go through backward one by one.
 
         Each would go through what computed the prefix again, which autograd allows once. So they see leaves, and what has
@@ -85,7 +89,7 @@ class CachedCall(StackCall):
             embeds = table(self.call.pop("input_ids"))
         self.call["inputs_embeds"] = _CollectGradients.apply(embeds, leaves, *made)  # type: ignore[no-untyped-call]
 
-    def _memory_of(self, inner: Any) -> Any:
+    def _memory_of(self, inner: Cache | None) -> Any:
         """What a cache keeps from when it was filled.
 
         Raises:
@@ -110,7 +114,7 @@ class CachedCall(StackCall):
             return memory
         return None
 
-    def _remember(self, inner: Any, served: Any) -> None:
+    def _remember(self, inner: Cache, served: PrefixCache) -> None:
         from . import kv_cache as kv
 
         front = [served.made[i] for i in range(len(served.made))]
@@ -119,7 +123,7 @@ class CachedCall(StackCall):
             front = [(k[:1], v[:1]) for k, v in front]
         inner.veneer = kv.Memory(self.front.key, front, self._kept_tokens)
 
-    def _is_plainly_filled(self, memory: Any, pairs: Any, inner: Any) -> bool:
+    def _is_plainly_filled(self, memory: Memory | None, pairs: KeyValues, inner: Cache | None) -> bool:
         """Whether the layers need not look at what stands in front; found out once and kept."""
         if memory is None or memory.ready is None or torch.is_grad_enabled() or memory.ready is not pairs:
             return False
@@ -134,22 +138,22 @@ class CachedCall(StackCall):
         """The virtual tokens, where a later call can have them again."""
         return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.front
 
-    def _virtual_pairs(self, memory: Any) -> list[tuple[Tensor, Tensor]]:
+    def _virtual_pairs(self, memory: Memory | None) -> list[tuple[Tensor, Tensor]]:
         """Keys and values that stand in front already: the prefix's, then those remembered of the prompt."""
-        keep = memory is not None and memory.made is not None and not torch.is_grad_enabled()
-        if keep and memory.ready is not None and memory.ready[0][0].shape[0] == self.batch:
-            return memory.ready  # type: ignore[no-any-return]
+        kept = None if memory is None or memory.made is None or torch.is_grad_enabled() else memory
+        if kept is not None and kept.ready is not None and kept.ready[0][0].shape[0] == self.batch:
+            return kept.ready
         found = self._make_pairs(memory)
-        if keep and found:
+        if kept is not None and found:
             dtype = self._embedding_dtype()
             found = [
                 (k.to(dtype).expand(self.batch, -1, -1, -1), v.to(dtype).expand(self.batch, -1, -1, -1))
                 for k, v in found
             ]
-            memory.ready = found
+            kept.ready = found
         return found
 
-    def _make_pairs(self, memory: Any) -> list[tuple[Tensor, Tensor]]:
+    def _make_pairs(self, memory: Memory | None) -> list[tuple[Tensor, Tensor]]:
         found: list[tuple[Tensor, Tensor]] = []
         if self.front.prefix is not None:
             # (batch or 1, layers, 2, heads, P, head width) -> a pair (batch or 1, heads, P, head width) a layer
@@ -163,7 +167,7 @@ class CachedCall(StackCall):
             (join_positions(a, c), join_positions(b, d)) for (a, b), (c, d) in zip(found, memory.front, strict=True)
         ]
 
-    def _check_served(self, served: Any) -> None:
+    def _check_served(self, served: PrefixCache) -> None:
         if not served.served:
             raise TypeError(
                 f"{self.door.site.name}: no layer of {type(self.stack).__name__} asked its cache, so a prefix would have "
@@ -187,12 +191,14 @@ class _CollectGradients(torch.autograd.Function):
         return (grad, None, *found)
 
 
-def _checkpoint_with_prefix(checkpoint: Callable[..., Any], cache: Any, block: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint_with_prefix(
+    checkpoint: Callable[..., Any], cache: Cache | None, block: Callable[..., Any], *args: Any
+) -> Any:
     """Checkpoint a block with the prefix as one of its arguments."""
     return checkpoint(partial(block, **{CARRIED: cache}), *args)
 
 
-def _own_layers(cache: Any) -> Any:
+def _own_layers(cache: Cache | None) -> Any:
     from . import kv_cache as kv
 
     return kv.own_cache(cache).layers
@@ -207,7 +213,7 @@ def _same_tokens(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return compiled and named[0] == named[1]
 
 
-def refuse_left_behind(cache: Any) -> None:
+def refuse_left_behind(cache: Cache | None) -> None:
     """Raise ValueError for a cache whose tokens were computed with soft prompts in front, where there are none now."""
     if cache is None or "veneer" not in getattr(cache, "__dict__", {}):
         return

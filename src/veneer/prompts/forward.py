@@ -13,7 +13,7 @@ and virtual positions are cut off the output again, so that no head, no loss and
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .stack_call import cache_length
 from .stacks import CACHES, embedding_of
 
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 
 class PromptedForward(CachedCall, PositionedCall):
@@ -91,7 +94,7 @@ class PromptedForward(CachedCall, PositionedCall):
             if isinstance(given := call.get(name), Tensor):
                 call[name] = torch.cat([given.new_zeros(given.shape[0], runs), given], 1)
 
-    def _cut_virtual_positions(self, out: Any, runs: int, inner: Any) -> Any:
+    def _cut_virtual_positions(self, out: Any, runs: int, inner: Cache | None) -> Any:
         """The output without virtual positions, and with the caller's own cache."""
         keep = not runs or self.door.role == "encoder" or self.state.router.whole()
         if isinstance(out, tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from .masks import mask_like
 from .stack_call import StackCall
 
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
 
 class PositionedCall(StackCall):
     """A call whose position_ids and attention_mask count the virtual positions."""
 
-    def _extend_positions(self, runs: int, past: Any, inner: Any) -> None:
+    def _extend_positions(self, runs: int, past: int | Tensor, inner: Cache | None) -> None:
         """Count the virtual positions in position_ids, and make them where the rows differ."""
         call, front = self.call, self.front
         given = call.get("position_ids")
@@ -38,7 +41,7 @@ class PositionedCall(StackCall):
             moved = torch.cat([steps.expand(*moved.shape[:-1], -1) if moved.ndim > 1 else steps[0], moved], -1)
         call["position_ids"] = moved
 
-    def _token_positions(self, past: Any) -> Tensor:
+    def _token_positions(self, past: int | Tensor) -> Tensor:
         """Positions of the real tokens as the model counts them, (1 or batch, tokens)."""
         mask, table = self.call.get("attention_mask"), self.door.table
         if table is not None and table.by_mask and isinstance(mask, Tensor) and mask.ndim == 2:
@@ -72,14 +75,14 @@ class PositionedCall(StackCall):
         zero = torch.zeros((), dtype=dtype, device=seen.device)
         return torch.where(seen, zero, torch.finfo(dtype).min)
 
-    def _extend_mask(self, runs: int, past: Any, inner: Any) -> None:
+    def _extend_mask(self, runs: int, past: int | Tensor, inner: Cache | None) -> None:
         """Let the tokens see the virtual positions: 2-D, 4-D and by kind of layer, or no mask at all."""
         mask, front = self.call.get("attention_mask"), self.front
         shown = front.mask(self.batch, self.device)  # (batch, P + T)
         if mask is None:
             if front.counts is None and (self.door.causal or not front.P):
                 return
-            mask = torch.ones(self.batch, self.tokens + past, dtype=torch.long, device=self.device)
+            mask = torch.ones(self.batch, cast(int, self.tokens + past), dtype=torch.long, device=self.device)
         if isinstance(mask, Mapping):
             self.call["attention_mask"] = {
                 k: self._extend_one_mask(m, shown, runs, k, past, inner) for k, m in mask.items()
@@ -87,7 +90,9 @@ class PositionedCall(StackCall):
         else:
             self.call["attention_mask"] = self._extend_one_mask(mask, shown, runs, "", past, inner)
 
-    def _extend_one_mask(self, mask: Any, shown: Tensor, runs: int, layers: str, past: Any, inner: Any) -> Any:
+    def _extend_one_mask(
+        self, mask: Any, shown: Tensor, runs: int, layers: str, past: int | Tensor, inner: Cache | None
+    ) -> Any:
         if mask is None:
             return None
         if not isinstance(mask, Tensor):
@@ -127,7 +132,7 @@ class PositionedCall(StackCall):
             rows[:] = visible.any(2, keepdim=True)
         return mask_like(rows, full)
 
-    def _check_length(self, past: Any) -> None:
+    def _check_length(self, past: int | Tensor) -> None:
         most = self.door.positions
         if most is None or isinstance(past, Tensor):
             return
@@ -140,7 +145,7 @@ class PositionedCall(StackCall):
             )
 
 
-def _sliding_offset(cache: Any) -> int:
+def _sliding_offset(cache: Cache | None) -> int:
     """How far the window of a cache's sliding layers has moved."""
     from . import kv_cache as kv
 

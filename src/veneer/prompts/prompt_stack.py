@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from .stacks import (
     learned_positions,
 )
 from .virtual_tokens import VirtualTokens
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
 
 
 class PromptStackKind(LayerKind):
@@ -72,7 +75,7 @@ class PromptStack(StackFacts):
             return state.inner(stack, router.live(), (), call)
         return PromptedForward(self, state, stack, call, here).run()
 
-    def known(self, router: Router, cache: Any) -> VirtualTokens | None:
+    def known(self, router: Router, cache: Cache | None) -> VirtualTokens | None:
         """What the caller's cache keeps of an earlier call with the same virtual tokens, or None."""
         memory = None if cache is None or torch.is_grad_enabled() else getattr(cache, "veneer", None)
         if memory is None or memory.made is None or torch.compiler.is_compiling():

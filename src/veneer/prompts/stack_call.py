@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
     from ..injection.dispatch import AdaptedState
     from .stacks import StackFacts
     from .virtual_tokens import VirtualTokens
@@ -39,7 +41,7 @@ class StackCall:
         return self.door.site.reference.dtype if embeds is None else embeds.dtype
 
 
-def cache_length(cache: Any) -> Any:
+def cache_length(cache: Cache | None) -> Any:
     from . import kv_cache as kv
 
     own = kv.own_cache(cache)

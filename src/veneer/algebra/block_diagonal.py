@@ -12,7 +12,7 @@ class BlockDiagonal(Operator):
     """blkdiag(M_1 ... M_n) for blocks (n, b, b).
 
     Args:
-        count: n, where blocks is (1, b, b) and that one block is repeated.
+        count: n, if blocks is (1, b, b) and that one block is repeated.
         skip: probability, for each block, of being the identity in a training step.
     """
 
@@ -22,7 +22,7 @@ class BlockDiagonal(Operator):
 
     @property
     def all_blocks(self) -> Tensor:
-        """(n, b, b), a view where one block is repeated."""
+        """(n, b, b), a view if one block is repeated."""
         return self.blocks.expand(self.count, -1, -1)
 
     @property
@@ -79,7 +79,7 @@ def ungroup(matrix: Tensor, groups: int) -> Tensor:
 
 
 def regroup(matrix: Tensor, groups: int) -> Tensor | None:
-    """Inverse of `ungroup`, or None where an entry off the blocks is not zero."""
+    """Inverse of `ungroup`, or None if an entry off the blocks is not zero."""
     out, n = matrix.shape
     blocks = matrix.view(groups, out // groups, groups, n // groups)
     kept = torch.stack([blocks[g, :, g] for g in range(groups)])  # (groups, out / groups, n / groups)

@@ -71,7 +71,7 @@ class Kept:
     def get(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, or what it returned last time if `source` has not changed since.
 
-        In a compiled graph it is always computed: what is kept would be baked into the graph.
+        In a compiled graph it is always computed: a cached value would become a constant of the graph.
         """
         if torch.compiler.is_compiling() or not markable(source):
             return make()

@@ -15,7 +15,7 @@ class Hadamard(Operator):
     """scale * (X1 Y1) * (X2 Y2), entry by entry, with X (out, r) and Y (r, in).
 
     Its rank is at most r1 r2: row by row, X1 and X2 multiplied by pairs of columns give (out, r1 r2), and Y1 and Y2
-    by pairs of rows (r1 r2, in), the Khatri-Rao products (Khatri & Rao 1968), whose product it is. Where that costs
+    by pairs of rows (r1 r2, in), the Khatri-Rao products (Khatri & Rao 1968), whose product it is. If that costs
     more than M itself, M is computed piece by piece, and again in the backward.
 
     Args:

@@ -81,7 +81,7 @@ class Factored(Operator):
         return (torch.bmm(B, torch.bmm(A, A.transpose(1, 2))) * B).sum(-1).flatten()  # <B (A A^T), B>
 
     def row_products(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `Operator.row_products`; weight (out, in / groups) where there are groups."""
+        """As `Operator.row_products`; weight is (out, in / groups) if there are groups."""
         B, A = self.grouped(dtype, weight.device, own_columns=True)
         parts = weight.view(self.groups, -1, weight.shape[1])  # (groups, out / groups, in / groups)
         return (rows_times(parts, A) * B).sum(-1).flatten()  # <W A^T, B>
@@ -149,7 +149,7 @@ def low_rank(B: Tensor, A: Tensor, r: int, driver: str | None = None) -> tuple[T
     Args:
         B: (..., out, k).
         A: (..., k, in).
-        r: rank; the factors are filled up with zeros where the product has fewer singular values.
+        r: rank; the factors are padded with zeros if the product has fewer singular values.
         driver: cuSOLVER's algorithm, of `torch.linalg.svd`.
 
     Returns:

@@ -19,14 +19,14 @@ def enabled() -> bool:
 
 
 def ready() -> bool:
-    """Whether the mode we run in is one that an autograd function of ours can serve."""
+    """Whether custom autograd Functions are valid under the active modes (functorch, forward AD, tracing)."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
         return False
     return not (torch._C._len_torch_dispatch_stack() and keeps_results())
 
 
 def keeps_results() -> bool:
-    """Whether selective checkpointing keeps results of operations, into which we would write."""
+    """Whether selective checkpointing caches results of operations, which in-place kernels would overwrite."""
     modes = _get_current_dispatch_mode_stack()
     return any(type(m).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for m in modes)
 
@@ -43,13 +43,13 @@ def reference() -> Iterator[None]:
 
 
 def shaped() -> bool:
-    """Whether kernels take tensors of the meta device, to count what a step would hold."""
+    """Whether kernels take tensors of the meta device, to count the memory of a step."""
     return _SHAPES
 
 
 @contextmanager
 def shapes() -> Iterator[None]:
-    """Within the block kernels run on the meta device too, where otherwise the operators' own `apply` does."""
+    """Within the block kernels run on the meta device too; by default the operators' own `apply` does."""
     global _SHAPES
     before, _SHAPES = _SHAPES, True
     try:

@@ -107,7 +107,7 @@ def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
     return vector.view(shape)
 
 
-PIECE = 1 << 18  # elements of a matrix (out, in) that are computed at once where it is never held whole
+PIECE = 1 << 18  # elements computed at once of a matrix (out, in) that is never materialised
 
 
 def piece(out: int, into: int) -> int:

@@ -1,4 +1,4 @@
-"""The recursion: what one adapter adds at a site, and branches of it."""
+"""The recursion: terms of adapters at a site, and branches of terms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .operators import Operator
 
 
 class Term:
-    """What one adapter says at one site in one forward: a term of the recursion."""
+    """The operators of one adapter at one site in one forward: a term of the recursion."""
 
     __slots__ = ("delta", "left", "post", "right", "shift")
 

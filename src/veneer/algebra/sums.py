@@ -33,7 +33,7 @@ class Sum(Operator):
         return total
 
     def joined(self) -> Operator:
-        """One operator with the factors of all terms side by side, where they have factors."""
+        """One operator with the factors of all terms side by side, or None if a term has none."""
         terms = [t for t in self.terms if isinstance(t, Factored) and t.groups == 1 and t.B.ndim == 2]
         if len(terms) < len(self.terms):
             return self

@@ -37,7 +37,7 @@ def backend_of(owner: nn.Module, param: str, name: str) -> Backend:
     """Return the backend of the weight `param` of `owner`.
 
     Raises:
-        TypeError: no backend reads the weight; `name` says where.
+        TypeError: no backend reads the weight; the message has `name`.
     """
     for backend in backends():
         if backend.matches(owner, param):
@@ -58,7 +58,7 @@ def unknown(owner: nn.Module, param: str, name: str) -> TypeError:
 
 
 def unread(module: nn.Module) -> str | None:
-    """Name of a matrix of integers or of 8-bit floats in a module without children, where no backend reads any of it."""
+    """Name of a matrix of integers or of 8-bit floats in a module without children that no backend reads."""
     if module._modules:
         return None
     tensors = {
@@ -71,7 +71,7 @@ def unread(module: nn.Module) -> str | None:
 
 
 def linear_of(module: nn.Module) -> tuple[str, int, int] | None:
-    """Name of the weight, and sizes (in, out), of a library's linear layer that is no nn.Linear, or None."""
+    """Name of the weight, and sizes (in, out), of a library's linear layer that is not an nn.Linear, or None."""
     for backend in backends():
         found = backend.linear(module)
         if found is not None:

@@ -18,7 +18,7 @@ class Backend(ABC):
 
     Attributes:
         name: the format's.
-        holds: what it reads, for messages.
+        holds: the formats that it reads, for messages.
         packed: the weight is stored as something else than the tensor that `read` returns, which is made anew.
     """
 
@@ -32,13 +32,13 @@ class Backend(ABC):
 
     @abstractmethod
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        """The weight as a floating-point tensor, as the layer evaluates it, without a copy where that is possible."""
+        """The weight as a floating-point tensor, as the layer evaluates it, without a copy if possible."""
 
     @abstractmethod
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         """Store `value` as the weight and return a token, not None, with which `restore` brings back the exact bits.
 
-        A packed format's token holds what was packed, and no dense copy. Only called where `can_write` is True.
+        A packed format's token holds the packed tensors, and no dense copy. Only called if `can_write` is True.
         """
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Backend(ABC):
         return found
 
     def linear(self, module: nn.Module) -> tuple[str, int, int] | None:
-        """Name of the weight, and sizes (in, out), of a linear layer of the library that is no nn.Linear.
+        """Name of the weight, and sizes (in, out), of a linear layer of the library that is not an nn.Linear.
 
         None for every other module. The name is handed back as `param`; nothing has to be stored under it.
         """
@@ -73,7 +73,7 @@ class Backend(ABC):
     def bare(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Names and shapes, (experts, out, in), of weights that the module's forward takes as effective weights.
 
-        Empty for a linear layer, and where only a kernel of the library can use them. The names need not be parameters.
+        Empty for a linear layer, and if only a kernel of the library can use them. The names need not be parameters.
         """
         return {}
 
@@ -97,7 +97,7 @@ class Backend(ABC):
         """What a module of the library needs so that a gradient goes through it; each is shown when adapters come."""
 
     def gathered(self, owner: nn.Module, param: str) -> None:
-        """Raise RuntimeError, with the remedy, if a layer cannot run on what fully_shard made of its weight.
+        """Raise RuntimeError, with the remedy, if a layer cannot run on its weight as fully_shard left it.
 
         Shown in the first step are all layers when they run, whatever they hold.
         """

@@ -36,7 +36,7 @@ class Weight4bit(Protocol):
 
 
 def library() -> Any:
-    """bitsandbytes.nn where it was imported, which a layer of it needs, else None."""
+    """bitsandbytes.nn if it was imported, which every layer of it needs, else None."""
     return sys.modules.get("bitsandbytes.nn")
 
 
@@ -63,8 +63,7 @@ class FourBit(Backend):
     def state(self, owner: nn.Module, param: str) -> Any:
         """Statistics of the blocks, or None of a weight that is not quantized yet.
 
-        Where fully_shard splits the packed entries it puts a plain parameter in place of the library's, which knows
-        none; every process has all of them in the layer.
+        If fully_shard splits the packed entries, it replaces the library's parameter by a plain one without statistics; every process has all of them in the layer.
         """
         found = getattr(owner._parameters[param], "quant_state", None)
         return owner.__dict__.get("quant_state") if found is None else found
@@ -147,7 +146,7 @@ class FourBit(Backend):
 
 
 def computes_in(owner: nn.Module, state: QuantState) -> torch.dtype:
-    """What the layer casts its input to; until the first input says so, the dtype in which it was quantized."""
+    """The dtype to which the layer casts its input; until the first input sets it, the dtype that was quantized."""
     found = owner.__dict__.get("compute_dtype") or state.dtype
     assert isinstance(found, torch.dtype)
     return found

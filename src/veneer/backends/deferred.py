@@ -1,7 +1,7 @@
-"""A frozen weight that is stored in another way and dequantized where it is used.
+"""A frozen weight that is stored quantized and dequantized on use.
 
-`Deferred` stands in for the weight during one call. A product with it, or with one matrix of a stack, dequantizes what it
-needs, keeps nothing but where that came from, and dequantizes again for the gradient of its input. Every other use gets
+`Deferred` stands in for the weight during one call. A product with it, or with one matrix of a stack, dequantizes the part it
+needs, saves only the packed weight, and dequantizes again for the gradient of its input. Every other use gets
 the dequantized weight.
 """
 
@@ -38,7 +38,7 @@ class Deferred(Tensor):
     """A weight (m, n), or a stack of them (E, m, n), that is not dequantized yet. It has no memory of its own.
 
     Attributes:
-        make: what dequantizes it.
+        make: returns the dequantized weight.
         flipped: `make` gives the transpose.
     """
 

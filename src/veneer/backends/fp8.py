@@ -1,7 +1,7 @@
 """transformers' own 8-bit floats: FP8Linear, an nn.Linear with weight (out, in) in float8_e4m3fn and `weight_scale_inv`,
 one factor a block of the weight (DeepSeek-V3, arxiv.org/abs/2412.19437, section 3.3.2), or one for all of it.
 
-Its forward is a GPU kernel that transformers fetches from the hub; on a CPU the layer says that it is missing. Its
+Its forward is a GPU kernel that transformers fetches from the hub; on a CPU the layer raises that it is missing. Its
 backward, on a GPU, multiplies by the dequantized weight.
 """
 
@@ -75,5 +75,5 @@ def largest(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     magnitude = weight.abs()
     if block is None:
         return magnitude.max()
-    # Blocks at the edges are cut short; what pads them is 0, and no magnitude is less.
+    # Blocks at the edges are cut short; their padding is 0, below any magnitude.
     return nn.functional.max_pool2d(magnitude[None, None], tuple(block), ceil_mode=True)[0, 0]

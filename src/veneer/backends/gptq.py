@@ -2,7 +2,7 @@
 
 For b bits: qweight (in b / 32, out), packed along the inputs; qzeros (groups, out b / 32), packed along the outputs;
 scales (groups, out); g_idx (in,), the group of each input. Files of the first version hold the zeros less one, and a
-layer says in `qzero_format()` which it holds now.
+layer returns the current one from `qzero_format()`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """HQQ's layers: half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog).
 
-`HQQLinear` is no nn.Linear. It holds the packed integers as the parameter `W_q` and all the rest, scales and zeros too,
+`HQQLinear` is not an nn.Linear. It holds the packed integers as the parameter `W_q` and all the rest, scales and zeros too,
 in the dict `meta`; its bias is a plain attribute. Its forward multiplies by the dequantized weight, and its backward by
 the same.
 """

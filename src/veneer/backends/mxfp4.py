@@ -24,7 +24,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def library() -> Any:
-    """Transformers' module where it was imported, which a layer of it needs, else None."""
+    """Transformers' module if it was imported, which every layer of it needs, else None."""
     return sys.modules.get("transformers.integrations.mxfp4")
 
 
@@ -81,7 +81,7 @@ class MXFP4(Backend):
         raise NotImplementedError("never written")
 
     def settle(self, module: nn.Module) -> None:
-        """Give the experts a forward that a gradient goes through: the kernel has none, and says nothing."""
+        """Give the experts a differentiable forward: the kernel has no backward, and does not raise."""
         if library() is not None and type(module) is library().Mxfp4GptOssExperts:
             from .mxfp4_experts import Mxfp4GptOssExperts
 

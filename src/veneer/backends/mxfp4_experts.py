@@ -1,9 +1,9 @@
 """gpt-oss' experts in mxfp4 with a gradient to their input, and with adapters.
 
 transformers' kernel has no backward, and its output, cut off the graph, would leave the residual stream alone to carry
-the gradient: wrong, and without an error. So where a gradient is needed, or weights have adapters, transformers' own
+the gradient: wrong, and without an error. So if a gradient is needed, or weights have adapters, transformers' own
 forward of the experts that are not quantized runs on them, and each expert's weight is dequantized for its product, and
-again in the backward. On a CPU, where the kernel does not run, it always does.
+again in the backward. On a CPU, which has no such kernel, it always does.
 
 This module imports transformers; only a model that holds such layers leads here.
 """
@@ -23,11 +23,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from .base import Backend
 
-EAGER = inspect.unwrap(GptOssExperts.forward)  # expert by expert, whatever the config says
+EAGER = inspect.unwrap(GptOssExperts.forward)  # expert by expert, whatever the config selects
 
 
 class Mxfp4GptOssExperts(mxfp4.Mxfp4GptOssExperts):  # type: ignore[misc]
-    """The experts; the name is that of transformers' class, which says what is not to be split."""
+    """The experts; the name is that of transformers' class, by which its _no_split_modules list works."""
 
     _veneer_backend: Backend  # set with the class
     _veneer_projections: tuple[str, ...]

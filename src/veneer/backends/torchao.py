@@ -56,7 +56,7 @@ class TorchAO(Backend):
 
 
 def quantizer(weight: Any) -> Callable[[Tensor], Tensor] | None:
-    """What quantizes a weight (out, in) as `weight` was, or None where torchao does not keep how that was."""
+    """A function that quantizes a weight (out, in) as `weight` was, or None if torchao does not keep how."""
     kind = type(weight).__name__
     if kind == "Int8Tensor" and weight.act_quant_scale is None and weight.act_pre_scale is None:
         granularity = granularity_of(weight)

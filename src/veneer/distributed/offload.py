@@ -43,14 +43,14 @@ def store(module: nn.Module, param: str, value: Tensor) -> None:
         key, weights = weights.prefix + key, weights.dataset
     if isinstance(weights, dict):
         weights[key] = value
-    else:  # OffloadedWeightsLoader: what is in its state dict wins over its files
+    else:  # OffloadedWeightsLoader: its state dict takes precedence over its files
         weights.state_dict[key] = value
         if key not in weights.all_keys:
             weights.all_keys.append(key)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where an offloaded layer computes, or None if it is not offloaded."""
+    """The device on which an offloaded layer computes, or None if it is not offloaded."""
     hook = hook_of(module)
     device = getattr(hook, "execution_device", None)
     return None if device is None else torch.device(device if not isinstance(device, int) else f"cuda:{device}")
@@ -107,7 +107,7 @@ class Resident:
 
 
 def refuse_training(module: nn.Module) -> None:
-    """Raise RuntimeError where a layer was dispatched after it was adapted and is now to be trained.
+    """Raise RuntimeError if a layer was dispatched after it was adapted and is now to be trained.
 
     Its hook then offloads the adapter with the layer and makes new Parameters on every forward.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ds_shape: torch.Size
 
 
-ENGINE = "_external_params"  # what deepspeed.initialize gives to every module under ZeRO-3
+ENGINE = "_external_params"  # attribute that deepspeed.initialize sets on every module under ZeRO-3
 
 
 def is_partitioned(tensor: object) -> TypeGuard[ZeroTensor]:
@@ -62,7 +62,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def value(tensor: Tensor) -> Tensor:
-    """A parameter, or a copy of all of it where ZeRO-3 has put it away (a collective then)."""
+    """A parameter, or a gathered copy if ZeRO-3 partitions it (a collective then)."""
     if not is_partitioned(tensor) or tensor.ds_status.name == "AVAILABLE":
         return tensor
     with available([tensor]):
@@ -75,7 +75,7 @@ def available(tensors: Iterable[Tensor | None], *, change: bool = False) -> Iter
 
     Args:
         tensors: any; those that are whole already are left alone.
-        change: whether the block writes to them; what rank 0 wrote then goes to all.
+        change: whether the block writes to them; rank 0's values are then broadcast.
     """
     found = {id(t): t for t in tensors if is_partitioned(t)}
     absent = [t for t in found.values() if t.ds_status.name == "NOT_AVAILABLE"]
@@ -117,13 +117,13 @@ def rank() -> int:
 
 
 def wait(tensors: Iterable[Tensor]) -> None:
-    """Where tensors are sharded, wait for every process, so that nobody reads a file before it is written."""
+    """Wait for every process if tensors are sharded, so that no process reads a file before it is written."""
     if distributed() and any(is_sharded(t) for t in tensors):
         dist.barrier()
 
 
 def refuse_attaching(root: nn.Module, named: Mapping[str, nn.Module]) -> None:
-    """Raise RuntimeError if what shards or flattens the model's parameters has taken it over already.
+    """Raise RuntimeError if the model's parameters are already sharded or flattened.
 
     Adapters come first: only then does it shard and gather theirs too. Weights that from_pretrained split between the
     processes while it read them are no obstacle: by zero.Init, as deepspeed.initialize comes later and finds the adapters;

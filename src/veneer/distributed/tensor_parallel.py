@@ -1,8 +1,8 @@
 """Tensor parallelism of transformers (`from_pretrained(..., tp_plan="auto")`): adapters inside layers that are split.
 
 Such a layer holds DTensors, and an instance-level `forward` around its own brings the input into the layout that the
-layer wants and the output into the one that the model wants. Adapters run in between, where input, weight and output
-are DTensors: an operator's products then are split as the layer's are, and what is partial is summed, by DTensor's own
+layer wants and the output into the one that the model wants. Adapters run in between, on input, weight and output
+as DTensors: an operator's products are sharded as the layer's are, and partial sums are reduced by DTensor's own
 rules, in the backward too. Nothing here imports transformers: a layer is known by the closure of its forward.
 """
 
@@ -91,7 +91,7 @@ def put_back(module: nn.Module, style: ParallelStyle, mesh: object) -> None:
 
 
 class Replicated(TorchFunctionMode):
-    """Where they meet DTensors, ordinary tensors are the same in every process.
+    """Treats ordinary tensors among DTensors as replicated.
 
     torch's own `implicit_replication` does so below autograd, which would keep the ordinary tensors for the backward.
     """
@@ -119,7 +119,7 @@ class Replicated(TorchFunctionMode):
 
 @contextmanager
 def mixing() -> Iterator[None]:
-    """`Replicated`, where there may be DTensors at all."""
+    """`Replicated`, if there may be DTensors at all."""
     if "torch.distributed.tensor" not in sys.modules or not torch.distributed.is_initialized():
         yield
         return
@@ -143,7 +143,7 @@ def distribute(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Colle
         value: the tensor.
         weight: the layer's weight (out, in), a DTensor.
         keep: axes along which it stays whole.
-        axes: of each of the value's dimensions: "out" or "in" where it is that of the weight, else "".
+        axes: of each of the value's dimensions: "out" or "in" if it is that of the weight, else "".
     """
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -157,7 +157,7 @@ def distribute(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Colle
 
 
 def own_heads(stack: nn.Module, t: Tensor, dim: int) -> Tensor:
-    """Of keys and values of all heads, along `dim`, those of this process, where the stack's key heads are split."""
+    """Return this process's part, along `dim`, of keys and values of all heads, if the stack's key heads are split."""
     if t.shape[dim] == 1 or "torch.distributed.tensor" not in sys.modules:
         return t
     for name, module in stack.named_modules():
@@ -179,7 +179,7 @@ def own_heads(stack: nn.Module, t: Tensor, dim: int) -> Tensor:
 
 
 def gather_gradients(parameter: nn.Parameter) -> None:
-    """Sum what each process has of the gradient of a parameter that all hold."""
+    """Reduce the gradient of a replicated parameter over the processes."""
 
     def whole(gradient: Tensor) -> Tensor:
         if not sharding.is_distributed(gradient):

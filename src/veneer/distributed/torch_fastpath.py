@@ -1,7 +1,7 @@
 """torch's fused inference path of nn.TransformerEncoderLayer.
 
 In evaluation mode it reads the weights of its sublayers and never calls them, so adapters inside it would
-silently not run. It declines when its activation is unknown to it; that is what is arranged here.
+silently not run. It declines an unknown activation, so an unknown one is put in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def disable(root: nn.Module, adapted: Iterable[nn.Module]) -> None:
 
 
 def restore(root: nn.Module) -> None:
-    """Turn it on again where `disable` turned it off."""
+    """Undo `disable`."""
     for module in root.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and SAVED in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop(SAVED)

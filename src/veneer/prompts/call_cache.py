@@ -74,8 +74,8 @@ class CachedCall(StackCall):
     def _collect_gradients(self, served: PrefixCache) -> None:
         """For reentrant checkpointing, whose blocks go through backward one by one.
 
-        Each would go through what computed the prefix again, which autograd allows once. So they see leaves, and what has
-        come together there goes on when the backward pass arrives at the stack's input, after the last block.
+        Each would backpropagate through the prefix's graph again, which autograd allows once. So they get leaves, and the
+        accumulated gradient goes on when the backward pass arrives at the stack's input, after the last block.
         """
         made = [t for pair in served.prefix for t in pair]
         if not any(t.requires_grad for t in made):
@@ -124,7 +124,7 @@ class CachedCall(StackCall):
         inner.veneer = kv.Memory(self.front.key, front, self._kept_tokens)
 
     def _is_plainly_filled(self, memory: Memory | None, pairs: KeyValues, inner: Cache | None) -> bool:
-        """Whether the layers need not look at what stands in front; found out once and kept."""
+        """Whether the layers may take the prefix as it is; computed once per cache."""
         if memory is None or memory.ready is None or torch.is_grad_enabled() or memory.ready is not pairs:
             return False
         if memory.plain != self.batch:
@@ -135,11 +135,11 @@ class CachedCall(StackCall):
 
     @property
     def _kept_tokens(self) -> VirtualTokens | None:
-        """The virtual tokens, where a later call can have them again."""
+        """The virtual tokens, if a later call may reuse them, else None."""
         return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.front
 
     def _virtual_pairs(self, memory: Memory | None) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values that stand in front already: the prefix's, then those remembered of the prompt."""
+        """Virtual keys and values that exist already: the prefix's, then the prompt's remembered ones."""
         kept = None if memory is None or memory.made is None or torch.is_grad_enabled() else memory
         if kept is not None and kept.ready is not None and kept.ready[0][0].shape[0] == self.batch:
             return kept.ready
@@ -176,7 +176,7 @@ class CachedCall(StackCall):
 
 
 class _CollectGradients(torch.autograd.Function):
-    """Passes a stack's input through; in backward, hands on the gradients that its blocks left at `leaves`."""
+    """Identity on a stack's input; its backward returns the gradients that the blocks accumulated in `leaves`."""
 
     @staticmethod
     def forward(ctx: AutogradContext, embeds: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _same_tokens(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def refuse_left_behind(cache: Cache | None) -> None:
-    """Raise ValueError for a cache whose tokens were computed with soft prompts in front, where there are none now."""
+    """Raise ValueError for a cache whose tokens were computed with soft prompts, if none is active now."""
     if cache is None or "veneer" not in getattr(cache, "__dict__", {}):
         return
     from . import kv_cache as kv

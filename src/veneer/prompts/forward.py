@@ -1,13 +1,13 @@
-"""Where soft prompts enter a model: the one place that knows about virtual tokens.
+"""The forward of a stack with virtual tokens: the one place that knows where soft prompts enter a model.
 
-Methods say which embeddings (`prompt`), or which keys and values (`prefix`), stand in front of a sequence. The door is
+Methods return the embeddings (`prompt`), or the keys and values (`prefix`), that precede a sequence. They enter in
 the forward of a *stack*: the module that takes token embeddings and returns hidden states (a decoder-only model's or an
 encoder's backbone; the encoder and the decoder of an encoder-decoder). There masks, positions and the cache are extended,
 and virtual positions are cut off the output again, so that no head, no loss and no caller ever sees them.
 
-    prefix     P virtual positions with keys and values, no queries: a cache in front of the caller's cache
+    prefix     P virtual positions with keys and values, no queries: a cache before the caller's cache
     prompt     T virtual tokens: run with the sequence, at its front. While a causal model fills a cache their keys and
-               values are set aside, and stand in front of the cache from then on, like a prefix
+               values are kept apart, and precede the cache from then on, like a prefix
     order      prefix, prompt, tokens; several adapters' one after another, in the order in which they are active
 """
 
@@ -38,7 +38,7 @@ class PromptedForward(CachedCall, PositionedCall):
         refuse_packed_kernels(call)
         as_tuple = call.get("return_dict") is False
         if as_tuple:
-            call["return_dict"] = True  # names tell what is to be cut
+            call["return_dict"] = True  # outputs are cut by name
         cross = call.get("encoder_hidden_states") is not None
         inner = self._caller_cache(cross)
         memory = self._memory_of(inner)
@@ -86,7 +86,7 @@ class PromptedForward(CachedCall, PositionedCall):
             if tuple(value.shape[:2]) == (self.batch, self.tokens):
                 raise ValueError(
                     f"{type(self.stack).__name__} gets {name}, something of each token that virtual tokens do not have; use "
-                    "prefix tuning where the model takes a cache, or a method that adapts layers, such as LoraConfig"
+                    "prefix tuning if the model takes a cache, or a method that adapts layers, such as LoraConfig"
                 )
         # (batch, T, width) + (batch, tokens, width)
         call["inputs_embeds"] = torch.cat([prompt.to(embeds).expand(self.batch, -1, -1), embeds], 1)

@@ -1,7 +1,7 @@
-"""Virtual keys and values in front of a transformers cache.
+"""Virtual keys and values before those of a transformers cache.
 
 A model sees one cache whose first positions are virtual, and builds masks and positions from it as it does from any
-other. The caller's own cache, behind it, holds real tokens only, so what `generate` does to a cache (reordering,
+other. The caller's own cache, wrapped by it, holds real tokens only, so what `generate` does to a cache (reordering,
 cropping, fixed sizes, chunks) stays right. Imported on use: it imports transformers.
 """
 
@@ -24,9 +24,9 @@ class Memory:
 
     Attributes:
         key: which adapters, for which rows, from which values.
-        front: keys and values of the prompt's tokens, a pair a layer; empty where there was no prompt.
-        made: the virtual tokens, so that a later call need not compute them again; None where gradients are wanted.
-        ready: all that stands in front, a pair (batch, heads, length, head width) a layer, on the same condition.
+        front: keys and values of the prompt's tokens, a pair a layer; empty if there was no prompt.
+        made: the virtual tokens, so that a later call need not compute them again; None if gradients are enabled.
+        ready: all virtual keys and values, a pair (batch, heads, length, head width) a layer, under the same condition.
     """
 
     key: tuple[Any, ...]
@@ -40,7 +40,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
     """A cache that begins with virtual positions.
 
     Args:
-        inner: the cache of the real tokens, or None where nothing is kept (training, encoders).
+        inner: the cache of the real tokens, or None if nothing is cached (training, encoders).
         prefix: keys and values of the first `length` positions, a pair a layer.
         length: number of virtual positions that have keys and values already.
         fill: so many of the tokens of this forward are virtual as well; their keys and values are kept in `made`.
@@ -134,7 +134,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         own = 0 if self.inner is None else self.inner.get_seq_length(layer_idx)
-        return self.length + own  # a new object also where it is a tensor that the inner cache counts in place
+        return self.length + own  # a new tensor, as the inner cache increments its own in place
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_seq_length(layer_idx)
@@ -145,7 +145,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
 
 
 class PassingCache(Cache):  # type: ignore[misc]
-    """Keeps nothing: for cross-attention where nothing is to be kept, as in training."""
+    """Caches nothing: for cross-attention in training."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -178,7 +178,7 @@ def fresh_cache(config: Any, cross: bool) -> Cache:
 
 
 def plainly_filled(cache: Cache, front: KeyValues, batch: int) -> bool:
-    """Whether every layer simply grows, and has begun to, with what stands in front as it is used."""
+    """Whether every layer is a plain growing cache whose virtual part can be used as it is."""
     own = own_cache(cache)
     return (
         len(own.layers) == len(front)
@@ -211,7 +211,7 @@ def in_front(inner: Cache | None, prefix: KeyValues, length: int, fill: int, cro
 
 
 def holds_tokens(cache: Cache) -> bool:
-    """Whether a cache has been filled. Its length is only asked where that needs no synchronisation."""
+    """Whether a cache has been filled. Its length is only read if that needs no synchronisation."""
     own = own_cache(cache)
     layers = [x for x, empty in zip(own.layers, own.is_dummy, strict=True) if x.is_initialized and not empty]
     if not layers:
@@ -227,7 +227,7 @@ def is_recurrent(cache: Cache) -> bool:
 
 
 def refuse(cache: Cache | None) -> None:
-    """Raise for caches in front of which no virtual token can stand.
+    """Raise for caches that no virtual token can precede.
 
     Raises:
         TypeError: no Cache object, or one with recurrent states.
@@ -239,5 +239,5 @@ def refuse(cache: Cache | None) -> None:
     if is_recurrent(cache):
         raise TypeError(
             f"soft prompts: {type(cache).__name__} holds recurrent states (linear attention), which have no positions "
-            "to put virtual tokens in front of; call with use_cache=False, or adapt this model with LoRA"
+            "for virtual tokens to precede; call with use_cache=False, or adapt this model with LoRA"
         )

@@ -16,7 +16,7 @@ MASKS = (torch.bool, torch.int32, torch.int64, torch.uint8)
 
 
 def mask_like(seen: Tensor, mask: Tensor) -> Tensor:
-    """A bool mask in the dtype of `mask`: as it is, or as what is added to attention scores."""
+    """A bool mask in the dtype of `mask`: unchanged, or as a bias of attention scores."""
     if mask.dtype in MASKS:
         return seen.to(mask.dtype)
     return torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
@@ -40,6 +40,6 @@ def refuse_packed_kernels(call: Mapping[str, Any]) -> None:
     """Raise ValueError for sequences packed by their lengths, which leave no place for virtual tokens."""
     if call.get("cu_seq_lens_q") is not None:
         raise ValueError(
-            "soft prompts: sequences packed with cu_seq_lens_q leave no place for virtual tokens in front of each; pass "
+            "soft prompts: sequences packed with cu_seq_lens_q leave no place for virtual tokens before each; pass "
             "position_ids that start again at each sequence, without an attention_mask, or do not pack"
         )

@@ -37,7 +37,7 @@ def state_objective(
     if rows is not None or here != wanted:
         raise ValueError(
             f"{type(method).__name__} computes its own loss, for {method.virtual_tokens} virtual tokens and {labels.shape[1]} "
-            f"labels in each row, and there are {here} logits; call with labels only where it is the one soft prompt of all "
+            f"labels in each row, and there are {here} logits; call with labels only if it is the one soft prompt of all "
             "rows (no adapter_names, no logits_to_keep)"
         )
     loss = method.objective(out["logits"], labels, inputs)

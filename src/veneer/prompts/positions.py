@@ -19,7 +19,7 @@ class PositionedCall(StackCall):
     """A call whose position_ids and attention_mask count the virtual positions."""
 
     def _extend_positions(self, runs: int, past: int | Tensor, inner: Cache | None) -> None:
-        """Count the virtual positions in position_ids, and make them where the rows differ."""
+        """Count the virtual positions in position_ids, which are made if the rows differ."""
         call, front = self.call, self.front
         given = call.get("position_ids")
         takes = "position_ids" in self.door.arguments
@@ -76,7 +76,7 @@ class PositionedCall(StackCall):
         return torch.where(seen, zero, torch.finfo(dtype).min)
 
     def _extend_mask(self, runs: int, past: int | Tensor, inner: Cache | None) -> None:
-        """Let the tokens see the virtual positions: 2-D, 4-D and by kind of layer, or no mask at all."""
+        """Let the tokens attend to the virtual positions: 2-D masks, 4-D masks, one per layer kind, or none."""
         mask, front = self.call.get("attention_mask"), self.front
         shown = front.mask(self.batch, self.device)  # (batch, P + T)
         if mask is None:
@@ -121,7 +121,7 @@ class PositionedCall(StackCall):
         return torch.cat([self._prompt_rows(full, shown, runs), full], 2)
 
     def _prompt_rows(self, full: Tensor, shown: Tensor, runs: int) -> Tensor:
-        """What the prompt's own tokens see, (batch, heads, T, keys) in the form of `full`."""
+        """The mask of the prompt's own tokens, (batch, heads, T, keys) in the form of `full`."""
         keys, start = full.shape[-1], shown.shape[1] - runs
         rows = torch.zeros(self.batch, full.shape[1], runs, keys, dtype=torch.bool, device=self.device)
         if self.door.causal:

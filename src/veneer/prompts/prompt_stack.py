@@ -168,7 +168,7 @@ def detach_stack(door: PromptStack) -> None:
 
 
 def check_stack_fits(door: PromptStack, virtual: int, prefix: bool) -> None:
-    """Raise where a stack has no place for virtual tokens.
+    """Raise if a stack has no place for virtual tokens.
 
     Raises:
         ValueError: they leave no position for a real one.
@@ -183,7 +183,7 @@ def check_stack_fits(door: PromptStack, virtual: int, prefix: bool) -> None:
     if prefix and door.cache and keeps_recurrent_states(config):
         raise TypeError(
             f"{base_type_name(door.site.owner)} has layers with recurrent states (linear attention), which have no keys and values "
-            "for a prefix to stand in front of; use PromptTuningConfig or LoraConfig"
+            "for a prefix to extend; use PromptTuningConfig or LoraConfig"
         )
     if prefix and not door.cache:
         raise TypeError(

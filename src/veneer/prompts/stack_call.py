@@ -1,4 +1,4 @@
-"""One call of a stack with virtual tokens: its arguments, and what they say about the batch."""
+"""One call of a stack with virtual tokens: its arguments, batch size and dtype."""
 
 from __future__ import annotations
 

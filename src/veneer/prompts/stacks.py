@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 
-CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # what forwards call their cache
+CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # argument names of the cache
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class StackFacts:
         role: "model", "encoder" or "decoder".
         arguments: names of the forward's arguments.
         cache: which of them is the cache, or "".
-        causal: whether a token sees only what is before it.
-        table: what is known of its table of learned positions, or None.
+        causal: whether a token attends to earlier tokens only.
+        table: its table of learned positions, or None.
         keeps_first: whether the head reads the first position, which then is the first virtual one, as in peft.
-        carriers: the blocks, which get the prefix also where checkpointing takes their cache away.
+        carriers: the blocks, which get the prefix also if checkpointing drops their cache argument.
         encoder: the door of the encoder, of which this is the decoder.
     """
 
@@ -127,7 +127,7 @@ def cache_argument(module: nn.Module) -> tuple[str, int] | None:
 
 
 def learned_positions(stack: nn.Module) -> Positions | None:
-    """The table of learned absolute positions, without the rows that no position uses; None where there is none."""
+    """The table of learned absolute positions, without the rows that no position uses, or None."""
     for name, module in stack.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (leaf == "wpe" or "position" in leaf) and "bias" not in leaf:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 @dataclass
 class VirtualTokens:
-    """Virtual tokens in front of the rows of a batch.
+    """Virtual tokens before the rows of a batch.
 
     Attributes:
         prefix: keys and values (batch or 1, layers, 2, heads, P, head width), or None.
         prompt: embeddings (batch or 1, T, width), or None.
-        counts: for each row how many of P and of T are its own, (batch, 2); None where all are. A row's own are the last.
-        key: what they were made from.
+        counts: for each row how many of P and of T are its own, (batch, 2); None if all are. A row's own are the last.
+        key: identifies the adapters, tensor versions and tasks that they were computed from.
     """
 
     prefix: Tensor | None

@@ -26,6 +26,7 @@ from ..methods.registry import registry
 from ..targets.blocks import SublayerOutput, nearest_config
 from ..training.watch import attach_watched
 from . import adapter_files
+from .adapter_files import base_of
 
 VERSION = "adapters.1.3.0"  # the layout written here
 CONFIG, FUSION_CONFIG = "adapter_config.json", "adapter_fusion_config.json"
@@ -141,7 +142,8 @@ def load(
         raise ValueError(f"{os.fspath(folder)!r} holds neither {names[0]} nor {names[1]}")
     theirs = locate.read_tensors(found[0])
     prepared = config if fusion else config.prepare(base)
-    wanted = keys(base, prepared, values["name"], fusion)
+    runtime = _runtime_for(model)
+    wanted = keys(runtime, prepared, values["name"], fusion)
     prefix = f"{getattr(base, 'base_model_prefix', '')}."  # also of a file from a model with a head
     ours: dict[str, Tensor] = {}
     for key, value in theirs.items():
@@ -154,7 +156,7 @@ def load(
         elif wanted[key]:
             ours[wanted[key]] = value
     report: LoadReport = attach_watched(
-        Runtime.ensure(base),
+        runtime,
         adapter_name or str(values["name"]),
         config,
         tensors=ours,
@@ -163,6 +165,12 @@ def load(
         autocast=autocast_adapter_dtype,
     )
     return report
+
+
+def _runtime_for(model: nn.Module) -> Runtime:
+    """The runtime of a PeftModel, also before its first adapter, or of the base model."""
+    found = model.__dict__.get("_runtime")
+    return found if isinstance(found, Runtime) else Runtime.ensure(base_of(model))
 
 
 def save(
@@ -187,11 +195,11 @@ def save(
     tensors = {}
     own = adapter_files.adapter_tensors(runtime, adapter_name, embeddings=False)
     prefix = prefix_of(base)
-    for theirs, ours in keys(base, config, name, fusion, copies=True).items():
+    for theirs, ours in keys(runtime, config, name, fusion, copies=True).items():
         if ours in own:
             tensors[prefix + theirs] = own.pop(ours)
             own[ours] = tensors[prefix + theirs]  # a norm before the bottleneck is in their file twice
-    lost = sorted(own.keys() - set(keys(base, config, name, fusion, copies=True).values()))
+    lost = sorted(own.keys() - set(keys(runtime, config, name, fusion, copies=True).values()))
     if lost:
         raise ValueError(f"adapter {adapter_name!r}: AdapterHub's layout has no place for {lost[0]} (modules_to_save)")
     about = {
@@ -338,7 +346,7 @@ def fusion_to(ours: Method) -> dict[str, Any]:
 # Names of tensors.
 
 
-def keys(base: nn.Module, config: Method, name: str, fusion: bool, *, copies: bool = False) -> dict[str, str]:
+def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: bool = False) -> dict[str, str]:
     """Their keys, without the base model's prefix -> ours; "" for a copy of another key's tensor.
 
     Args:
@@ -347,13 +355,14 @@ def keys(base: nn.Module, config: Method, name: str, fusion: bool, *, copies: bo
     Raises:
         ValueError: a model whose layout is not known.
     """
+    base = runtime.root
     kind = nearest_config(dict(base.named_modules()), "")[0]
     if kind not in LAYOUTS:
         raise ValueError(
             f"AdapterHub's layout for model type {kind!r} is not known here; it is for {', '.join(sorted(LAYOUTS))}"
         )
     found: dict[str, str] = {}
-    spots = config.sites_of(base, Runtime.ensure(base).sublayers_of)
+    spots = config.sites_of(base, runtime.sublayers_of)
     assert isinstance(spots, Mapping)
     method: Any = config
     for spot in spots.values():

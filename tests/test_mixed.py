@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import veneer
 from models import IDS, MODELS
 from small import llama, scramble
-from veneer.injection.dispatch import AdaptedState
+from veneer.injection.interceptors import SplitRows
 from veneer.kernels import mixed
 
 BASE = "__base__"
@@ -31,14 +31,15 @@ ways = pytest.mark.parametrize("way", WAYS, ids=str)
 def loops(monkeypatch: Any) -> list[str]:
     """The layers that ran one adapter after another."""
     seen: list[str] = []
-    before = AdaptedState.weights_by_rows
+    before = SplitRows.run
 
-    def counted(self: AdaptedState, layer: nn.Module, rows: Any, args: Any, kwargs: Any) -> Any:
-        if self.main is not None and any(n in self.main.entries for n in rows):
-            seen.append(self.main.name)
-        return before(self, layer, rows, args, kwargs)
+    def counted(self: SplitRows, call: Any, args: Any, kwargs: Any, proceed: Any) -> Any:
+        main = None if self.weights is None else self.weights.main
+        if main is not None and any(n in main.entries for n in call.router.rows()):
+            seen.append(main.name)
+        return before(self, call, args, kwargs, proceed)
 
-    monkeypatch.setattr(AdaptedState, "weights_by_rows", counted)
+    monkeypatch.setattr(SplitRows, "run", counted)
     return seen
 
 

@@ -141,7 +141,7 @@ PRECISIONS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 def site_of(model: Any, part: str = "") -> Any:
     layer = model.get_base_model().layer
     state = layer.__dict__["_veneer"]
-    return state.main if state.main is not None else state.bare[0]
+    return state.weights.sites[0]
 
 
 def norms(model: Any) -> tuple[Tensor, Tensor]:

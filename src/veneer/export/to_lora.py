@@ -22,8 +22,7 @@ from ..algebra.recursion import Term
 from ..algebra.sums import terms
 from ..distributed import sharding
 from ..files import adapter_files
-from ..injection.entries import copy_name, term_of
-from ..layers.site import Site
+from ..injection.entries import AdaptedSite, copy_name, term_of
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX, file_key
 from ..methods.base import Method
@@ -167,7 +166,7 @@ def convertible(runtime: Runtime, adapter: str) -> bool:
     return True
 
 
-def refuse(site: Site, adapter: str) -> None:
+def refuse(site: AdaptedSite, adapter: str) -> None:
     """Raise TypeError where an adapter says more at a site than a change of a matrix that LoRA can name."""
     method = site.entries[adapter].method
     split = next((p for p in site.owner._parameters.values() if p is not None and sharding.is_distributed(p)), None)
@@ -187,7 +186,7 @@ def refuse(site: Site, adapter: str) -> None:
         )
 
 
-def change(site: Site, adapter: str) -> tuple[Parts, Tensor | None]:
+def change(site: AdaptedSite, adapter: str) -> tuple[Parts, Tensor | None]:
     """By what an adapter changes a weight, as factors where it has them, and the bias it leaves (out,)."""
     said = term_of(site.entries[adapter].method, site.tensors(adapter), site)
     n = site.experts or site.groups
@@ -223,7 +222,7 @@ def decompose(parts: Parts, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return best_rank(parts[0].float(), r)  # the difference was taken in float64; its factors need no more than float32
 
 
-def cut(site: Site, parts: Parts, rank: float, compute: Callable[..., Any]) -> tuple[Tensor, Tensor, Quality]:
+def cut(site: AdaptedSite, parts: Parts, rank: float, compute: Callable[..., Any]) -> tuple[Tensor, Tensor, Quality]:
     """A site's change at the rank that is asked for: factors (n, out / n, r) and (n, r, in), and how good they are."""
     groups = site.groups
     full = min(parts[0].shape[-2], parts[-1].shape[-1])  # the most that singular values can be
@@ -267,7 +266,7 @@ def carried(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]:
 
 
 def described(
-    runtime: Runtime, config: Any, sites: Iterable[Site], quality: Mapping[str, Quality], rank: float
+    runtime: Runtime, config: Any, sites: Iterable[AdaptedSite], quality: Mapping[str, Quality], rank: float
 ) -> LoraConfig:
     """The LoRA's config: its layers by name, and their ranks where they differ."""
     r = rank if isinstance(rank, int) else 1
@@ -298,8 +297,8 @@ def shortened(names: set[str], root: nn.Module) -> set[str]:
     return short | {n for n in names if n.rpartition(".")[2] not in short}
 
 
-def shown(sites: list[Site]) -> Iterable[Site]:
+def shown(sites: list[AdaptedSite]) -> Iterable[AdaptedSite]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    found: Iterable[Site] = tqdm(sites, desc="converting to LoRA")
+    found: Iterable[AdaptedSite] = tqdm(sites, desc="converting to LoRA")
     return found

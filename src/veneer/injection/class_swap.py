@@ -11,6 +11,7 @@ from torch import nn
 
 from ..distributed import tensor_parallel
 from .dispatch import AdaptedState
+from .interceptors import CarriedPrefix
 
 if TYPE_CHECKING:
     from .router import Router
@@ -107,7 +108,7 @@ def adapt_class(layer: nn.Module, router: Router) -> AdaptedState:
 
 def adapt_carrier(block: nn.Module, router: Router, name: str, place: int) -> None:
     """Let a block take a prefix although checkpointing takes its cache away."""
-    adapt_class(block, router).carries = (name, place)
+    adapt_class(block, router).insert(CarriedPrefix(name, place))
 
 
 def restore_class(layer: nn.Module) -> None:

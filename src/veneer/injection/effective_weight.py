@@ -10,10 +10,12 @@ from ..layers.shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
     from ..algebra.recursion import Branches, Term
-    from ..layers.site import Site
+    from ..injection.entries import AdaptedSite
 
 
-def with_effective_weight(target: nn.Module, layer: nn.Module, site: Site, links: list[Term | Branches]) -> nn.Module:
+def with_effective_weight(
+    target: nn.Module, layer: nn.Module, site: AdaptedSite, links: list[Term | Branches]
+) -> nn.Module:
     """A stand-in for `target` in which the site's parameter has its effective value."""
     value, bias = site.kind.lazy(site, links), site.current_bias()
     if value is None:

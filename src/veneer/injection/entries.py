@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..algebra.recursion import Term
+from ..algebra.recursion import Branches, Term
+from ..distributed import tensor_parallel
+from ..distributed.sharding import is_distributed
+from ..layers.kind import LayerKind
+from ..layers.site import Site
+from .router import AdapterExpr, CombinedExpr, Router
 
 if TYPE_CHECKING:
-    from ..layers.site import Site
     from ..methods.base import Method
-
-
-class ResidualTap(threading.local):
-    """What went into another module in this call, kept for the site that asked for it; one a thread."""
-
-    value: Tensor | None = None
-
-    def __reduce__(self) -> Any:
-        return ResidualTap, ()
 
 
 class AdapterAtSite:
@@ -56,3 +50,58 @@ def term_of(method: Method, p: Mapping[str, Tensor], site: Site) -> Term:
 def copy_name(adapter: str) -> str:
     """Name under which an adapter's full copy of a module is registered on that module."""
     return f"copy:{adapter}"
+
+
+class AdaptedSite(Site):
+    """A site with the adapters that it has.
+
+    Attributes:
+        router: which adapters of the model act.
+        entries: adapter name -> its share of this site.
+    """
+
+    def __init__(
+        self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: Any, router: Router
+    ) -> None:
+        super().__init__(name, key, owner, param, kind, backend)
+        self.router = router
+        self.entries: dict[str, AdapterAtSite] = {}
+
+    def tensors(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's tensors here, trained, frozen and shared, under the method's own keys."""
+        entry = self.entries[adapter]
+        params, buffers = self.owner._parameters, self.owner._buffers
+        p: dict[str, Any] = {key: params[attr] for key, attr in entry.trained}
+        for key, attr in entry.frozen:
+            p[key] = buffers[attr]
+        for key in entry.shared:
+            p[key] = self.router.shared.get(adapter, key)
+        return p
+
+    def terms(self, items: tuple[AdapterExpr, ...]) -> list[Term | Branches]:
+        """The terms of the recursion for the adapters of `items` that are here, in order."""
+        found: list[Term | Branches] = []
+        for item in items:
+            if isinstance(item, CombinedExpr):
+                pairs = [(w, self.terms(b)) for w, b in zip(item.weights, item.branches, strict=True)]
+                if branches := [(w, b) for w, b in pairs if b]:
+                    found.append(Branches(branches))
+                continue
+            entry = self.entries.get(item)
+            if entry is not None:
+                found.append(term_of(entry.method, self.tensors(item), self))
+        return found
+
+    def adapter(self, name: str) -> tuple[Method, dict[str, Tensor]] | None:
+        """The method and the tensors of another adapter here, or None where it has none."""
+        entry = self.entries.get(name)
+        return None if entry is None else (entry.method, self.tensors(name))
+
+    def split(self, values: Mapping[str, Tensor], entry: AdapterAtSite) -> dict[str, Tensor]:
+        """An adapter's whole tensors by attribute, each split as tensor parallelism splits the layer's weight."""
+        if self.backend is None or not is_distributed(self.reference):
+            return dict(values)
+        weight, axes = self.current_weight().detach(), entry.method.axes(self)
+        keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
+        keep = {"in"} if self.lookup else set()  # ids are looked up in every process
+        return {a: tensor_parallel.distribute(t, weight, axes.get(keys[a], ()), keep) for a, t in values.items()}

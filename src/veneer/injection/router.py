@@ -182,6 +182,7 @@ class Router:
         self.version = object()
         self.kept: dict[Any, Any] = {}
         self.runtime: Callable[[], Any] = lambda: None  # whose router it is
+        self.planner: Any = None  # chooses kernels; attaching installs it
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal
 from ..algebra.recursion import Term
 from ..algebra.sums import Sum, terms
+from ..injection.dispatch import AdaptedState
 from ..injection.router import adapter_names
 
 if TYPE_CHECKING:
+    from ..injection.entries import AdaptedSite
     from ..injection.router import AdapterExpr
-    from ..layers.site import Site
 
 
 PLAIN = (nn.Parameter, Tensor)
@@ -47,7 +48,7 @@ class Share(NamedTuple):
 class Member:
     """One layer with the adapters of one stack: where its share comes from."""
 
-    def __init__(self, site: Site, live: tuple[AdapterExpr, ...]) -> None:
+    def __init__(self, site: AdaptedSite, live: tuple[AdapterExpr, ...]) -> None:
         self.site, self.live, self.layer = site, live, site.owner
         self.names: tuple[str, str] | None = None  # of A and B where the operator holds the adapter's own tensors
         self.scale = self.dropout = 0.0
@@ -59,7 +60,7 @@ class Member:
         if not self.here():
             return False
         with torch.no_grad():
-            links = self.site.links(self.live)
+            links = self.site.terms(self.live)
         if not self.says(links):
             return False
         link = links[0]
@@ -101,7 +102,7 @@ class Member:
             if type(A) not in PLAIN or type(B) not in PLAIN:
                 return None
             return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)  # type: ignore[arg-type]
-        links = self.site.links(self.live)
+        links = self.site.terms(self.live)
         ops = [op for link in links for op in terms(link.delta)]  # type: ignore[union-attr]
         drop = ops[0].dropout if layer.training else 0.0
         if layer.training and any(op.dropout != drop for op in ops):
@@ -119,7 +120,7 @@ class Member:
         return Share(W, b, op.A, op.B, d, op.scale, drop)
 
 
-def stored_in(layer: nn.Module, site: Site) -> tuple[Tensor, Tensor | None] | None:
+def stored_in(layer: nn.Module, site: AdaptedSite) -> tuple[Tensor, Tensor | None] | None:
     """A layer's frozen W (out, in) and b (out,), or None where they are not what they seem."""
     parameters = layer._parameters
     if site.param not in parameters or site.kind.bias not in parameters:  # parametrized, pruned, flattened
@@ -138,3 +139,17 @@ def gathers_alone(layer: nn.Module) -> bool:
 def factored(op: Any) -> bool:
     """Whether the operator is scale B A, of matrices, and nothing more."""
     return isinstance(op, Factored) and op.bare and op.A.ndim == 2
+
+
+def runs_as_linear(state: AdaptedState) -> bool:
+    """Whether the layer's own forward is x W^T + b and nothing more."""
+    assert state.main is not None
+    own = state.main.kind.own_forward()
+    plain = own is not None and state.instance_forward is None and state.base.forward is own
+    return plain and not state.main.backend.packed
+
+
+def runs_itself(state: AdaptedState) -> bool:
+    """Whether the layer is a linear one whose weight only its own forward can use."""
+    assert state.main is not None
+    return state.main.backend.packed and state.main.kind.packable and state.instance_forward is None

@@ -32,8 +32,7 @@ from ..algebra.sums import terms
 from ..layers.lazy_weight import groupable
 from . import triton
 from .linear import accepted
-from .member import Member, stored_in
-from .plan import runs_as_linear
+from .member import Member, runs_as_linear, stored_in
 
 if TYPE_CHECKING:
     from ..injection.dispatch import AdaptedState
@@ -498,7 +497,7 @@ class Mixed:
         if name not in self.members:
             member = Member(self.site, (name,))
             with torch.no_grad():
-                links: Any = self.site.links((name,))
+                links: Any = self.site.terms((name,))
             pure = member.plan() and all(link.left is None and link.shift is None for link in links)
             if pure:
                 ops: Any = [op for link in links for op in terms(link.delta)]
@@ -603,6 +602,6 @@ def batch_of(router: Router, rows: Rows, names: tuple[str, ...]) -> Batch:
 
 def kernel_of(state: AdaptedState, layer: nn.Module) -> Mixed | None:
     """The kernel for the rows of a layer, or None."""
-    if state.main is None or not state.only_main or not runs_as_linear(state) or "_hf_hook" in layer.__dict__:
+    if state.main is None or not state.only_kernel or not runs_as_linear(state) or "_hf_hook" in layer.__dict__:
         return None
     return Mixed(state, layer)

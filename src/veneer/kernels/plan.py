@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from . import structure
+from ..injection.dispatch import AdaptedState, Kernel, RowKernel
+from ..injection.interceptors import FusedNetwork
+from . import mixed, structure
 from .around import Around, AroundOne, AroundTogether
 from .around_gated import AroundGated
 from .gated import GatedNetwork
 from .linear import Alone, Sibling, Together
-from .member import Member, gathers_alone
+from .member import Member, gathers_alone, runs_as_linear, runs_itself
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import AdaptedState
     from ..injection.router import AdapterExpr
-
-    Kernel = Callable[[nn.Module, Tensor], Tensor | None]
 
 LIMIT = 64  # stacks of adapters whose kernels a group keeps
 
@@ -55,26 +54,12 @@ class Group:
 def member_of(layer: nn.Module, live: tuple[AdapterExpr, ...]) -> Member | None:
     """A layer's part in a kernel, or None where a kernel cannot say all that happens there."""
     state: AdaptedState | None = layer.__dict__.get("_veneer")
-    if state is None or state.main is None or not state.only_main:
+    if state is None or state.main is None or not state.only_kernel:
         return None
     if not runs_as_linear(state) and not runs_itself(state):
         return None
     member = Member(state.main, live) if runs_as_linear(state) else Around(state.main, live)
     return member if member.plan() else None
-
-
-def runs_as_linear(state: AdaptedState) -> bool:
-    """Whether the layer's own forward is x W^T + b and nothing more."""
-    assert state.main is not None
-    own = state.main.kind.own_forward()
-    plain = own is not None and state.instance_forward is None and state.base.forward is own
-    return plain and not state.main.backend.packed
-
-
-def runs_itself(state: AdaptedState) -> bool:
-    """Whether the layer is a linear one whose weight only its own forward can use."""
-    assert state.main is not None
-    return state.main.backend.packed and state.main.kind.packable and state.instance_forward is None
 
 
 def kernel_of(state: AdaptedState, layer: nn.Module, live: tuple[AdapterExpr, ...], version: object) -> Kernel | None:
@@ -83,15 +68,16 @@ def kernel_of(state: AdaptedState, layer: nn.Module, live: tuple[AdapterExpr, ..
         return None
     if state.main is not None:
         if state.group is not None:
-            found = state.group.kernel(layer, live, version)
+            found: Kernel | None = state.group.kernel(layer, live, version)
             if found is not None:
                 return found
         member = member_of(layer, live)
         if isinstance(member, Around):
             return AroundOne(member)
         return None if member is None else Alone(member)
-    if state.gated is not None:
-        names = state.gated
+    network = state.find(FusedNetwork)
+    if network is not None:
+        names: Any = network.parts
         children = [layer._modules.get(name) for name in (names.gate, names.up, names.down)]
         members = [None if c is None or gathers_alone(c) else member_of(c, live) for c in children]
         around = [isinstance(m, Around) for m in members]
@@ -132,3 +118,15 @@ def replaced(module: nn.Module) -> bool:
     """Whether the module has a forward of its own, beside that of its class."""
     state: AdaptedState | None = module.__dict__.get("_veneer")
     return "forward" in module.__dict__ or (state is not None and state.instance_forward is not None)
+
+
+class KernelPlanner:
+    """The choice of kernels that attaching an adapter installs on the router."""
+
+    def choose_kernel(
+        self, state: AdaptedState, layer: nn.Module, live: tuple[AdapterExpr, ...], version: object
+    ) -> Kernel | None:
+        return kernel_of(state, layer, live, version)
+
+    def choose_row_kernel(self, state: AdaptedState, layer: nn.Module) -> RowKernel | None:
+        return mixed.kernel_of(state, layer)

@@ -17,15 +17,13 @@ from ..algebra.block_diagonal import regroup, ungroup
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal, Operator, along
-from ..algebra.recursion import walk_terms
+from ..algebra.recursion import Terms, walk_terms
 from ..algebra.sums import Sum
 from .geometry import Geometry
-from .kind import LayerKind
+from .kind import Call, LayerKind
 from .shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import AdaptedState
-    from .kind import Links
     from .site import Site
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -78,17 +76,17 @@ class Conv(LayerKind):
         return ungroup(dense, site.groups) if grouped else dense
 
     def forward(
-        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # An R over whole patches does not commute with the convolution: run with the effective weight instead.
-        if any(link.right is not None and link.right.size != site.fan_in for link in walk_terms(links)):
-            for link in walk_terms(links):
+        if any(link.right is not None and link.right.size != site.fan_in for link in walk_terms(terms)):
+            for link in walk_terms(terms):
                 if target.training:
                     link.right = link.right and link.right.sample()
                     link.delta = link.delta and link.delta.sample()
-            matrix, bias = self.compose(site, links, site.current_weight(), site.current_bias())
-            return state.call(self.with_weight(target, site, matrix, bias), *args, **kwargs)
-        return super().forward(site, state, target, links, args, kwargs)
+            matrix, bias = self.compose(site, terms, site.current_weight(), site.current_bias())
+            return call(self.with_weight(target, site, matrix, bias), *args, **kwargs)
+        return super().forward(site, call, target, terms, args, kwargs)
 
     def with_weight(self, target: nn.Module, site: Site, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """The layer with another weight (out, in * kernel), ungrouped."""
@@ -97,18 +95,16 @@ class Conv(LayerKind):
         double._parameters["bias"] = bias  # type: ignore[assignment]
         return double
 
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         if isinstance(op, Sum):
-            return super().delta(site, op, x, target, state, training)
+            return super().delta(site, op, x, target, call, training)
         channel = -1 - len(site.kernel)
         if isinstance(op, Hadamard) and site.groups == 1 and op.thin:
             op = op.factored()
         if isinstance(op, Factored):
             if training and op.dropout:
                 x = F.dropout(x, op.dropout)
-            h: Tensor = state.call(self.with_weight(target, site, op.A.to(x.dtype), None), x)  # (N, r, *spatial)
+            h: Tensor = call(self.with_weight(target, site, op.A.to(x.dtype), None), x)  # (N, r, *spatial)
             folded = op.folds(h.numel() // h.shape[channel])
             B = (op.folded_B() if folded else op.B).to(x.dtype)
             B = B.reshape(*B.shape, *(1,) * len(site.kernel))  # (out, r / groups, 1...)
@@ -120,7 +116,7 @@ class Conv(LayerKind):
         double = self.with_weight(target, site, dense, None)
         if dense.shape[1] * site.groups == site.patch:
             double.__dict__["groups"] = site.groups
-        summed: Tensor = state.call(double, x)
+        summed: Tensor = call(double, x)
         return summed
 
     def left(self, site: Site, op: Operator, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +12,15 @@ from torch import Tensor, nn
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal, Operator
-from ..algebra.recursion import Branches, walk_terms
+from ..algebra.recursion import Post, Semantics, Terms, evaluate, walk_terms
 from ..algebra.rows import SelectedRows
 from ..algebra.sums import Sum
 from ..distributed.sharding import is_distributed
 from .geometry import Geometry
-from .kind import LayerKind
+from .kind import Call, LayerKind
 from .shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import AdaptedState
-    from .kind import Links
     from .site import Site
 
 
@@ -42,46 +41,23 @@ class Embedding(LayerKind):
         return matrix.T
 
     def forward(
-        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # R acts on one-hot inputs, which ids cannot show: only a diagonal R can be applied, and to the output,
         # since f(diag(v) onehot(i)) = v_i f(onehot(i)).
-        for link in walk_terms(links):
+        for link in walk_terms(terms):
             if link.right is not None and not isinstance(link.right, Diagonal):
                 raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
         ids = args[0] if args else next(iter(kwargs.values()))
-        return self.along(site, state, target, links, ids, summed(state.call(target, ids)))
+        return evaluate(terms, LookupSemantics(self, site, call, target), ids, lambda z: summed(call(target, z)))
 
-    def along(self, site: Site, state: AdaptedState, target: nn.Module, links: Links, ids: Tensor, y: Tensor) -> Tensor:
-        """The embedding's output after `links`."""
-        for link in links:
-            if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
-                start = y
-                for share, branch in link.branches:
-                    y = y + share * (self.along(site, state, target, branch, ids, start) - start)
-                continue
-            if isinstance(link.right, Diagonal):
-                y = y * F.embedding(ids, link.right.v.to(y.dtype)[:, None])
-            if link.delta is not None:
-                op = link.delta.sample() if target.training else link.delta
-                y = y + self.delta(site, op, ids, target, state, target.training).to(y.dtype)
-            if link.left is not None:
-                y = self.left(site, link.left.sample() if target.training else link.left, y)
-            if link.shift is not None:
-                y = y + link.shift.to(y.dtype)
-            if link.post is not None:
-                y = link.post(ids, y)
-        return y
-
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
         dtype = site.float_dtype
         if isinstance(op, Sum):
-            return super().delta(site, op, x, target, state, training)
+            return super().delta(site, op, x, target, call, training)
         if isinstance(op, Factored):
-            h = op.middle(self.look_up(target, state, op.A.T.to(dtype), x))  # (..., r)
+            h = op.middle(self.look_up(target, call, op.A.T.to(dtype), x))  # (..., r)
             return op.finish(F.linear(h, op.full_B().to(h.dtype)))  # (..., width)
         if isinstance(op, (SelectedRows, Hadamard)):
             rows = op.lookup(x).to(dtype)  # (..., width)
@@ -89,21 +65,50 @@ class Embedding(LayerKind):
             if isinstance(op, Hadamard) and padding is not None:  # such a row is used and not trained
                 rows = torch.where((x == padding)[..., None], rows.detach(), rows)
             table = shallow_copy(target, padding_idx=None)
-            return self.scaled_like(table, state, rows, x)
-        return self.look_up(target, state, op.dense().T.to(dtype), x)
+            return self.scaled_like(table, call, rows, x)
+        return self.look_up(target, call, op.dense().T.to(dtype), x)
 
-    def look_up(self, target: nn.Module, state: AdaptedState, table: Tensor, ids: Tensor) -> Tensor:
+    def look_up(self, target: nn.Module, call: Call, table: Tensor, ids: Tensor) -> Tensor:
         """The layer's own forward on another table (vocabulary, n), so that a scale in it applies here too."""
         double = shallow_copy(target, max_norm=None)
         double._parameters["weight"] = table  # type: ignore[assignment]
-        y: Tensor = state.call(double, ids)
+        y: Tensor = call(double, ids)
         return y
 
-    def scaled_like(self, target: nn.Module, state: AdaptedState, rows: Tensor, ids: Tensor) -> Tensor:
+    def scaled_like(self, target: nn.Module, call: Call, rows: Tensor, ids: Tensor) -> Tensor:
         """Rows already looked up (..., n), passed through the layer's forward as a table of their own."""
         n = rows.shape[-1]
         own = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        return self.look_up(target, state, rows.reshape(-1, n), own)
+        return self.look_up(target, call, rows.reshape(-1, n), own)
+
+
+class LookupSemantics(Semantics[Tensor, Tensor]):
+    """Terms as changes of what an embedding returns for ids (...): y (..., width)."""
+
+    def __init__(self, kind: Embedding, site: Site, call: Call, target: nn.Module) -> None:
+        self.kind, self.site, self.call, self.target = kind, site, call, target
+
+    def right(self, op: Operator, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y = inner(x)
+        assert isinstance(op, Diagonal)
+        return y * F.embedding(x, op.v.to(y.dtype)[:, None])
+
+    def delta(self, op: Operator, x: Tensor, y: Tensor) -> Tensor:
+        training = self.target.training
+        op = op.sample() if training else op
+        return y + self.kind.delta(self.site, op, x, self.target, self.call, training).to(y.dtype)
+
+    def left(self, op: Operator, y: Tensor) -> Tensor:
+        return self.kind.left(self.site, op.sample() if self.target.training else op, y)
+
+    def shift(self, vector: Tensor, y: Tensor) -> Tensor:
+        return y + vector.to(y.dtype)
+
+    def post(self, function: Post, x: Tensor, y: Tensor) -> Tensor:
+        return function(x, y)
+
+    def mix(self, y: Tensor, share: float, branch: Tensor, start: Tensor) -> Tensor:
+        return y + share * (branch - start)
 
 
 def summed(y: Tensor) -> Tensor:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..algebra.operators import Operator
-from ..algebra.recursion import Branches
+from ..algebra.recursion import Post, Semantics, Terms, evaluate
 from ..algebra.sums import Sum
 
 if TYPE_CHECKING:
-    from ..algebra.recursion import Term
-    from ..injection.dispatch import AdaptedState
     from .geometry import Geometry
     from .site import Site
 
-    Links = Sequence[Term | Branches]
-    Function = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # input -> output, and the bias in it
+
+Call = Callable[..., Any]  # the base layer's own forward, on the layer itself or on a shallow copy of it
+Weights = tuple[Tensor, Tensor | None]  # a matrix (out, in) and a bias (out,); or an output and the bias in it
 
 
 class LayerKind(ABC):
@@ -67,35 +66,9 @@ class LayerKind(ABC):
 
     # The recursion on matrices: merging, and layers that can only run with an effective weight.
 
-    def compose(self, site: Site, links: Links, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W, b -> L (W R + Delta), L b + shift for each link in turn; weight is canonical (out, in)."""
-        for link in links:
-            if isinstance(link, Branches):  # W + sum_i w_i (W_i - W)
-                start = (weight, bias)
-                for share, branch in link.branches:
-                    one, one_bias = self.compose(site, branch, *start)
-                    weight = weight + share * (one - start[0])
-                    if bias is not None and one_bias is not None and start[1] is not None:
-                        bias = bias + share * (one_bias - start[1])
-                continue
-            if link.right is not None:
-                weight = self.times_right(site, weight, link.right)
-            if link.delta is not None:
-                weight = weight + self.delta_matrix(site, link.delta, weight)
-            if link.left is not None:
-                weight = link.left.lmul(weight)
-                if bias is not None and link.left.scales_bias:
-                    bias = link.left.apply(bias)
-            if link.shift is not None:
-                if bias is None:
-                    raise ValueError(
-                        f"{site.name}: the adapter adds a bias, but {type(site.owner).__name__} has none to merge it "
-                        "into; keep the adapter unmerged, or train it with lora_bias=False"
-                    )
-                bias = bias + link.shift.to(bias.dtype)
-            if link.post is not None:
-                raise ValueError(f"{site.name}: this method is no linear map of the weight and cannot be merged")
-        return weight, bias
+    def compose(self, site: Site, terms: Terms, weight: Tensor, bias: Tensor | None) -> Weights:
+        """W, b -> L (W R + Delta), L b + shift for each term in turn; weight is canonical (out, in)."""
+        return evaluate(terms, MatrixSemantics(self, site), None, lambda _: (weight, bias))
 
     def times_right(self, site: Site, weight: Tensor, op: Operator) -> Tensor:
         return op.rmul(weight)
@@ -103,14 +76,14 @@ class LayerKind(ABC):
     def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
         return op.dense().to(weight.dtype)
 
-    def lazy(self, site: Site, links: Links) -> Tensor | None:
+    def lazy(self, site: Site, terms: Terms) -> Tensor | None:
         """The effective weight in the layer's own layout, not formed; None where it has to be."""
         return None
 
     # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
 
     def forward(
-        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
+        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer with its adapters. The layer's first argument is its input."""
         if not args:  # called by keyword
@@ -118,64 +91,16 @@ class LayerKind(ABC):
             kwargs = dict(kwargs)
             args = (kwargs.pop(name),)
         x, *rest = args
-        bias = site.current_bias()
+        bias = site.current_bias()  # (out,) or None
+        semantics = ActivationSemantics(self, site, call, target)
+        return evaluate(terms, semantics, x, lambda z: (call(target, z, *rest, **kwargs), bias))[0]
 
-        def base(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            return state.call(target, x, *rest, **kwargs), bias
-
-        return self.chain(site, state, target, links, base, x)[0]
-
-    def chain(
-        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, f: Function, x: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """`links` around f, at x: the output, and the bias in it."""
-        if not links:
-            return f(x)
-        *before, link = links
-        if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
-            start = self.chain(site, state, target, before, f, x)
-
-            def known(z: Tensor) -> tuple[Tensor, Tensor | None]:
-                return start if z is x else self.chain(site, state, target, before, f, z)
-
-            y, bias = start
-            for share, branch in link.branches:
-                one, one_bias = self.chain(site, state, target, branch, known, x)
-                y = y + share * (one - start[0])
-                if bias is not None and one_bias is not None and start[1] is not None:
-                    bias = bias + share * (one_bias - start[1])
-            return y, bias
-        training = target.training
-        z = x
-        if link.right is not None:
-            z = self.right(site, link.right.sample() if training else link.right, x)
-        y, bias = self.chain(site, state, target, before, f, z)
-        if link.delta is not None:
-            op = link.delta.sample() if training else link.delta
-            y = y + self.delta(site, op, x, target, state, training)
-        if link.left is not None:
-            op = link.left.sample() if training else link.left
-            if bias is None or op.scales_bias:
-                y = self.left(site, op, y)
-                bias = bias if bias is None else op.apply(bias)
-            else:
-                b = self.spread(bias.to(y.dtype), y)
-                y = self.left(site, op, y - b) + b
-        if link.shift is not None:
-            y = y + self.spread(link.shift.to(y.dtype), y)
-            bias = bias if bias is None else bias + link.shift.to(bias.dtype)
-        if link.post is not None:
-            y = link.post(x, y)
-        return y, bias
-
-    def delta(
-        self, site: Site, op: Operator, x: Tensor, target: nn.Module, state: AdaptedState, training: bool
-    ) -> Tensor:
+    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         """Delta x, in the layout of the layer's output."""
         if isinstance(op, Sum):
-            y = self.delta(site, op.terms[0], x, target, state, training)
+            y = self.delta(site, op.terms[0], x, target, call, training)
             for term in op.terms[1:]:
-                y = y + self.delta(site, term, x, target, state, training)
+                y = y + self.delta(site, term, x, target, call, training)
             return y
         if training and op.dropout:
             x = F.dropout(x, op.dropout)
@@ -192,3 +117,81 @@ class LayerKind(ABC):
     def spread(self, vector: Tensor, y: Tensor) -> Tensor:
         """A vector (out,) shaped so that it broadcasts over y."""
         return vector
+
+
+class MatrixSemantics(Semantics[None, Weights]):
+    """Terms as changes of a layer's matrix (out, in) and bias (out,)."""
+
+    def __init__(self, kind: LayerKind, site: Site) -> None:
+        self.kind, self.site = kind, site
+
+    def right(self, op: Operator, inner: Callable[[None], Weights], x: None) -> Weights:
+        weight, bias = inner(x)
+        return self.kind.times_right(self.site, weight, op), bias
+
+    def delta(self, op: Operator, x: None, y: Weights) -> Weights:
+        weight, bias = y
+        return weight + self.kind.delta_matrix(self.site, op, weight), bias
+
+    def left(self, op: Operator, y: Weights) -> Weights:
+        weight, bias = y
+        return op.lmul(weight), op.apply(bias) if bias is not None and op.scales_bias else bias
+
+    def shift(self, vector: Tensor, y: Weights) -> Weights:
+        weight, bias = y
+        if bias is None:
+            raise ValueError(
+                f"{self.site.name}: the adapter adds a bias, but {type(self.site.owner).__name__} has none to merge it "
+                "into; keep the adapter unmerged, or train it with lora_bias=False"
+            )
+        return weight, bias + vector.to(bias.dtype)
+
+    def post(self, function: Post, x: None, y: Weights) -> Weights:
+        raise ValueError(f"{self.site.name}: this method is not a linear map of the weight and cannot be merged")
+
+    def mix(self, y: Weights, share: float, branch: Weights, start: Weights) -> Weights:
+        return _mix_weights(y, share, branch, start)
+
+
+class ActivationSemantics(Semantics[Tensor, Weights]):
+    """Terms as changes of a layer's output y, in the layout of the layer, and of the bias (out,) in it."""
+
+    def __init__(self, kind: LayerKind, site: Site, call: Call, target: nn.Module) -> None:
+        self.kind, self.site, self.call, self.target = kind, site, call, target
+        self.training = target.training
+
+    def drawn(self, op: Operator) -> Operator:
+        """The operator with its random parts drawn, if the layer is in training mode."""
+        return op.sample() if self.training else op
+
+    def right(self, op: Operator, inner: Callable[[Tensor], Weights], x: Tensor) -> Weights:
+        return inner(self.kind.right(self.site, self.drawn(op), x))
+
+    def delta(self, op: Operator, x: Tensor, y: Weights) -> Weights:
+        added = self.kind.delta(self.site, self.drawn(op), x, self.target, self.call, self.training)
+        return y[0] + added, y[1]
+
+    def left(self, op: Operator, y: Weights) -> Weights:
+        op, (out, bias) = self.drawn(op), y
+        if bias is None or op.scales_bias:
+            return self.kind.left(self.site, op, out), bias if bias is None else op.apply(bias)
+        b = self.kind.spread(bias.to(out.dtype), out)
+        return self.kind.left(self.site, op, out - b) + b, bias
+
+    def shift(self, vector: Tensor, y: Weights) -> Weights:
+        out, bias = y
+        out = out + self.kind.spread(vector.to(out.dtype), out)
+        return out, bias if bias is None else bias + vector.to(bias.dtype)
+
+    def post(self, function: Post, x: Tensor, y: Weights) -> Weights:
+        return function(x, y[0]), y[1]
+
+    def mix(self, y: Weights, share: float, branch: Weights, start: Weights) -> Weights:
+        return _mix_weights(y, share, branch, start)
+
+
+def _mix_weights(y: Weights, share: float, branch: Weights, start: Weights) -> Weights:
+    value, bias = y[0] + share * (branch[0] - start[0]), y[1]
+    if bias is not None and branch[1] is not None and start[1] is not None:
+        bias = bias + share * (branch[1] - start[1])
+    return value, bias

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,23 @@ from torch.utils._pytree import tree_map
 
 from ..algebra.low_rank import Factored
 from ..algebra.modes import ready
-from ..algebra.sums import terms
+from ..algebra.operators import Operator
+from ..algebra.recursion import Semantics, Terms, evaluate, walk_terms
+from ..algebra.sums import terms as parts_of
 from ..backends.deferred import READ, Deferred
 
-if TYPE_CHECKING:
-    from .kind import Links
-
-    LowRankTerm = tuple[Tensor, Tensor, float]  # B (..., out, r), A (..., r, in), scale
+LowRankTerm = tuple[Tensor, Tensor, float]  # B (..., out, r), A (..., r, in), scale
 
 
-def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | None:
-    """`weight` with the adapters of `links`, not formed; None where it has to be.
+def lazily(weight: Tensor, terms: Terms, *, flipped: bool = False) -> Tensor | None:
+    """`weight` with the adapters of `terms`, not formed; None where it has to be.
 
     Args:
         weight: (out, in), or (experts, out, in); a `Deferred` stays one.
-        links: what the adapters say, in order. Each may only add factored matrices.
+        terms: of the adapters, in order. Each may only add factored matrices.
         flipped: `weight` is stored as (in, out), or (experts, in, out).
     """
-    factors = factors_of(links)
+    factors = factors_of(terms)
     if not factors or weight.ndim not in (2, 3) or any(B.ndim != weight.ndim for B, _, _ in factors):
         return None
     if type(weight) not in (Tensor, nn.Parameter, Deferred) or not weight.is_floating_point():
@@ -50,26 +49,26 @@ def lazily(weight: Tensor, links: Links, *, flipped: bool = False) -> Tensor | N
     return lazy(weight, LowRank(factors, weight.dtype), flipped)
 
 
-def factors_of(links: Links, share: float = 1.0) -> list[LowRankTerm] | None:
-    """The factored matrices that `links` add to the weight, or None where they do something else."""
-    from ..algebra.recursion import Branches
+class FactorSemantics(Semantics[None, "list[LowRankTerm]"]):
+    """Terms as the factored matrices that they add to a weight."""
 
-    found: list[LowRankTerm] = []
-    for link in links:
-        if isinstance(link, Branches):  # W + sum_i w_i (W_i - W)
-            for weight, branch in link.branches:
-                inside = factors_of(branch, share * weight)
-                if inside is None:
-                    return None
-                found += inside
-            continue
-        if any(x is not None for x in (link.left, link.right, link.shift, link.post)):
+    def delta(self, op: Operator, x: None, y: list[LowRankTerm]) -> list[LowRankTerm]:
+        return y + [(o.B, o.A, o.scale) for o in parts_of(op) if isinstance(o, Factored)]
+
+    def mix(
+        self, y: list[LowRankTerm], share: float, branch: list[LowRankTerm], start: list[LowRankTerm]
+    ) -> list[LowRankTerm]:
+        return y + [(B, A, scale * share) for B, A, scale in branch[len(start) :]]
+
+
+def factors_of(terms: Terms) -> list[LowRankTerm] | None:
+    """The factored matrices that `terms` add to the weight, or None if they do something else."""
+    for term in walk_terms(terms):
+        if any(part is not None for part in (term.left, term.right, term.shift, term.post)):
             return None
-        for op in terms(link.delta):
-            if not isinstance(op, Factored) or not op.bare:
-                return None
-            found.append((op.B, op.A, op.scale * share))
-    return found
+        if not all(isinstance(op, Factored) and op.bare for op in parts_of(term.delta)):
+            return None
+    return evaluate(terms, FactorSemantics(), None, lambda _: [])
 
 
 class LowRank:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..algebra.recursion import Branches
+from ..algebra.recursion import Post, Semantics, Terms, evaluate
 from .geometry import Geometry
 from .kind import LayerKind
 from .shallow_copy import rows_of_adapter, select_rows
 
 if TYPE_CHECKING:
-    from ..injection.dispatch import AdaptedState
-    from .kind import Links
     from .site import Site
 
 
@@ -35,30 +33,28 @@ class Module(LayerKind):
     def measure(self, owner: nn.Module, param: str) -> Geometry:
         return Geometry(0, 0)
 
-    def forward(
-        self, site: Site, state: AdaptedState, target: nn.Module, links: Links, args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        outputs = state.inner(target, state.router.live(), args, kwargs)
-        inputs = self.inputs(site, state, args, kwargs)
-        return with_first(outputs, along(links, inputs, first_of(outputs)))
+    def map_outputs(self, site: Site, base: type[nn.Module], outputs: Any, terms: Terms, args: Any, kwargs: Any) -> Any:
+        """The module's outputs with the terms of the active adapters."""
+        inputs = self.inputs(site, base, args, kwargs)
+        return with_first(outputs, map_output(terms, inputs, first_of(outputs)))
 
     def by_rows(
         self,
         site: Site,
-        state: AdaptedState,
+        base: type[nn.Module],
         outputs: Any,
-        parts: Sequence[tuple[Links, Sequence[int]]],
+        parts: Sequence[tuple[Terms, Sequence[int]]],
         count: int,
         args: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        """A module's outputs with the links of each adapter on its own rows.
+        """A module's outputs with the terms of each adapter on its own rows.
 
         Args:
             site: the module's.
-            state: of the module.
+            base: the module's own class.
             outputs: what the module put out for the whole batch.
-            parts: links and the numbers of their rows, of which no two share any.
+            parts: terms and the numbers of their rows, of which no two share any.
             count: rows of the batch.
             args: of the module.
             kwargs: of the module.
@@ -66,25 +62,25 @@ class Module(LayerKind):
         Raises:
             ValueError: the module does not put out the rows of the batch one by one.
         """
-        inputs = self.inputs(site, state, args, kwargs)
+        inputs = self.inputs(site, base, args, kwargs)
         first = first_of(outputs)
         if not isinstance(first, Tensor) or first.shape[0] % count:
             raise ValueError(
-                f"{site.name}: adapter_names cannot be told apart by row here, because {state.base.__name__} does not put "
+                f"{site.name}: adapter_names cannot be told apart by row here, because {base.__name__} does not put "
                 "out the rows of the batch one by one; run the rows of one adapter at a time"
             )
         y = first
-        for links, rows in parts:
+        for terms, rows in parts:
             own = rows_of_adapter(rows, count, first)
-            mapped = along(
-                links, {k: select_rows(v, own, first) for k, v in inputs.items()}, first.index_select(0, own)
+            mapped = map_output(
+                terms, {k: select_rows(v, own, first) for k, v in inputs.items()}, first.index_select(0, own)
             )
             y = y.index_copy(0, own, mapped.to(y.dtype))
         return with_first(outputs, y)
 
-    def inputs(self, site: Site, state: AdaptedState, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, site: Site, base: type[nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments by name, with the residual stream at the site."""
-        inputs = {**dict(zip(arguments(state.base), args, strict=False)), **kwargs}
+        inputs = {**dict(zip(arguments(base), args, strict=False)), **kwargs}
         if site.spot is not None and site.spot.residual:
             if site.tap.value is None:
                 raise RuntimeError(
@@ -105,16 +101,19 @@ def with_first(outputs: Any, first: Tensor) -> Any:
     return (first, *outputs[1:]) if isinstance(outputs, tuple) else first
 
 
-def along(links: Links, inputs: dict[str, Any], y: Tensor) -> Tensor:
-    """The module's output after `links`."""
-    for link in links:
-        if isinstance(link, Branches):  # f + sum_i w_i (f_i - f)
-            start = y
-            for share, branch in link.branches:
-                y = y + share * (along(branch, inputs, start) - start)
-        elif link.post is not None:
-            y = link.post(inputs, y)
-    return y
+class OutputSemantics(Semantics[dict[str, Any], Tensor]):
+    """Terms as maps of a module's first output, given its arguments by name."""
+
+    def post(self, function: Post, x: dict[str, Any], y: Tensor) -> Tensor:
+        return function(x, y)
+
+    def mix(self, y: Tensor, share: float, branch: Tensor, start: Tensor) -> Tensor:
+        return y + share * (branch - start)
+
+
+def map_output(terms: Terms, inputs: dict[str, Any], y: Tensor) -> Tensor:
+    """The module's first output after `terms`."""
+    return evaluate(terms, OutputSemantics(), inputs, lambda _: y)
 
 
 def arguments(base: type[nn.Module]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Operator
+from ..algebra.recursion import Terms
 from ..backends import bare_of
 from ..distributed import sharding
 from .geometry import Geometry
@@ -18,7 +19,6 @@ from .kind import LayerKind
 from .lazy_weight import lazily
 
 if TYPE_CHECKING:
-    from .kind import Links
     from .site import Site
 
 
@@ -68,11 +68,11 @@ class Parameter(LayerKind):
             return torch.bmm(op.B.to(weight.dtype), op.A.to(weight.dtype)) * op.scale
         return op.dense().to(weight.dtype)
 
-    def lazy(self, site: Site, links: Links) -> Tensor | None:
+    def lazy(self, site: Site, terms: Terms) -> Tensor | None:
         if not self.by_parameter:  # nn.MultiheadAttention needs the weight itself
             return None
         stored = site.backend.used(site.owner, site.param)
-        return lazily(stored, links, flipped=stored.ndim == 3 and self.transposed(site.owner))
+        return lazily(stored, terms, flipped=stored.ndim == 3 and self.transposed(site.owner))
 
 
 class InProjection(Parameter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,19 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.cached import Kept
-from ..algebra.recursion import Branches
 from ..algebra.starts import START
 from ..backends.base import held
-from ..distributed import offload, tensor_parallel
-from ..distributed.sharding import gathered, is_distributed
-from ..injection.entries import ResidualTap, term_of
-from ..injection.router import AdapterExpr, CombinedExpr
+from ..distributed import offload
+from ..distributed.sharding import gathered
 
 if TYPE_CHECKING:
-    from ..algebra.recursion import Term
-    from ..injection.entries import AdapterAtSite
-    from ..injection.router import Router
-    from ..methods.base import Method
     from ..targets.blocks import SublayerOutput
     from .kind import LayerKind
 
@@ -40,6 +34,15 @@ class MergeBackup:
     groups: int = 1
 
 
+class ResidualTap(threading.local):
+    """The input of another module in this call, kept for the site that needs it; one a thread."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[ResidualTap], tuple[()]]:
+        return ResidualTap, ()
+
+
 class Site:
     """One adapted place: a layer's weight or a bare parameter.
 
@@ -52,11 +55,9 @@ class Site:
         param: name of the weight on `owner`.
     """
 
-    def __init__(
-        self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: Any, router: Router
-    ) -> None:
+    def __init__(self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: Any) -> None:
         self.name, self.key, self.owner, self.param = name, key, owner, param
-        self.kind, self.backend, self.router = kind, backend, router
+        self.kind, self.backend = kind, backend
         self.geometry = geometry = kind.measure(owner, param)
         # Under the names that methods use.
         self.fan_in, self.fan_out, self.kernel = geometry.fan_in, geometry.fan_out, geometry.kernel
@@ -64,7 +65,6 @@ class Site:
         self.lookup, self.bare = geometry.lookup, geometry.bare
         self.role = ""  # of a stack: "model", "encoder" or "decoder"
         self.near = owner  # the module whose dtype and device are meant where the owner has no tensors
-        self.entries: dict[str, AdapterAtSite] = {}
         self.spot: SublayerOutput | None = None  # the place in its block, where the site is a place in a block
         self.tap = ResidualTap()  # the residual stream there
         self.norm: nn.Module | None = None  # the norm behind the residual's sum there
@@ -180,15 +180,6 @@ class Site:
             device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
-    def split(self, values: Mapping[str, Tensor], entry: AdapterAtSite) -> dict[str, Tensor]:
-        """An adapter's whole tensors by attribute, each split as tensor parallelism splits the layer's weight."""
-        if self.backend is None or not is_distributed(self.reference):
-            return dict(values)
-        weight, axes = self.current_weight().detach(), entry.method.axes(self)
-        keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
-        keep = {"in"} if self.lookup else set()  # ids are looked up in every process
-        return {a: tensor_parallel.distribute(t, weight, axes.get(keys[a], ()), keep) for a, t in values.items()}
-
     # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
 
     @property
@@ -236,40 +227,12 @@ class Site:
             B, A = START[how](weight.float(), r, scale, **options)
         return B.to(device=device, dtype=self.dtype).contiguous(), A.to(device=device, dtype=self.dtype).contiguous()
 
-    # What the runtime asks.
-
-    def tensors(self, adapter: str) -> dict[str, Tensor]:
-        """The adapter's tensors here, trained, frozen and shared, under the method's own keys."""
-        entry = self.entries[adapter]
-        params, buffers = self.owner._parameters, self.owner._buffers
-        p: dict[str, Any] = {key: params[attr] for key, attr in entry.trained}
-        for key, attr in entry.frozen:
-            p[key] = buffers[attr]
-        for key in entry.shared:
-            p[key] = self.router.shared.get(adapter, key)
-        return p
-
-    def links(self, items: tuple[AdapterExpr, ...]) -> list[Term | Branches]:
-        """The terms of the recursion for the adapters of `items` that are here, in order."""
-        found: list[Term | Branches] = []
-        for item in items:
-            if isinstance(item, CombinedExpr):
-                pairs = [(w, self.links(b)) for w, b in zip(item.weights, item.branches, strict=True)]
-                if branches := [(w, b) for w, b in pairs if b]:
-                    found.append(Branches(branches))
-                continue
-            entry = self.entries.get(item)
-            if entry is not None:
-                found.append(term_of(entry.method, self.tensors(item), self))
-        return found
-
-    def adapter(self, name: str) -> tuple[Method, dict[str, Tensor]] | None:
-        """The method and the tensors of another adapter here, or None where it has none."""
-        entry = self.entries.get(name)
-        return None if entry is None else (entry.method, self.tensors(name))
+    def adapter(self, name: str) -> tuple[object, Mapping[str, Tensor]] | None:
+        """The method and the tensors of another adapter here, or None if it has none."""
+        return None
 
     def __repr__(self) -> str:
-        return f"Site({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
+        return f"{type(self).__name__}({self.name!r}, {type(self.owner).__name__}, ({self.fan_out}, {self.patch}))"
 
 
 def own_parameters(module: nn.Module) -> Iterator[Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..injection.entries import copy_name
+from ..injection.entries import AdaptedSite, copy_name
 from ..injection.router import AdapterExpr, CombinedExpr, Router, adapter_names, as_stack
 from ..io import fingerprint
-from ..layers.site import Site
+from ..kernels.plan import KernelPlanner
 from ..methods.base import Method
 from ..targets import suggest
 from ..targets.blocks import SublayerOutput
@@ -46,10 +46,11 @@ class Runtime:
         self.root = root
         self.router = Router()
         self.router.runtime = weakref.ref(self)
+        self.router.planner = KernelPlanner()
         self.configs: dict[str, Method] = {}
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, AdaptedSite] = {}
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
-        self.places: dict[str, list[Site]] = {}
+        self.places: dict[str, list[AdaptedSite]] = {}
         self.on_unload: list[Callable[[], None]] = []  # called before the base model is restored
         self.base: fingerprint.Fingerprint | None = None
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..backends import prepare_for_gradients
 from ..distributed import offload, sharding, tensor_parallel, torch_fastpath
 from ..injection.class_swap import adapt_class, adapted_class, restore_class
-from ..injection.entries import copy_name
+from ..injection.dispatch import state_of
+from ..injection.entries import AdaptedSite, copy_name
+from ..injection.interceptors import FusedNetwork, ResidualTaps
 from ..kernels.plan import arrange
-from ..layers.site import Site
 from ..methods.base import Method
 from ..prompts import prompt_stack
 from .adapters import ATTRIBUTE, Runtime, runtime_of
@@ -82,23 +83,13 @@ def _commit_plan(
     for place in plan.sites:
         site, layer = place.site, place.layer
         state = adapt_class(layer, runtime.router)
-        if place.role == "main":
-            state.main = site
-        elif place.role == "bare":
-            if site not in state.bare:
-                state.bare.append(site)
-        elif place.role == "module":
-            state.module = site
-            if site.spot is not None and site.spot.residual:
-                tapped = adapt_class(runtime.root.get_submodule(site.spot.residual), runtime.router).tapped
-                tapped += [site] if site not in tapped else []
-        elif place.role == "door":
-            assert place.door is not None
+        if place.door is not None:
             prompt_stack.attach_stack(place.door, runtime.router)
-        elif place.role == "objective":
-            state.objective = site
         else:
-            state.opaque = site
+            state.intercept(place.interceptor, site)
+        if site.spot is not None and site.spot.residual:
+            residual = runtime.root.get_submodule(site.spot.residual)
+            adapt_class(residual, runtime.router).intercept(ResidualTaps, site)
         frozen = {attr for _, attr in place.entry.frozen}
         for attr, value in site.split(place.values, place.entry).items():
             if attr in frozen:
@@ -114,7 +105,7 @@ def _commit_plan(
         if place.whole is not None:
             place.whole.requires_grad_(trainable)
             layer._modules[copy_name(adapter)] = place.whole
-        follows = place.role == "main" and place.entry.method.one_for_all and not site.lookup  # a tied head
+        follows = place.is_layer and place.entry.method.one_for_all and not site.lookup  # a tied head
         if follows or (place.whole is not None and layer._parameters):
             layer.__class__ = adapted_class(state.base, read=True)
         offload.keep_resident(site.owner)
@@ -137,7 +128,9 @@ def _commit_plan(
     regroup_layers(runtime, sites, modules)
 
 
-def regroup_layers(runtime: Runtime, sites: Iterable[Site], modules: Mapping[str, nn.Module] | None = None) -> None:
+def regroup_layers(
+    runtime: Runtime, sites: Iterable[AdaptedSite], modules: Mapping[str, nn.Module] | None = None
+) -> None:
     """Find which layers can run fused, among those of `sites` and beside them.
 
     Args:
@@ -151,9 +144,11 @@ def regroup_layers(runtime: Runtime, sites: Iterable[Site], modules: Mapping[str
     found = arrange(parents.values())
     for parent in parents.values():
         if parent in found:
-            adapt_class(parent, runtime.router).gated = found[parent]
-        elif "_veneer" in parent.__dict__ and parent.__dict__["_veneer"].gated is not None:
-            parent.__dict__["_veneer"].gated = None
-            if not parent.__dict__["_veneer"].in_use:
+            adapt_class(parent, runtime.router).insert(FusedNetwork(found[parent]))
+            continue
+        state = state_of(parent)
+        if state is not None and state.find(FusedNetwork) is not None:
+            state.remove(FusedNetwork)
+            if not state.in_use:
                 restore_class(parent)
     runtime.router.changed()

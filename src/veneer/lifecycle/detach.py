@@ -9,10 +9,9 @@ from torch import nn
 
 from ..distributed import offload, torch_fastpath
 from ..injection.class_swap import restore_class
-from ..injection.dispatch import AdaptedState
-from ..injection.entries import copy_name
+from ..injection.dispatch import state_of
+from ..injection.entries import AdaptedSite, copy_name
 from ..injection.router import AdapterExpr, adapter_names
-from ..layers.site import Site
 from ..prompts import prompt_stack
 from .adapters import ATTRIBUTE, Runtime
 from .attach import regroup_layers
@@ -48,29 +47,23 @@ def delete_adapter(runtime: Runtime, adapter: str) -> None:
         )
 
 
-def _detach_site(runtime: Runtime, site: Site) -> None:
+def _detach_site(runtime: Runtime, site: AdaptedSite) -> None:
     layer = runtime.layers.pop(site.name)
     del runtime.sites[site.name]
-    state = layer.__dict__["_veneer"]
-    if state.main is site:
-        state.main = None
-    if state.opaque is site:
-        state.opaque = None
-    if state.module is site:
-        state.module = None
-        if site.spot is not None and site.spot.residual:
-            module = runtime.root.get_submodule(site.spot.residual)
-            tapped: AdaptedState = module.__dict__["_veneer"]
-            tapped.tapped.remove(site)
-            if module is not layer and not tapped.in_use:
-                restore_class(module)
-    if state.objective is site:
-        state.objective = None
-    if state.door is not None and state.door.site is site:
-        prompt_stack.detach_stack(state.door)
+    state = state_of(layer)
+    assert state is not None
+    stack = state.find(prompt_stack.PromptStack)
+    if stack is not None and stack.site is site:
+        prompt_stack.detach_stack(stack)
         prompt_stack.link_encoder(runtime.sites.values())
-    if site in state.bare:
-        state.bare.remove(site)
+    state.release(site)
+    if site.spot is not None and site.spot.residual:
+        residual = runtime.root.get_submodule(site.spot.residual)
+        tapped = state_of(residual)
+        if tapped is not None and residual is not layer:
+            tapped.release(site)
+            if not tapped.in_use:
+                restore_class(residual)
     if not state.in_use:
         restore_class(layer)
         offload.release(layer)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..backends import backend_of, bare_of
-from ..injection.entries import AdapterAtSite
+from ..injection.dispatch import state_of
+from ..injection.entries import AdaptedSite, AdapterAtSite
+from ..injection.interceptors import Interceptor, LayerWeights, ModuleCopies, ModuleOutputs
 from ..injection.router import Router
 from ..layers.kind import LayerKind
-from ..layers.site import Site
 from ..methods.base import Method, OtherSublayers
 from ..prompts import prompt_stack
+from ..prompts.objective import ModelObjective
 from ..prompts.prompt_stack import PROMPT_STACK, PromptStack
 from ..prompts.stacks import find_stacks
 from ..targets import select
@@ -26,13 +28,23 @@ from ..targets.blocks import SublayerOutput
 class PlannedSite:
     """A site about to receive an adapter: planned first, committed once nothing can fail any more."""
 
-    site: Site
+    site: AdaptedSite
     layer: nn.Module  # the module whose forward is taken over
-    role: str  # "main", "bare", "module", "door", "objective" or "opaque"
+    interceptor: type[Interceptor]  # what acts for it at the layer
     entry: AdapterAtSite
     values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
     whole: nn.Module | None = None  # a full copy
     door: PromptStack | None = None
+
+    @property
+    def copies_module(self) -> bool:
+        """Whether the adapter is a trained copy of the module."""
+        return self.interceptor is ModuleCopies
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether operators act on the layer's input and output."""
+        return self.interceptor is LayerWeights and not self.site.bare
 
 
 class SiteFinder:
@@ -50,7 +62,7 @@ class SiteFinder:
         self,
         root: nn.Module,
         router: Router,
-        known: Mapping[str, Site],
+        known: Mapping[str, AdaptedSite],
         modules: Mapping[str, nn.Module],
         sublayers_of: OtherSublayers,
     ) -> None:
@@ -74,7 +86,7 @@ class SiteFinder:
         parameters = [n for n in named if self._is_parameter(n)]
         inside = tuple(f"{name}." for name in copied)  # a full copy brings its own bias
         parameters = [n for n in parameters if not n.startswith(inside)]
-        mine = {id(p.site.owner) for p in taken if p.role != "opaque"}
+        mine = {id(p.site.owner) for p in taken if not p.copies_module}
         parameters = [n for n in parameters if id(self.modules[n.rpartition(".")[0]]) not in mine]
         keys = named if isinstance(named, Mapping) else {}
         places = []
@@ -91,18 +103,23 @@ class SiteFinder:
         parent = self.modules[name.rpartition(".")[0]]
         if isinstance(parent, nn.MultiheadAttention):  # its out_proj is a weight to it; the forward is never called
             return [
-                self._planned(self._site(name, name, parent, module, layers.OUT_PROJECTION), parent, "bare", config)
+                self._planned(
+                    self._site(name, name, parent, module, layers.OUT_PROJECTION), parent, LayerWeights, config
+                )
             ]
         if isinstance(module, nn.MultiheadAttention):
             inner = self._site(f"{name}.in_proj_weight", name, module, module, layers.IN_PROJECTION)
             outer = self._site(
                 f"{name}.out_proj", f"{name}.base_layer.out_proj", module, module.out_proj, layers.OUT_PROJECTION
             )
-            return [self._planned(inner, module, "bare", config), self._planned(outer, module, "bare", config)]
+            return [
+                self._planned(inner, module, LayerWeights, config),
+                self._planned(outer, module, LayerWeights, config),
+            ]
         kind = layers.kind_of(module)
         if kind is None:
             raise TypeError(f"{name}: {type(module).__name__} is no layer that operators can act on")
-        return [self._planned(self._site(name, name, module, module, kind), module, "main", config)]
+        return [self._planned(self._site(name, name, module, module, kind), module, LayerWeights, config)]
 
     def _of_parameters(self, names: Sequence[str], config: Method) -> list[PlannedSite]:
         # peft nests one wrapper for each parameter of a module, the first named innermost.
@@ -119,7 +136,7 @@ class SiteFinder:
         owner_name, _, param = name.rpartition(".")
         owner = self.modules[owner_name]
         site = self._site(name, key, owner, owner, layers.PARAMETER, param)
-        place = self._planned(site, owner, "bare", config)
+        place = self._planned(site, owner, LayerWeights, config)
         place.entry.key = key
         return place
 
@@ -148,10 +165,10 @@ class SiteFinder:
                     f"modules_to_save: {name!r} is also adapted (at {inside[0]!r}); a full copy leaves nothing to "
                     "adapt: take it out of target_modules or out of modules_to_save"
                 )
-            site = self.known.get(f"{name} (copy)") or Site(
+            site = self.known.get(f"{name} (copy)") or AdaptedSite(
                 f"{name} (copy)", name, module, "", layers.OPAQUE, None, self.router
             )
-            places.append(self._planned(site, module, "opaque", config))
+            places.append(self._planned(site, module, ModuleCopies, config))
         return places
 
     def _of_stacks(self, config: Method) -> list[PlannedSite]:
@@ -163,39 +180,41 @@ class SiteFinder:
             name = f"{stacks[role]} ({role})"
             known = self.known.get(name)
             if known is not None:
-                opened = known.owner.__dict__["_veneer"].door
+                state = state_of(known.owner)
+                opened = None if state is None else state.find(PromptStack)
+                assert opened is not None
             else:
                 module = self.modules[stacks[role]]
                 opened = prompt_stack.inspect_stack(
-                    Site(name, "", module, "", PROMPT_STACK, None, self.router), role, self.root
+                    AdaptedSite(name, "", module, "", PROMPT_STACK, None, self.router), role, self.root
                 )
                 opened.site.role = role
             prompt_stack.check_stack_fits(opened, config.virtual_tokens, "prefix" in config.hooks)
-            place = self._planned(opened.site, opened.site.owner, "door", config)
+            place = self._planned(opened.site, opened.site.owner, PromptStack, config)
             place.door = opened
             places.append(place)
         if "objective" in config.hooks:
-            site = self.known.get("(objective)") or Site(
+            site = self.known.get("(objective)") or AdaptedSite(
                 "(objective)", "", self.root, "", layers.MODULE, None, self.router
             )
-            places.append(self._planned(site, self.root, "objective", config))
+            places.append(self._planned(site, self.root, ModelObjective, config))
         return places
 
     def _of_whole_module(self, name: str, config: Method, spot: SublayerOutput | None) -> PlannedSite:
         module = self.modules[name]
         known = self.known.get(f"{name} (module)")
-        site = known or Site(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
+        site = known or AdaptedSite(f"{name} (module)", name, module, "", layers.MODULE, None, self.router)
         while name and not any(":" not in n for n, _ in site.near.named_parameters()):
             name = name.rpartition(".")[0]  # a dropout has no tensors: dtype and device are its block's
             site.near = self.modules[name]
         if spot is not None and site.spot is None:
             site.spot, site.fan_in, site.fan_out = spot, spot.fan_in, spot.width
             site.norm = self.modules[spot.norm] if spot.norm else None
-        return self._planned(site, module, "module", config)
+        return self._planned(site, module, ModuleOutputs, config)
 
     def _site(
         self, name: str, key: str, layer: nn.Module, owner: nn.Module, kind: LayerKind, param: str | None = None
-    ) -> Site:
+    ) -> AdaptedSite:
         known = self.known.get(name)
         if known is not None:
             return known
@@ -208,12 +227,14 @@ class SiteFinder:
                 f"layer can use, and this place is a {kind.name}; name linear layers in target_modules, or leave this one "
                 "unquantized when loading the base model"
             )
-        return Site(name, key, owner, param, kind, backend, self.router)
+        return AdaptedSite(name, key, owner, param, kind, backend, self.router)
 
-    def _planned(self, site: Site, layer: nn.Module, role: str, config: Method) -> PlannedSite:
+    def _planned(
+        self, site: AdaptedSite, layer: nn.Module, interceptor: type[Interceptor], config: Method
+    ) -> PlannedSite:
         method = config.at(site.name)
         names = method.file_names(site)
-        return PlannedSite(site, layer, role, AdapterAtSite(method, site.key, names))
+        return PlannedSite(site, layer, interceptor, AdapterAtSite(method, site.key, names))
 
     def _is_parameter(self, name: str) -> bool:
         owner, _, leaf = name.rpartition(".")

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from ..algebra.recursion import walk_terms
 from ..backends.plain import PLAIN
 from ..distributed import sharding, tensor_parallel
+from ..injection.entries import AdaptedSite
 from ..injection.router import AdapterExpr, adapter_names
-from ..layers.site import MergeBackup, Site
+from ..layers.site import MergeBackup
 from .adapters import Runtime
 
 
-def merge_site(site: Site, names: tuple[AdapterExpr, ...], uses: Mapping[int, int], check: bool) -> None:
+def merge_site(site: AdaptedSite, names: tuple[AdapterExpr, ...], uses: Mapping[int, int], check: bool) -> None:
     """Write the effective weight and bias of one site, remembering what was there."""
     with torch.no_grad():
         stored, bias = site.stored(), site.bias
         wide = torch.promote_types(stored.dtype, torch.float32)
-        links = site.links(names)
+        links = site.terms(names)
         weight, new_bias = site.kind.compose(
             site, links, site.kind.canonical(site, stored).to(wide), None if bias is None else bias.to(wide)
         )
@@ -74,7 +75,7 @@ def changes_bias(link: Any) -> bool:
     return link.shift is not None or (link.left is not None and link.left.scales_bias)
 
 
-def restore(site: Site) -> None:
+def restore(site: AdaptedSite) -> None:
     """Undo `merge_site`: the same storage, hence the same bits."""
     original = site.original
     assert original is not None
@@ -117,7 +118,7 @@ def merge_adapters(runtime: Runtime, names: Sequence[AdapterExpr], *, check: boo
                 f"{site.name}: adapter {name!r} ({runtime.configs[name].peft_name}) acts on activations and cannot be "
                 "merged into weights; keep it unmerged, or name the adapters to merge in adapter_names"
             )
-    done: list[Site] = []
+    done: list[AdaptedSite] = []
     uses = _parameter_uses(runtime)
     try:
         for site in sites:
@@ -144,7 +145,7 @@ def _parameter_uses(runtime: Runtime) -> Counter[int]:
     return Counter(id(p) for m in runtime.root.modules() for p in m._parameters.values() if p is not None)
 
 
-def merge_again(runtime: Runtime, site: Site) -> None:
+def merge_again(runtime: Runtime, site: AdaptedSite) -> None:
     """Merge anew at one site, after what is merged there was changed."""
     restore(site)
     merge_site(site, runtime.router.merged, _parameter_uses(runtime), False)

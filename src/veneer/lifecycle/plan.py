@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..layers.site import Site
+from ..injection.entries import AdaptedSite
 from ..methods.base import Method
+from ..prompts.objective import ModelObjective
 from ..targets import defaults, select
 from .find_sites import PlannedSite, SiteFinder
 from .keys import HALF, PREFIX, file_key, prefix_of
@@ -91,10 +92,10 @@ class AdapterPlanner:
         """Make the tensors of one config at its sites."""
         loader, first = self.loader, None
         for planned in sites:
-            if planned.role == "opaque":
+            if planned.copies_module:
                 planned.whole = copy_module(planned, loader, self.prefix)
                 continue
-            if planned.role == "objective":
+            if planned.interceptor is ModelObjective:
                 planned.entry.saved = False
                 continue
             site, entry = planned.site, planned.entry
@@ -150,7 +151,7 @@ class AdapterPlanner:
         entry.saved = save
         place.values = {attr_of(place, k, self.adapter): t for k, t in fresh.items()}
 
-    def _init_shared(self, config: Method, sites: list[Site]) -> dict[str, Tensor]:
+    def _init_shared(self, config: Method, sites: list[AdaptedSite]) -> dict[str, Tensor]:
         """Tensors shared between the sites: from the file where it has them, else drawn anew."""
         if not config.shared_names:
             return {}
@@ -210,7 +211,7 @@ class AdapterPlanner:
             if wanted is None and (default := select.wanted(self.root, config)[0]) is not None:
                 config = config.replace(target_modules=default)
             elif isinstance(wanted, str) and wanted.lower() == select.ALL_LINEAR:
-                names = [p.site.name for p in mine if p.role == "main"]
+                names = [p.site.name for p in mine if p.is_layer]
                 config = config.replace(target_modules=short_names(names, self.root))
         elif getattr(config, "target_modules", "") is None:
             config = config.replace(
@@ -235,7 +236,7 @@ def attr_of(place: PlannedSite, key: str, adapter: str) -> str:
     return f"{stem}{owner}:{adapter}"
 
 
-def parameter_dtype(site: Site, autocast: bool) -> torch.dtype:
+def parameter_dtype(site: AdaptedSite, autocast: bool) -> torch.dtype:
     dtype = site.float_dtype
     return torch.float32 if autocast and dtype in HALF else dtype
 

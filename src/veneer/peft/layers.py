@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..algebra.operators import Operator
 from ..injection.class_swap import Adapted
 from ..injection.dispatch import AdaptedState
-from ..injection.entries import AdapterAtSite, copy_name, term_of
+from ..injection.entries import AdaptedSite, AdapterAtSite, copy_name, term_of
+from ..injection.interceptors import ModuleCopies
 from ..injection.router import adapter_names
 from ..layers.shallow_copy import shallow_copy
-from ..layers.site import Site
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.detach import delete_adapter
 from ..lifecycle.merge import merge_adapters, merge_again, unmerge_adapters
@@ -35,13 +35,13 @@ def runtime(layer: nn.Module) -> Runtime:
     return found
 
 
-def sites(layer: nn.Module) -> list[Site]:
+def sites(layer: nn.Module) -> list[AdaptedSite]:
     """The places on a layer at which weights are adapted."""
     state = state_of(layer)
-    return [s for s in (state.main, *state.bare) if s is not None and s.backend is not None]
+    return [] if state.weights is None else [s for s in state.weights.sites if s.backend is not None]
 
 
-def entries(layer: nn.Module) -> dict[str, tuple[Site, AdapterAtSite]]:
+def entries(layer: nn.Module) -> dict[str, tuple[AdaptedSite, AdapterAtSite]]:
     """Adapter -> its place on the layer and what it has there."""
     return {name: (site, entry) for site in sites(layer) for name, entry in site.entries.items()}
 
@@ -53,9 +53,9 @@ def is_layer(module: Any) -> bool:
     return any(not getattr(e.method, "wrapped", False) for _, e in entries(module).values())  # type: ignore[arg-type]
 
 
-def is_copied(module: Any) -> bool:
+def is_copied(module: nn.Module) -> bool:
     """Whether adapters bring full copies of a module, or rows of its table."""
-    return isinstance(module, Adapted) and "_veneer" in module.__dict__ and state_of(module).opaque is not None  # type: ignore[arg-type]
+    return "_veneer" in module.__dict__ and state_of(module).find(ModuleCopies) is not None
 
 
 class Factor:

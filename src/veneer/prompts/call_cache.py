@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algebra.protocols import AutogradContext
 from ..distributed import tensor_parallel
-from ..injection.dispatch import CARRIED
+from ..injection.interceptors import CARRIED
 from .stack_call import StackCall
 from .stacks import embedding_of
 from .virtual_tokens import join_positions

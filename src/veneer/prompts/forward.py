@@ -63,7 +63,7 @@ class PromptedForward(CachedCall, PositionedCall):
         if runs:
             self._put_prompt(runs)
         with self._carry_to_checkpoints(served):
-            out = self.state.inner(self.stack, self.state.router.live(), (), call)
+            out = self.proceed((), call)
         if served is not None:
             self._check_served(served)
             if inner is not None and runs:
@@ -96,7 +96,7 @@ class PromptedForward(CachedCall, PositionedCall):
 
     def _cut_virtual_positions(self, out: Any, runs: int, inner: Cache | None) -> Any:
         """The output without virtual positions, and with the caller's own cache."""
-        keep = not runs or self.door.role == "encoder" or self.state.router.whole()
+        keep = not runs or self.door.role == "encoder" or self.router.whole()
         if isinstance(out, tuple):
             first = out[0] if keep or self.door.keeps_first else out[0][:, runs:]
             return (first, *(inner if _is_cache(o) else o for o in out[1:]))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..distributed.sharding import shape_of
 from ..injection.class_swap import adapt_carrier, adapt_class, restore_class
-from ..injection.dispatch import AdaptedState
+from ..injection.dispatch import state_of
+from ..injection.entries import AdaptedSite
+from ..injection.interceptors import Args, Call, CarriedPrefix, Interceptor, Kwargs, Proceed
 from ..injection.router import Router, adapter_names
 from ..layers.geometry import Geometry
 from ..layers.kind import LayerKind
-from ..layers.site import Site
 from .call_cache import refuse_left_behind
 from .forward import PromptedForward
 from .masks import extend_cross
@@ -55,25 +56,26 @@ class PromptStackKind(LayerKind):
 PROMPT_STACK = PromptStackKind()
 
 
-class PromptStack(StackFacts):
+class PromptStack(StackFacts, Interceptor):
     """A stack whose forward takes the virtual tokens of adapters."""
 
+    order = 40
     encoder: PromptStack | None
 
-    def run(self, state: AdaptedState, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, call: Call, args: Args, kwargs: Kwargs, proceed: Proceed) -> Any:
         """The stack's forward with the virtual tokens of the adapters that are live."""
-        call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        if self.cache == "cache" and "past_key_values" in call:  # transformers' name for it until 5.23
-            call["cache"] = call.pop("past_key_values")
-        router = state.router
-        here = self.known(router, call.get(self.cache)) or self.front(router, call)
-        behind = None if self.encoder is None else self.encoder.front(router, call)
-        if behind is not None and call.get("encoder_hidden_states") is not None:
-            extend_cross(call, behind)
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if self.cache == "cache" and "past_key_values" in given:  # transformers' name for it until 5.23
+            given["cache"] = given.pop("past_key_values")
+        router = call.router
+        here = self.known(router, given.get(self.cache)) or self.front(router)
+        behind = None if self.encoder is None else self.encoder.front(router)
+        if behind is not None and given.get("encoder_hidden_states") is not None:
+            extend_cross(given, behind)
         if here is None:
-            refuse_left_behind(call.get(self.cache))
-            return state.inner(stack, router.live(), (), call)
-        return PromptedForward(self, state, stack, call, here).run()
+            refuse_left_behind(given.get(self.cache))
+            return proceed((), given)
+        return PromptedForward(self, call, given, here, proceed).run()
 
     def known(self, router: Router, cache: Cache | None) -> VirtualTokens | None:
         """What the caller's cache keeps of an earlier call with the same virtual tokens, or None."""
@@ -97,7 +99,7 @@ class PromptStack(StackFacts):
         versions = tuple(0 if t.is_inference() else t._version for t in p.values())
         return (name, serial, versions, () if tasks is None else tuple(tasks.tolist()))
 
-    def front(self, router: Router, call: Mapping[str, Any]) -> VirtualTokens | None:
+    def front(self, router: Router) -> VirtualTokens | None:
         """The virtual tokens that stand before this call's rows, or None."""
         rows = router.rows()
         if rows is None:
@@ -121,7 +123,7 @@ class PromptStack(StackFacts):
         return VirtualTokens(prefix, prompt, None, (self.key_of(name, p, router),))
 
 
-def inspect_stack(site: Site, role: str, model: nn.Module) -> PromptStack:
+def inspect_stack(site: AdaptedSite, role: str, model: nn.Module) -> PromptStack:
     """What there is to know of a stack, read from it once."""
     stack = site.owner
     arguments = tuple(inspect.signature(stack.forward).parameters)
@@ -144,27 +146,28 @@ def inspect_stack(site: Site, role: str, model: nn.Module) -> PromptStack:
 
 def attach_stack(door: PromptStack, router: Router) -> None:
     """Take over the stack, and the blocks that carry its prefix."""
-    adapt_class(door.site.owner, router).door = door
+    adapt_class(door.site.owner, router).insert(door)
     for block in door.carriers:
         adapt_carrier(block, router, *cache_argument(block))  # type: ignore[misc]
 
 
-def link_encoder(sites: Iterable[Site]) -> None:
+def link_encoder(sites: Iterable[AdaptedSite]) -> None:
     """Let the decoder's door know the encoder's."""
-    opened = [s.owner.__dict__["_veneer"].door for s in sites if isinstance(s.kind, PromptStackKind)]
+    states = [state_of(s.owner) for s in sites if isinstance(s.kind, PromptStackKind)]
+    opened = [None if state is None else state.find(PromptStack) for state in states]
     by_role = {d.role: d for d in opened if d is not None}
     for found in by_role.values():
         found.encoder = by_role.get("encoder") if found.role == "decoder" else None
 
 
 def detach_stack(door: PromptStack) -> None:
-    """Undo `attach_door`; blocks that hold nothing else are given back."""
-    door.site.owner.__dict__["_veneer"].door = None
-    for block in door.carriers:
-        state = block.__dict__["_veneer"]
-        state.carries = None
-        if not state.in_use:
-            restore_class(block)
+    """Undo `attach_stack`; blocks that hold nothing else are restored."""
+    for module, kind in ((door.site.owner, PromptStack), *((block, CarriedPrefix) for block in door.carriers)):
+        state = state_of(module)
+        assert state is not None
+        state.remove(kind)
+        if not state.in_use and module is not door.site.owner:
+            restore_class(module)
 
 
 def check_stack_fits(door: PromptStack, virtual: int, prefix: bool) -> None:

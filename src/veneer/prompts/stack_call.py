@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
-    from ..injection.dispatch import AdaptedState
+    from ..injection.interceptors import Call, Proceed
     from .stacks import StackFacts
     from .virtual_tokens import VirtualTokens
 
@@ -19,9 +19,10 @@ class StackCall:
     """The arguments of one call of a stack, by name, and the virtual tokens of its rows."""
 
     def __init__(
-        self, door: StackFacts, state: AdaptedState, stack: nn.Module, call: dict[str, Any], front: VirtualTokens
+        self, door: StackFacts, made: Call, call: dict[str, Any], front: VirtualTokens, proceed: Proceed
     ) -> None:
-        self.door, self.state, self.stack, self.call = door, state, stack, call
+        self.door, self.stack, self.call = door, made.layer, call
+        self.router, self.proceed = made.router, proceed
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         shown = embeds if embeds is not None else ids
         if shown is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.site import Site
+from ..injection.entries import AdaptedSite
 
 CACHES = ("cache", "past_key_values", "layer_past", "past_key_value")  # argument names of the cache
 
@@ -45,7 +45,7 @@ class StackFacts:
         encoder: the door of the encoder, of which this is the decoder.
     """
 
-    site: Site
+    site: AdaptedSite
     role: str
     arguments: tuple[str, ...]
     cache: str

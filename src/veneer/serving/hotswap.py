@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import adapter_files
-from ..injection.entries import AdapterAtSite, copy_name
+from ..injection.entries import AdaptedSite, AdapterAtSite, copy_name
 from ..injection.router import adapter_names
 from ..io import locate
-from ..layers.site import Site
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX, file_key, prefix_of
 from ..methods import config_file
@@ -128,7 +127,7 @@ def swap(
     left = dict(tensors)
     places = lora_places(runtime, adapter)
     prefix = prefix_of(config, PREFIX)
-    values: list[tuple[Site, AdapterAtSite, str, Tensor | None]] = []
+    values: list[tuple[AdaptedSite, AdapterAtSite, str, Tensor | None]] = []
     largest = 0
     for site, entry in places:
         if entry.frozen:
@@ -244,18 +243,18 @@ def alpha_for(method: Any, rank: int) -> float:
     return method.lora_alpha * (math.sqrt(rank / method.r) if method.use_rslora else rank / method.r)  # type: ignore[no-any-return]
 
 
-def held(site: Site, attribute: str) -> nn.Parameter:
+def held(site: AdaptedSite, attribute: str) -> nn.Parameter:
     """A trained tensor of an adapter on its layer."""
     found = site.owner._parameters[attribute]
     assert found is not None
     return found
 
 
-def can_grow(site: Site) -> bool:
+def can_grow(site: AdaptedSite) -> bool:
     return not site.experts and site.groups == 1
 
 
-def lora_places(runtime: Runtime, adapter: str) -> list[tuple[Site, AdapterAtSite]]:
+def lora_places(runtime: Runtime, adapter: str) -> list[tuple[AdaptedSite, AdapterAtSite]]:
     """Where an adapter has a LoRA of its own, rather than a full copy or trained rows."""
     found = [(site, site.entries[adapter]) for site in runtime.places[adapter]]
     return [(site, entry) for site, entry in found if isinstance(entry.method, LoraConfig)]

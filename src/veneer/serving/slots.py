@@ -241,7 +241,7 @@ class Slots:
         """A (r, in) and B (r, out), with its scale, of what an adapter says at a place."""
         site, entry, method = place.site, place.entry, place.entry.method
         refusal = f"{site.name}: {method.peft_name} is no low-rank matrix added to the weight of a linear layer here"
-        if place.role != "main" or site.kind.own_forward() is None:
+        if not place.is_layer or site.kind.own_forward() is None:
             raise ValueError(f"{refusal}, which is all that a slot can hold; load it with load_adapter")
         p = {k: place.values[attr] for k, attr in (*entry.trained, *entry.frozen)} | {
             k: shared[k] for k in entry.shared

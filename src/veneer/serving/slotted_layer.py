@@ -34,7 +34,7 @@ class Slotted(AdaptedState):
         return True
 
     @property
-    def only_main(self) -> bool:
+    def only_kernel(self) -> bool:
         return False
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

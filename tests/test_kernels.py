@@ -1482,3 +1482,52 @@ def test_structure_of_transformers() -> None:
     for other in (GPT2MLP, T5DenseGatedActDense, MixtralExperts):  # dropout between, or no such thing
         assert structure.gated(other) is None
     assert ("q_proj", "k_proj") not in structure.siblings(WhisperAttention)
+
+
+def tiny(family: str) -> nn.Module:
+    from transformers import AutoModel, BertConfig, LlamaConfig, T5Config
+
+    torch.manual_seed(0)
+    heads = {
+        "num_attention_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "vocab_size": 50,
+    }
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
+    configs = {"llama": (LlamaConfig, heads), "bert": (BertConfig, heads), "t5": (T5Config, t5)}
+    kind, sizes = configs[family]
+    return AutoModel.from_config(kind(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "sizes"),
+    [
+        ("llama", ["q_proj", "k_proj", "v_proj", "o_proj"], {3: 2, 1: 2}),
+        ("llama", ["gate_proj", "up_proj"], {2: 2}),
+        ("bert", ["query", "key", "value"], {3: 2}),
+        # T5's attention, of either kind, names the input of k and v apart from that of q.
+        ("t5", ["q", "k", "v"], {2: 6, 1: 6}),
+    ],
+)
+def test_siblings_share_their_products(
+    family: str, targets: list[str], sizes: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that their parent calls on one input run as one kernel; if they stop to, nothing but time tells."""
+    from collections import Counter
+
+    from veneer.kernels import linear
+
+    model = veneer.get_peft_model(tiny(family), veneer.LoraConfig(r=2, target_modules=targets)).eval()
+    ids = torch.randint(3, 40, (2, 7))
+    seen: list[int] = []
+    run = linear.run
+
+    def counted(x: Tensor, shares: Any) -> Any:
+        seen.append(len(shares))
+        return run(x, shares)
+
+    monkeypatch.setattr(linear, "run", counted)
+    model(input_ids=ids, **({"decoder_input_ids": ids} if family == "t5" else {}))
+    assert Counter(seen) == sizes

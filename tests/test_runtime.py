@@ -292,3 +292,15 @@ def test_transformers_trainer_takes_the_model(tmp_path: Any) -> None:
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
     assert bits(model.get_base_model()) == base
+
+
+def test_print_shows_the_adapters_of_layers() -> None:
+    """`print(model)` names each layer's adapters and methods, beside what its own class prints."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(5, 4), nn.LayerNorm(4))
+    plain = repr(model)
+    adapted = veneer.get_peft_model(model, veneer.LoraConfig(r=2, target_modules=["0", "1"]))
+    adapted.add_adapter("other", veneer.IA3Config(target_modules=["0"], feedforward_modules=[]))
+    shown = repr(model)
+    assert "Linear(in_features=4, out_features=4, bias=True, adapters: default (LORA), other (IA3))" in shown
+    assert "Embedding(5, 4, adapters: default (LORA))" in shown and shown.count("adapters:") == 2
+    assert repr(adapted.unload()) == plain

@@ -53,11 +53,19 @@ def adapted_class(base: type[nn.Module], read: bool = False) -> type[nn.Module]:
             return state.run(self, args, kwargs)
 
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]  # others read arguments off it
+
+        def extra_repr(self: nn.Module) -> str:
+            state = self.__dict__.get("_veneer")
+            adapters = "" if state is None else state.describe_adapters()
+            own = base.extra_repr(self)
+            return f"{own}{', ' if own else ''}adapters: {adapters}" if adapters else own
+
         body = {
             "_veneer_base": base,
             "__module__": base.__module__,
             "__doc__": base.__doc__,
             "forward": forward,
+            "extra_repr": extra_repr,
         }
         if read:
 

@@ -127,6 +127,11 @@ class AdaptedState:
         """Whether a kernel of the layer's weights, or of its layers' weights, does all that happens here."""
         return all(i.by_kernel for i in self.interceptors)
 
+    def describe_adapters(self) -> str:
+        """The layer's adapters with their methods, for `print(model)`."""
+        entries = {n: e for i in self.interceptors for s in i.sites for n, e in s.entries.items()}
+        return ", ".join(f"{name} ({entry.method.peft_name})" for name, entry in entries.items())
+
     # Plans.
 
     def plan(self, layer: nn.Module, live: tuple[AdapterExpr, ...]) -> Plan:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..layers.shallow_copy import rows_of_adapter, select_rows
 from .effective_weight import with_effective_weight
 from .entries import AdaptedSite, copy_name
-from .router import AdapterExpr, adapter_names
+from .router import AdapterExpr, Scope, adapter_names
 
 if TYPE_CHECKING:
     from .router import Router, Rows
@@ -59,6 +60,11 @@ class Interceptor:
     order: ClassVar[int]
     by_kernel: bool = False  # a fused kernel of the layer's weights does all of it
     by_row: ClassVar[bool] = True  # it acts in a call with rows of different adapters; else `SplitRows` stands in
+
+    @property
+    def sites(self) -> list[AdaptedSite]:
+        """The sites whose adapters it runs."""
+        return []
 
     def acts(self, names: Collection[str]) -> bool:
         """Whether it does anything in a call with these adapters."""
@@ -106,6 +112,10 @@ class OneSite(Interceptor):
     def __init__(self) -> None:
         self.site: AdaptedSite | None = None
 
+    @property
+    def sites(self) -> list[AdaptedSite]:
+        return [] if self.site is None else [self.site]
+
     def acts(self, names: Collection[str]) -> bool:
         return self.site is not None and any(name in self.site.entries for name in names)
 
@@ -122,22 +132,22 @@ class ResidualTaps(Interceptor):
     order = 10
 
     def __init__(self) -> None:
-        self.sites: list[AdaptedSite] = []
+        self.tapped: list[AdaptedSite] = []
 
     def acts(self, names: Collection[str]) -> bool:
-        return any(name in site.entries for site in self.sites for name in names)
+        return any(name in site.entries for site in self.tapped for name in names)
 
     def add(self, site: AdaptedSite) -> None:
-        if site not in self.sites:
-            self.sites.append(site)
+        if site not in self.tapped:
+            self.tapped.append(site)
 
     def drop(self, site: AdaptedSite) -> bool:
-        self.sites = [s for s in self.sites if s is not site]
-        return not self.sites
+        self.tapped = [s for s in self.tapped if s is not site]
+        return not self.tapped
 
     def run(self, call: Call, args: Args, kwargs: Kwargs, proceed: Proceed) -> Any:
         names = call.router.rows() or tuple(adapter_names(call.live))
-        for site in self.sites:
+        for site in self.tapped:
             if any(name in site.entries for name in names):
                 site.tap.value = args[0] if args else next(iter(kwargs.values()))
         return proceed(args, kwargs)
@@ -206,6 +216,32 @@ class FusedNetwork(Interceptor):
         return proceed(args, kwargs)
 
 
+class SiblingScope(Interceptor):
+    """Marks what runs as called by this module's forward, which calls several adapted layers on one input.
+
+    Their kernels share work only in such a call: from elsewhere nothing tells that the others will be called next.
+    """
+
+    order = 65
+    by_kernel = True
+    by_row = False
+
+    def acts(self, names: Collection[str]) -> bool:
+        return bool(names)
+
+    def run(self, call: Call, args: Args, kwargs: Kwargs, proceed: Proceed) -> Any:
+        if is_compiling():  # kernels decline
+            return proceed(args, kwargs)
+        local = call.router.local
+        before, scope = local.scope, Scope(call.layer)
+        local.scope = scope
+        try:
+            return proceed(args, kwargs)
+        finally:
+            local.scope = before
+            scope.close()
+
+
 class LayerWeights(Interceptor):
     """Runs a layer with the adapters of its weight, and of parameters that it uses on its own terms.
 
@@ -272,12 +308,10 @@ class SplitRows(Interceptor):
     def __init__(self, copies: ModuleCopies | None, weights: LayerWeights | None) -> None:
         self.copied: Mapping[str, object] = {} if copies is None or copies.site is None else copies.site.entries
         self.weights = weights
-        self.sites = ([] if weights is None else list(weights.sites)) + (
-            [copies.site] if copies is not None and copies.site is not None else []
-        )
+        self.served = [s for i in (weights, copies) if i is not None for s in i.sites]
 
     def acts(self, names: Collection[str]) -> bool:
-        return any(name in site.entries for site in self.sites for name in names)
+        return any(name in site.entries for site in self.served for name in names)
 
     def run(self, call: Call, args: Args, kwargs: Kwargs, proceed: Proceed) -> Any:
         rows: Rows | None = call.router.rows()
@@ -286,7 +320,7 @@ class SplitRows(Interceptor):
         bare = self.weights is not None and bool(self.weights.bare)
         if bare or not isinstance(x, Tensor) or x.shape[0] % len(rows):
             raise ValueError(
-                f"{self.sites[0].name}: adapter_names cannot be told apart by row here, because {call.base.__name__} does "
+                f"{self.served[0].name}: adapter_names cannot be told apart by row here, because {call.base.__name__} does "
                 "not get the rows of the batch one by one; run the rows of one adapter at a time"
             )
         order, parts = [], []
@@ -303,7 +337,7 @@ class SplitRows(Interceptor):
                 part = call.forward(call.layer, *taken, **named)
             if not isinstance(part, Tensor):
                 raise ValueError(
-                    f"{self.sites[0].name}: adapter_names needs layers that return one tensor, and {call.base.__name__} "
+                    f"{self.served[0].name}: adapter_names needs layers that return one tensor, and {call.base.__name__} "
                     f"returns a {type(part).__name__}; run the rows of one adapter at a time"
                 )
             parts.append(part)

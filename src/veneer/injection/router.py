@@ -147,6 +147,26 @@ class Rows(tuple[str, ...]):
         return made
 
 
+class Scope:
+    """One call of a module whose forward calls several adapted layers on one input.
+
+    Attributes:
+        parent: the module.
+        waiting: results that a layer computed for its siblings, dropped at the end of the call.
+    """
+
+    __slots__ = ("parent", "waiting")
+
+    def __init__(self, parent: nn.Module) -> None:
+        self.parent = parent
+        self.waiting: list[Any] = []
+
+    def close(self) -> None:
+        for pending in self.waiting:
+            pending.x = None
+            pending.ys = []
+
+
 class Local(threading.local):
     """What holds for one thread. In each it is set on the object, as torch.compile asks whether it is."""
 
@@ -155,6 +175,7 @@ class Local(threading.local):
         self.rows: Rows | None = None
         self.tasks: Tensor | None = None
         self.whole = False
+        self.scope: Scope | None = None  # the call of a parent of several layers that share an input
         # What serves the single tokens of each kernel, while no parameter changes.
         self.decoding: dict[Any, Callable[[Tensor], Tensor | None]] | None = None
 

@@ -10,18 +10,15 @@ in autograd's own operations, which start faster than a function in Python, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..algebra.modes import ready
-from .linear import Together, caller, parted, version
+from .linear import Together, parted, version
 from .member import PLAIN, Member
-
-if TYPE_CHECKING:
-    from types import CodeType
 
 
 class Around(Member):
@@ -86,7 +83,7 @@ class AroundTogether(Together):
 
     members: tuple[Around, ...]
 
-    def __init__(self, members: Sequence[Around], parent: CodeType) -> None:
+    def __init__(self, members: Sequence[Around], parent: nn.Module) -> None:
         super().__init__(members, parent)
 
     def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
@@ -96,7 +93,8 @@ class AroundTogether(Together):
         found = member.factors()
         if found is None:
             return None
-        called = caller() is self.parent
+        scope = self.local.scope
+        called = scope is not None and scope.parent is self.parent
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
         if pending.x is x and called:
             h = pending.ys[at]

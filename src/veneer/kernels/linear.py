@@ -12,7 +12,6 @@ dropout leaves of x are in `dropout`.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,8 +26,6 @@ from . import decode, dropout, scratch
 from .member import gathers_alone
 
 if TYPE_CHECKING:
-    from types import CodeType
-
     from .member import Member, Share
 
 
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 MERGE = 2.4
 SMALL = 2**16  # entries of x below which an autograd function of ours takes longer to start than it saves
 MERGED = (torch.float32, torch.float64)  # dtypes in which W + s B A loses nothing that matters
-CALLER = 7  # frames: Together, Sibling, Takeover.run, forward, two of nn.Module's call, the caller
 
 Tensors = Sequence[Tensor]
 Maybe = Sequence[Tensor | None]
@@ -79,15 +75,15 @@ class Pending(threading.local):
 class Together:
     """Layers of one parent that its forward calls on the same input: the first one computes them all.
 
-    Only that forward is known to call the others next. A layer that is called from elsewhere, or through hooks, which
-    may give it another input, computes itself.
+    Only that forward is known to call the others next, and `SiblingScope` tells that it runs. A layer that is called from
+    elsewhere, or with another input, computes itself.
 
     Args:
         members: in the order of the calls.
-        parent: the code of the parent's forward.
+        parent: the module whose forward calls them.
     """
 
-    def __init__(self, members: Sequence[Member], parent: CodeType) -> None:
+    def __init__(self, members: Sequence[Member], parent: nn.Module) -> None:
         self.members, self.parent = tuple(members), parent
         self.ends = tuple(Sibling(self, i) for i in range(len(self.members)))
         self.pending = Pending()
@@ -95,7 +91,8 @@ class Together:
 
     def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
         pending = self.pending
-        called = caller() is self.parent
+        scope = self.local.scope
+        called = scope is not None and scope.parent is self.parent
         if pending.x is x and called:
             y = pending.ys[at]
             if y is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
@@ -129,6 +126,8 @@ class Together:
             pending = self.pending
             pending.x, pending.ys, pending.left = x, [None] * (at + 1) + [*made[1:]], len(made) - 1
             pending.version, pending.grad = version(x), torch.is_grad_enabled()
+            if self.local.scope is not None:
+                self.local.scope.waiting.append(pending)
         return made[0]
 
 
@@ -144,14 +143,6 @@ class Sibling:
 
 def version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def caller() -> CodeType | None:
-    """The code that called a layer whose kernel is `Together`, where no hook stands between."""
-    try:
-        return sys._getframe(CALLER).f_code
-    except ValueError:  # the layer's forward was called with nothing around it
-        return None
 
 
 def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from ..injection.dispatch import AdaptedState, Kernel, RowKernel
+from ..injection.dispatch import AdaptedState, Kernel, RowKernel, state_of
 from ..injection.interceptors import FusedNetwork
 from . import mixed, structure
 from .around import Around, AroundOne, AroundTogether
@@ -25,8 +25,8 @@ LIMIT = 64  # stacks of adapters whose kernels a group keeps
 class Group:
     """Layers of one parent that its forward calls on the same input."""
 
-    def __init__(self, layers: Sequence[nn.Module], base: type[nn.Module]) -> None:
-        self.layers, self.base = tuple(layers), base  # of the parent
+    def __init__(self, layers: Sequence[nn.Module], parent: nn.Module) -> None:
+        self.layers, self.parent = tuple(layers), parent
         self.made: dict[Any, dict[nn.Module, Sibling]] = {}
 
     def kernel(self, layer: nn.Module, live: tuple[AdapterExpr, ...], version: object) -> Kernel | None:
@@ -40,7 +40,7 @@ class Group:
             ends = {}
             if len(members) > 1:
                 kind: Any = AroundTogether if isinstance(members[0][1], Around) else Together
-                together = kind([member for _, member in members], structure.code(self.base))
+                together = kind([member for _, member in members], self.parent)
                 ends = {one: end for (one, _), end in zip(members, together.ends, strict=True)}
             # Another thread may do the same for other adapters, so what was found is returned and not looked up.
             made = {k: v for k, v in self.made.items() if k[1] is version}
@@ -53,7 +53,7 @@ class Group:
 
 def member_of(layer: nn.Module, live: tuple[AdapterExpr, ...]) -> Member | None:
     """A layer's part in a kernel, or None where a kernel cannot say all that happens there."""
-    state: AdaptedState | None = layer.__dict__.get("_veneer")
+    state = state_of(layer)
     if state is None or state.main is None or not state.only_kernel:
         return None
     if not runs_as_linear(state) and not runs_itself(state):
@@ -87,36 +87,50 @@ def kernel_of(state: AdaptedState, layer: nn.Module, live: tuple[AdapterExpr, ..
     return None
 
 
-def arrange(parents: Iterable[nn.Module]) -> Mapping[nn.Module, structure.Gated]:
-    """Tell layers under `parents` of their siblings; return the parents that are gated feed-forward networks."""
-    found = {}
-    for parent in parents:
-        children = parent._modules
-        states = {n: c.__dict__["_veneer"] for n, c in children.items() if c is not None and "_veneer" in c.__dict__}
-        linear = {n for n, s in states.items() if s.main is not None and runs_as_linear(s)}
-        base = getattr(type(parent), "_veneer_base", type(parent))
-        around = {n for n, s in states.items() if s.main is not None and runs_itself(s)}
-        for name in linear | around:
-            states[name].group = None
-        for names in structure.siblings(base) if len(linear | around) > 1 else ():
-            for alike in (linear, around):
-                together = [n for n in names if n in alike]
-                if len(together) > 1:
-                    group = Group([children[n] for n in together], base)  # type: ignore[misc]
-                    for name in together:
-                        states[name].group = group
-        network = structure.gated(base) if max(len(linear), len(around)) > 2 and not replaced(parent) else None
-        if network is None or children.get(network.act) is None:
-            continue
-        parts = {network.gate, network.up, network.down}
-        if parts <= linear or parts <= around:
-            found[parent] = network
-    return found
+class Arrangement(NamedTuple):
+    """Which layers of a parent can run together.
+
+    Attributes:
+        grouped: some of them see the same input.
+        network: they make up a gated feed-forward network, with these names, or None.
+    """
+
+    grouped: bool
+    network: structure.Gated | None
+
+
+def arrange(parents: Iterable[nn.Module]) -> dict[nn.Module, Arrangement]:
+    """Tell layers under `parents` of their siblings; return how each parent's layers can run together."""
+    return {parent: _arrange_layers(parent) for parent in parents}
+
+
+def _arrange_layers(parent: nn.Module) -> Arrangement:
+    children = parent._modules
+    states = {n: s for n, c in children.items() if c is not None and (s := state_of(c)) is not None}
+    linear = {n for n, s in states.items() if s.main is not None and runs_as_linear(s)}
+    around = {n for n, s in states.items() if s.main is not None and runs_itself(s)}
+    for name in linear | around:
+        states[name].group = None
+    base = getattr(type(parent), "_veneer_base", type(parent))
+    grouped, own_forward = False, not replaced(parent)
+    for names in structure.siblings(base) if own_forward and len(linear | around) > 1 else ():
+        for alike in (linear, around):
+            together = [n for n in names if n in alike]
+            if len(together) > 1:
+                grouped = True
+                group = Group([m for n in together if (m := children[n]) is not None], parent)
+                for name in together:
+                    states[name].group = group
+    network = structure.gated(base) if own_forward and max(len(linear), len(around)) > 2 else None
+    if network is None or children.get(network.act) is None:
+        return Arrangement(grouped, None)
+    parts = {network.gate, network.up, network.down}
+    return Arrangement(grouped, network if parts <= linear or parts <= around else None)
 
 
 def replaced(module: nn.Module) -> bool:
     """Whether the module has a forward of its own, beside that of its class."""
-    state: AdaptedState | None = module.__dict__.get("_veneer")
+    state = state_of(module)
     return "forward" in module.__dict__ or (state is not None and state.instance_forward is not None)
 
 

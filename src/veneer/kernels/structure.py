@@ -11,7 +11,6 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -24,12 +23,6 @@ class Gated(NamedTuple):
     act: str
     up: str
     down: str
-
-
-def code(base: type[nn.Module]) -> CodeType:
-    """The code of a class's forward, below its decorators; only for one whose source can be read."""
-    found: CodeType = inspect.unwrap(base.forward).__code__
-    return found
 
 
 def siblings(base: type[nn.Module]) -> tuple[tuple[str, ...], ...]:

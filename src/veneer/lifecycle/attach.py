@@ -12,7 +12,7 @@ from ..distributed import offload, sharding, tensor_parallel, torch_fastpath
 from ..injection.class_swap import adapt_class, adapted_class, restore_class
 from ..injection.dispatch import state_of
 from ..injection.entries import AdaptedSite, copy_name
-from ..injection.interceptors import FusedNetwork, ResidualTaps
+from ..injection.interceptors import FusedNetwork, Interceptor, ResidualTaps, SiblingScope
 from ..kernels.plan import arrange
 from ..methods.base import Method
 from ..prompts import prompt_stack
@@ -141,14 +141,21 @@ def regroup_layers(
     linear = [s for s in sites if s.kind.own_forward() is not None or s.kind.packable]
     names = dict.fromkeys(s.name.rpartition(".")[0] for s in linear)
     parents = {n: runtime.root.get_submodule(n) for n in names if modules is None or n in modules}
-    found = arrange(parents.values())
-    for parent in parents.values():
-        if parent in found:
-            adapt_class(parent, runtime.router).insert(FusedNetwork(found[parent]))
-            continue
-        state = state_of(parent)
-        if state is not None and state.find(FusedNetwork) is not None:
-            state.remove(FusedNetwork)
-            if not state.in_use:
-                restore_class(parent)
+    for parent, found in arrange(parents.values()).items():
+        _set_interceptor(runtime, parent, SiblingScope, SiblingScope() if found.grouped else None)
+        _set_interceptor(runtime, parent, FusedNetwork, None if found.network is None else FusedNetwork(found.network))
     runtime.router.changed()
+
+
+def _set_interceptor(
+    runtime: Runtime, module: nn.Module, kind: type[Interceptor], interceptor: Interceptor | None
+) -> None:
+    """Give a module this interceptor of its kind, or none."""
+    if interceptor is not None:
+        adapt_class(module, runtime.router).insert(interceptor)
+        return
+    state = state_of(module)
+    if state is not None and state.find(kind) is not None:
+        state.remove(kind)
+        if not state.in_use:
+            restore_class(module)

@@ -62,6 +62,10 @@ class PromptStack(StackFacts, Interceptor):
     order = 40
     encoder: PromptStack | None
 
+    @property
+    def sites(self) -> list[AdaptedSite]:
+        return [self.site]
+
     def run(self, call: Call, args: Args, kwargs: Kwargs, proceed: Proceed) -> Any:
         """The stack's forward with the virtual tokens of the adapters that are live."""
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}

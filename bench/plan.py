@@ -43,7 +43,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     import transformers
     from transformers import AutoConfig
 
-    from veneer.recipes.models import load_model, locate
+    from veneer.recipes.models import locate
     from veneer.recipes.tasks import TASKS
 
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     del small, thread
     gc.collect()
     before = resident("VmRSS")
-    base = load_model(name, task, dtype)
+    base = TASKS[task].load_model(name, dtype)
     base.config.pad_token_id = base.config.pad_token_id or 0
     for p in base.parameters():  # out of the file's pages, which come and go as the system likes
         p.data = p.data.clone()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from veneer.cli.app import COMMON
-from veneer.cli.methods import about, describe
 from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
+from veneer.recipes.describe_method import describe_method, read_args
 from veneer.recipes.recipe import build
 from veneer.recipes.run import FIELDS, PLAIN, Run
 
@@ -34,12 +34,12 @@ PAGES = hooks().pages()
 def test_page(name: str) -> None:
     cls, page = METHODS[name], PAGES[f"methods/{name.lower()}.md"]
     fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(COMMON)
-    texts = describe(inspect.cleandoc(cls.__doc__ or "").splitlines())
+    texts = read_args(inspect.cleandoc(cls.__doc__ or "").splitlines())
     assert set(texts) == fields, "fields without a text, or texts without a field"
     assert all(texts.values())
     assert all(f"\n| `{f}` |" in page for f in fields)
     assert f"peft_type: {name}" in page and f"--method {name.lower()} " in page and cls.__name__ in page
-    found = about(cls)
+    found = describe_method(cls)
     assert len(found.summary) <= 100
     # Rows of an embedding, taught as they are, have no paper.
     assert name == "TRAINABLE_TOKENS" or (found.references and "](https://arxiv.org/abs/" in page and found.paper)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import veneer
-from veneer.recipes.models import EMBEDDED, load_model, load_tokenizer, locate
+from veneer.files.embedded import EMBEDDED
+from veneer.recipes.models import load_tokenizer, locate
+from veneer.recipes.tasks import TASKS
 
 
 def package(name: str) -> Path:
@@ -25,7 +27,7 @@ def randomised(model: torch.nn.Module, options: dict[str, Any]) -> Any:
 
 
 def test_smollm2() -> None:
-    base, tokenizer = load_model("smollm2-135m", "causal-lm"), load_tokenizer("smollm2-135m")
+    base, tokenizer = TASKS["causal-lm"].load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         expected = base(**ids).logits
@@ -42,7 +44,7 @@ def test_smollm2() -> None:
 
 
 def test_minilm() -> None:
-    model = load_model("minilm-l6-v2", "classification", num_labels=2)
+    model = TASKS["classification"].load_model("minilm-l6-v2", num_labels=2)
     ids = load_tokenizer("minilm-l6-v2")(["a fine film", "dull"], return_tensors="pt", padding=True)
     adapted = randomised(model, {"r": 4, "task_type": "SEQ_CLS"})
     with torch.no_grad():

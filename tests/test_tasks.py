@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from test_cli import veneer
-from veneer.recipes import ctranslate2
+from veneer.files import ctranslate2
 from veneer.recipes.data import read
 from veneer.recipes.errors import InputError
 from veneer.recipes.models import locate

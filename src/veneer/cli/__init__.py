@@ -1,4 +1,4 @@
-"""The command line: `veneer train | generate | merge | inspect | methods`."""
+"""The command line: one file a command, its flags in app; may import ui, recipes and everything below them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files.embedded import EMBEDDED, locate_model
 from ..targets.suggest import suggest
 
 AUTO = {
@@ -43,20 +44,19 @@ def configuration(name: str) -> tuple[Any, bool, str]:
     """
     import transformers
 
-    from ..recipes import models as embedded
-
     content = known(name)
     if content is not None and not Path(name).is_dir():
         made = transformers.AutoConfig.for_model(content["model_type"], **content["config"])
         return made, bool(content.get("untied")), f"shapes of {content['hub'][0]}, shipped with veneer"
-    names = [*table(), *embedded.EMBEDDED]
-    if not Path(name).is_dir() and "/" not in name and name.lower() not in embedded.EMBEDDED:
+    names = [*table(), *EMBEDDED]
+    if not Path(name).is_dir() and "/" not in name and name.lower() not in EMBEDDED:
         raise ValueError(
             f"model {name!r}: no such folder, and no name that is known{suggest(name.lower(), names)}; give a folder with a "
             f"config.json, a hub id (owner/name), or one of {', '.join(names)}"
         )
+    where = locate_model(name)
     try:
-        return transformers.AutoConfig.from_pretrained(embedded.locate(name)), False, "its own config.json"
+        return transformers.AutoConfig.from_pretrained(where), False, "its own config.json"
     except (OSError, ValueError) as error:
         hint = suggest(name.lower().rpartition("/")[2], names)
         raise ValueError(

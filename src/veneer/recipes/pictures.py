@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .models import verify
+from ..files.embedded import check_sha256
+from .errors import InputError, user_input
 
 IMAGES = ("digits", "fashion-mnist", "fashion-mnist-test")
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -56,7 +56,8 @@ def fashion(part: str) -> list[dict[str, Any]]:
                 f"{path} is not there; install Debian's package dataset-fashion-mnist (apt-get install), or set "
                 "FASHION_MNIST to a folder with the four *-ubyte.gz files of github.com/zalandoresearch/fashion-mnist"
             )
-        verify(path, SHA256[path.name], "get it again")
+        with user_input():
+            check_sha256(path, SHA256[path.name], "get it again")
         read.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
     pixels = read[0].reshape(-1, 28, 28)
     return [{"image": image, "label": FASHION[label]} for image, label in zip(pixels, read[1], strict=True)]

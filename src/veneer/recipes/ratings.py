@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .models import cache, verify
+from ..files.embedded import cache_folder, check_sha256
+from .errors import InputError, user_input
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -68,7 +68,7 @@ def table(path: Path, name: str) -> list[list[str]]:
 
 def archive() -> Path:
     """The archive in the cache folder, fetched on first use; only the pinned bytes are ever used."""
-    target = cache() / "data" / ARCHIVE
+    target = cache_folder() / "data" / ARCHIVE
     if not target.is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,8 @@ def archive() -> Path:
                 os.replace(Path(folder) / ARCHIVE, target)
         except OSError as error:
             raise InputError(f"{target} cannot be written: {error}; set VENEER_CACHE to a folder that can") from error
-    verify(target, SHA256, "delete it to fetch it again")
+    with user_input():
+        check_sha256(target, SHA256, "delete it to fetch it again")
     return target
 
 

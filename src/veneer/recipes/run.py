@@ -9,8 +9,17 @@ from typing import Any
 
 from ..targets.suggest import suggest
 from .models import QUANTIZED
-from .tasks import TASKS
 
+# The tasks, and `task_type` in the config of an adapter for each: peft's list has none for images and speech.
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "image-classification": None,
+    "speech-recognition": None,
+}
 PLAIN = {"learning_rate": 1e-3, "warmup": 0}  # where neither the user nor the method says more
 
 
@@ -50,7 +59,7 @@ class Run:
         "",
         "embedded name (ui-en-es, movie-sentiment, ...), a JSONL, CSV or Parquet file, a folder with a folder of images for each class, or a datasets id",
     )
-    task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASKS), allowed=tuple(TASKS))
+    task: str = setting("causal-lm", "what the model is for: " + ", ".join(TASK_TYPES), allowed=tuple(TASK_TYPES))
     method: dict[str, Any] = field(
         default_factory=lambda: {"name": "lora"},
         metadata={
@@ -155,7 +164,7 @@ class Run:
                     f"method {name!r} has no field {key!r}{suggest(key, fields)}; see: veneer methods {name}"
                 )
         try:
-            return cls(task_type=TASKS[self.task].peft_type, **options)
+            return cls(task_type=TASK_TYPES[self.task], **options)
         except TypeError as error:
             raise ValueError(f"method {name!r}: {error}") from error
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..io import atomic_write, locate, safe_read
 from .errors import InputError
-from .models import load_model
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Trained:
             names = dict(enumerate(self.labels))
             options = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
             options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
-        return load_model(model, self.task, dtype, quantize, **options)
+        return TASKS[self.task].load_model(model, dtype, quantize, **options)
 
     def run(self, model: str, **fields: Any) -> Run:
         """A run of this task, for what the task does with a model and rows."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..cli.inspect import about
+from ..recipes.describe_adapter import describe_adapter
 from .errors import told
 from .folder import LORA, Folder
 
@@ -43,7 +43,7 @@ class Adapters:
                 ("file", f"{size / 1e6:.2f} MB"),
             ]
         else:
-            rows = [r for r in about(str(folder)) if r[0] != "file"]
+            rows = [r for r in describe_adapter(str(folder)) if r[0] != "file"]
         table = "\n".join(["| | |", "|---|---|", *(f"| {a} | {escaped(b)} |" for a, b in rows)])
         return table, gr.DownloadButton(value=str(self.folder.zipped(name)), visible=True)
 

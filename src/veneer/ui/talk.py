@@ -55,7 +55,8 @@ class Talk:
         """
         from transformers import AutoConfig
 
-        from ..recipes.models import load_model, load_tokenizer, locate
+        from ..recipes.models import load_tokenizer, locate
+        from ..recipes.tasks import TASKS
 
         if name == self.name:
             return
@@ -69,7 +70,7 @@ class Talk:
                 )
             task = "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
             self.name, self.base, self.model, self.known = "", None, None, {}  # the old one's memory first
-            self.base, self.tokenizer = load_model(where, task).eval(), load_tokenizer(where)
+            self.base, self.tokenizer = TASKS[task].load_model(where).eval(), load_tokenizer(where)
         self.name = name
         self.loads += 1
 

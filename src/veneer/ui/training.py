@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from ..cli.methods import about
+from ..files.embedded import EMBEDDED
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..recipes.data import LANGUAGES
-from ..recipes.models import EMBEDDED
+from ..recipes.describe_method import describe_method
 from ..recipes.pictures import IMAGES
 from ..recipes.ratings import RATINGS
 from ..recipes.recipe import build
@@ -38,7 +38,7 @@ def method_fields(method: str) -> list[tuple[str, str, str]]:
     cls = known[method]
     kept = [
         f
-        for f in about(cls).fields
+        for f in describe_method(cls).fields
         if f[0] not in ("exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform")
     ]
     return [(name, default, text) for name, _, default, text in kept[:ARGUMENTS]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..recipes.models import EMBEDDED
+from ..files.embedded import EMBEDDED
 from .errors import told
 from .folder import LORA, Folder
 from .talk import Talk

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..run import Run
+from ..models import load_model, load_tokenizer, locate
+from ..run import TASK_TYPES, Run
 
 Row = dict[str, Any]
 
@@ -19,7 +18,6 @@ class Task:
 
     Attributes:
         name: value of `--task`.
-        peft_type: `task_type` of the adapter's config.
         heads: names an output layer may have that is trained whole, where `peft_type` does not say so.
         auto: transformers' class that loads the model.
         by_token: the held-out loss is a mean over tokens; else Trainer's own evaluation is used, with `metrics`.
@@ -28,12 +26,20 @@ class Task:
     """
 
     name: ClassVar[str]
-    peft_type: ClassVar[str | None]
     heads: ClassVar[tuple[str, ...]] = ()
     auto: ClassVar[str]
     by_token: ClassVar[bool] = False
     by_length: ClassVar[bool] = True
     classes: ClassVar[bool] = False
+
+    @property
+    def peft_type(self) -> str | None:
+        """`task_type` of the adapter's config."""
+        return TASK_TYPES[self.name]
+
+    def load_model(self, name: str, dtype: str = "float32", quantize: str | None = None, **options: Any) -> Any:
+        """The base model of this name for the task, quantized or not."""
+        return load_model(name, self.auto_class(locate(name)), self.name, dtype, quantize, **options)
 
     def auto_class(self, where: str) -> str:
         """The name of transformers' class for the model at `where`."""
@@ -45,8 +51,6 @@ class Task:
 
     def processor_of(self, model: str) -> Any:
         """The tokenizer or processor of a model, by its name."""
-        from ..models import load_tokenizer
-
         return load_tokenizer(model)
 
     def processor(self, run: Run) -> Any:

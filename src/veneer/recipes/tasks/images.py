@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..models import locate
+from ..run import Run
 from .base import OneClass, Row
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 
 class ImageClassification(OneClass):
     """Rows of an image, as a path or as an image, and its class."""
 
     name, auto = "image-classification", "AutoModelForImageClassification"
-    peft_type = None  # peft's list of tasks has none for images
     heads = ("classifier", "fc", "_fc", "head")
     by_length = False
 
@@ -27,11 +25,10 @@ class ImageClassification(OneClass):
     def processor_of(self, model: str) -> Any:
         from transformers import AutoImageProcessor
 
-        from ..models import locate
-
+        where = locate(model)
         try:
             # Pillow's resizing, so that results do not depend on whether torchvision is installed.
-            return AutoImageProcessor.from_pretrained(locate(model), backend="pil")
+            return AutoImageProcessor.from_pretrained(where, backend="pil")
         except (OSError, ValueError) as error:
             raise InputError(f"model {model!r} has no image processor that can be loaded: {error}") from error
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..models import locate
+from ..run import Run
 from .base import Row, Task, evaluating
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 CTC_MODELS = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-bert", "data2vec-audio", "sew", "sew-d",
               "wav2vec2-conformer", "parakeet_ctc", "lasr_ctc", "mctct")  # fmt: skip
@@ -19,7 +18,7 @@ CTC_MODELS = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2
 class SpeechRecognition(Task):
     """Rows of a sound file and what is said in it, for encoder-decoder models (Whisper) and CTC ones (wav2vec 2.0)."""
 
-    name, peft_type, auto = "speech-recognition", None, "AutoModelForSpeechSeq2Seq"
+    name, auto = "speech-recognition", "AutoModelForSpeechSeq2Seq"
     heads = ("lm_head",)  # of CTC models; Whisper's is tied and is called otherwise
     by_length = False
 
@@ -34,10 +33,9 @@ class SpeechRecognition(Task):
     def processor_of(self, model: str) -> Any:
         from transformers import AutoProcessor
 
-        from ..models import locate
-
+        where = locate(model)
         try:
-            found = AutoProcessor.from_pretrained(locate(model))
+            found = AutoProcessor.from_pretrained(where)
         except (OSError, ValueError) as error:
             raise InputError(f"model {model!r} has no processor that can be loaded: {error}") from error
         if not hasattr(found, "feature_extractor") or not hasattr(found, "tokenizer"):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..run import Run
 from .base import OneClass, Row, Task
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 
 class Generation(Task):
@@ -66,7 +64,7 @@ def kept(run: Run, made: list[Row]) -> list[Row]:
 class CausalLM(Generation):
     """Rows of a prompt and a completion, or of plain text."""
 
-    name, peft_type, auto = "causal-lm", "CAUSAL_LM", "AutoModelForCausalLM"
+    name, auto = "causal-lm", "AutoModelForCausalLM"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.prompt_column, run.completion_column), (run.text_column,)]
@@ -102,7 +100,7 @@ def completion(run: Run, prompt: str, text: str, tokenizer: Any) -> Row:
 class Seq2SeqLM(Generation):
     """Rows of a prompt and a completion."""
 
-    name, peft_type, auto = "seq2seq-lm", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
+    name, auto = "seq2seq-lm", "AutoModelForSeq2SeqLM"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.prompt_column, run.completion_column)]
@@ -131,7 +129,7 @@ def prompt_text(chat: bool, prompt: str, tokenizer: Any) -> str:
 class Classification(OneClass):
     """Rows of a text and its class."""
 
-    name, peft_type, auto = "classification", "SEQ_CLS", "AutoModelForSequenceClassification"
+    name, auto = "classification", "AutoModelForSequenceClassification"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.text_column, run.label_column)]

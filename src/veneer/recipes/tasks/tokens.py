@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..run import Run
 from .base import Row, Task, accuracy, classes, evaluating, likeliest
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1000 by 1000
 
@@ -16,7 +14,7 @@ BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1
 class TokenClassification(Task):
     """Rows of words, a label for each, and where they stand on the page, for models of LayoutLM's kind."""
 
-    name, peft_type, auto = "token-classification", "TOKEN_CLS", "AutoModelForTokenClassification"
+    name, auto = "token-classification", "AutoModelForTokenClassification"
     classes = True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
@@ -120,7 +118,7 @@ def forward_names(model: Any) -> list[str]:
 class QuestionAnswering(Task):
     """Rows of a context, a question, and an answer that stands in the context."""
 
-    name, peft_type, auto = "question-answering", "QUESTION_ANS", "AutoModelForQuestionAnswering"
+    name, auto = "question-answering", "AutoModelForQuestionAnswering"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.context_column, run.question_column, run.answer_column)]

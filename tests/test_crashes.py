@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +136,43 @@ def test_a_writer_that_holds_a_folder_is_waited_for_and_named(tmp_path: Path) ->
         with atomic_write.locked(tmp_path, wait=0.05):
             pass
     with atomic_write.locked(tmp_path, wait=0.05):
+        pass
+
+
+def test_a_thread_waits_for_another_one(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def write() -> None:
+        with atomic_write.locked(tmp_path):
+            order.append("second")
+
+    with atomic_write.locked(tmp_path):
+        thread = threading.Thread(target=write)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+HOLD = "import sys, time; from pathlib import Path; from veneer.io import atomic_write\nwith atomic_write.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_killed_writer_lets_go(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(TimeoutError), atomic_write.locked(tmp_path / "." / ".." / tmp_path.name, wait=0.05):
+        pass
+    other.kill()
+    other.wait()
+    with atomic_write.locked(tmp_path, wait=1):
+        assert list(tmp_path.iterdir()) == []  # no file of the lock's
+
+
+def test_locks_that_cannot_be_written_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))  # as root, no folder is read-only
+    with pytest.raises(OSError, match=r"cannot be locked with .*set TMPDIR"), atomic_write.locked(tmp_path):
         pass
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,37 +81,41 @@ def alive(process: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, wait: float = WAIT) -> Iterator[None]:
-    """Hold a folder for one writer, of this process or another on this machine; a killed one lets go.
+def locked(path: Path, wait: float = WAIT) -> Iterator[None]:
+    """Hold a folder for one writer, of this process or another of the same user on this machine; a killed one lets go.
 
-    Where the system or the file system has no such locks, as on Windows, nothing is held.
+    The path itself is not touched and need not exist: the lock is a file in the user's temporary folder, named by a hash of
+    the path, so that adapter folders hold the adapter's files only.
 
     Raises:
         TimeoutError: another writer holds it for longer than `wait` seconds.
+        OSError: the temporary folder cannot be written.
     """
+    import filelock
+
+    key = hashlib.sha256(os.path.normcase(path.resolve()).encode()).hexdigest()[:32]
+    file = _locks_folder() / f"{key}.lock"
     try:
-        import fcntl
-    except ImportError:
+        # A lock object of its own for each holder: threads of this process exclude one another as processes do.
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        held = filelock.FileLock(file, timeout=wait, poll_interval=0.02).acquire()
+    except filelock.Timeout:
+        raise TimeoutError(
+            f"{path}: another process or thread has been writing into it for {wait:g} s; give each its own folder"
+        ) from None
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"{error.strerror or error}: {path} cannot be locked with {file}; set TMPDIR to a folder for files",
+        ) from error
+    with held:
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise TimeoutError(
-                        f"{folder}: another process or thread has been writing into it for {wait:g} s; give each its own folder"
-                    ) from None
-                time.sleep(0.02)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(handle)
+
+
+def _locks_folder() -> Path:
+    """The folder of this user's locks. Windows' temporary folder is the user's own."""
+    owner = "" if sys.platform == "win32" else f"-{os.getuid()}"
+    return Path(tempfile.gettempdir()) / f"veneer-locks{owner}"
 
 
 def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes]) -> None:

@@ -12,7 +12,7 @@ from ..io import atomic_write
 from .errors import InputError, disk
 
 MARK = "complete.json"  # in a checkpoint, when all else in it is on the disk
-LOCK = ".running"  # in the folder of a run, held while it runs
+LOCK = ".running"  # name of a run's lock; a run also locks its folder, whenever it writes an adapter into it
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -64,14 +64,9 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process runs there.
     """
-    path = folder / LOCK
-    path.touch()
     try:
-        with atomic_write.locked(path, wait=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with atomic_write.locked(folder / LOCK, wait=0):
+            yield
     except TimeoutError as error:
         raise InputError(
             f"{folder}: another process is training there now; wait for it, or give another --out"

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backends import bare_of, linear_of, unknown, unread
 from .defaults import default_targets, model_type
-from .regex import Timed, compiled
+from .regex import BoundedPattern, compiled
 from .suggest import plain, show, suggest
 
 ALL_LINEAR = "all-linear"
@@ -315,7 +315,7 @@ def in_layers(
     return [n for n in names if n in exact or index.get(n) in layers]
 
 
-def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | Timed]) -> dict[str, int]:
+def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | BoundedPattern]) -> dict[str, int]:
     """Name -> index of its layer, for the names that have one."""
     found = {}
     for name in names:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import veneer
 from test_cli import made  # noqa: F401  (a fixture)
+from test_console import OF_DDP, foreign_lines
 from veneer.distributed import sharding
 from veneer.recipes.errors import InputError
 from veneer.recipes.launch import CONFIGS, check, command, without
@@ -26,7 +27,7 @@ from veneer.recipes.recipe import build
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-               "TOKENIZERS_PARALLELISM": "false",
+               "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200",
                "PYTHONPATH": os.pathsep.join([str(Path(veneer.__file__).parents[1]), str(HERE)])}  # fmt: skip
 METHODS = [
     "lora", "dora", "ia3", "oft", "vera", "prefix", "bottleneck", "pissa", "saved", "rows", "norms", "parameter"]  # fmt: skip
@@ -143,6 +144,7 @@ def test_processes_share_a_run_and_one_goes_on_with_it(made: Path, one: Path, tm
     two = tmp_path / "two"
     out = run([sys.executable, "-m", "veneer", *train(made, two, "--processes", "2")])
     assert out.count("held-out loss ") == 1  # one process reports
+    assert foreign_lines(out, OF_DDP) == []
     same_run(one, two)
     cut(two)
     run([sys.executable, "-m", "veneer", *train(made, two, "--resume")])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ..interop.console import quiet_libraries
+
 
 def main() -> None:
     """Entry point of the `veneer` command."""
+    quiet_libraries()
     try:
         from .app import app
     except ModuleNotFoundError as error:

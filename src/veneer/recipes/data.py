@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ def read(name: str) -> list[dict[str, Any]]:
         if not path.is_file():
             raise InputError(f"data {name!r}: there is no such file")
         return from_file(path)
-    import datasets
-
+    datasets = _import_datasets()
     try:
         found = datasets.load_dataset(name, split="train")
     except Exception as error:
@@ -92,8 +92,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def from_file(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL, CSV or Parquet file."""
-    import datasets
-
+    datasets = _import_datasets()
     builder = FILES[path.suffix.lower()]
     try:
         found = datasets.load_dataset(builder, data_files=str(path), split="train")
@@ -104,6 +103,14 @@ def from_file(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"data {str(path)!r} has no rows")
     return rows
+
+
+def _import_datasets() -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():  # a bar in a log file is a line of every state it had
+        datasets.disable_progress_bars()
+    return datasets
 
 
 def beside(rows: list[dict[str, Any]], column: str | None, source: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from veneer.cli.app import COMMON
 from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
 from veneer.recipes.describe_method import describe_method, read_args
-from veneer.recipes.recipe import build
+from veneer.recipes.recipe import build_run
 from veneer.recipes.run import FIELDS, PLAIN, Run
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +52,14 @@ def test_training_defaults(name: str) -> None:
     given = {"model": "m", "data": "d", "method": name.lower()}
     keys = {f.name for f in FIELDS} | {f.name for f in dataclasses.fields(cls)}
     assert set(cls.recipe) <= keys and not {"model", "data", "method", "name"} & set(cls.recipe)
-    run = build(given, {})
+    run = build_run(given, {})
     for key, value in {**PLAIN, **cls.recipe}.items():
         assert (run.method[key] if key in run.method else getattr(run, key)) == value
-    own = build({**given, "learning_rate": 7e-4}, {"warmup": "3"})
+    own = build_run({**given, "learning_rate": 7e-4}, {"warmup": "3"})
     assert (own.learning_rate, own.warmup) == (7e-4, 3)
     for key in set(cls.recipe) - {f.name for f in FIELDS}:
         plain = getattr(cls(), key)
-        assert build({**given, "method": {"name": name.lower(), key: plain}}, {}).method[key] == plain
+        assert build_run({**given, "method": {"name": name.lower(), key: plain}}, {}).method[key] == plain
 
 
 def test_navigation() -> None:

@@ -151,7 +151,7 @@ def test_a_config_of_megabytes_is_not_read(saved: Path) -> None:
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
 def test_expressions_that_take_forever_do_not(field: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regex, "SECONDS", 0.3)
-    regex.compiled.cache_clear()
+    regex.compile_pattern.cache_clear()
     values = json.loads((saved / locate.CONFIG_NAME).read_text())
     evil = r"([a-z]|[a-z._0-9]|\w)+[A-Z]+$"  # which even regex takes forever for
     values[field] = {evil: 4} if field == "rank_pattern" else [evil] if field == "modules_to_save" else evil
@@ -162,7 +162,7 @@ def test_expressions_that_take_forever_do_not(field: str, saved: Path, monkeypat
         with pytest.raises(ValueError, match=r"matching takes more than 0.3 s|modules_to_save"):
             load(saved)
     assert time.perf_counter() - started < 20
-    regex.compiled.cache_clear()
+    regex.compile_pattern.cache_clear()
 
 
 PLAIN = (
@@ -186,7 +186,7 @@ NAMES = ("aaa", "q", "a.q", "aab", "xx", "x", "", "b", "a{e}", "a{1", "{e}", "1"
 
 def same_matches(pattern: str, names: Iterable[str] = NAMES) -> None:
     """The expression finds in each name what re finds."""
-    found = regex.compiled(pattern, "target_modules")
+    found = regex.compile_pattern(pattern, "target_modules")
     for name in names:
         for how in ("match", "fullmatch"):
             ours, theirs = (getattr(p, how)(name) for p in (found, re.compile(pattern)))
@@ -205,7 +205,7 @@ def test_expressions_mean_what_they_mean_to_re(pattern: str) -> None:
 @given(st.text("ab.|*+?()[]{}\\,1^$e<=:-", max_size=12))
 def test_every_expression_matches_as_with_re_or_is_refused(pattern: str) -> None:
     try:
-        regex.compiled(pattern, "target_modules")
+        regex.compile_pattern(pattern, "target_modules")
     except ValueError as error:
         assert "no valid regular expression" in str(error)  # noqa: PT017
         return

@@ -11,7 +11,7 @@ import torch
 
 import veneer
 from veneer.files.embedded import EMBEDDED
-from veneer.recipes.models import load_tokenizer, locate
+from veneer.recipes.models import find_model, load_tokenizer
 from veneer.recipes.tasks import TASKS
 
 
@@ -40,7 +40,9 @@ def test_smollm2() -> None:
         assert (model(**ids).logits - adapted).abs().max() / scale < 2e-5
         model.unmerge_adapter()
         assert torch.equal(model.unload()(**ids).logits, expected)
-    assert Path(locate("smollm2-135m")).is_dir() and EMBEDDED["smollm2-135m"].sha256[:4] in locate("smollm2-135m")
+    assert Path(find_model("smollm2-135m")).is_dir() and EMBEDDED["smollm2-135m"].sha256[:4] in find_model(
+        "smollm2-135m"
+    )
 
 
 def test_minilm() -> None:

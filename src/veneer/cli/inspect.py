@@ -10,7 +10,7 @@ from ..io import locate
 from ..recipes.describe_adapter import describe_adapter, read_header
 
 
-def inspect(adapter: str, everything: bool, check: bool) -> None:
+def inspect_adapter(adapter: str, everything: bool, check: bool) -> None:
     """Print an adapter's config and its tensors."""
     from rich.console import Console
     from rich.markup import escape

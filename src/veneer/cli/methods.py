@@ -8,7 +8,7 @@ from ..recipes.describe_method import describe_method
 from ..recipes.errors import InputError
 
 
-def methods(name: str | None) -> None:
+def show_methods(name: str | None) -> None:
     """Print the methods, or the fields of one."""
     from rich.console import Console
     from rich.markup import escape
@@ -34,12 +34,12 @@ def methods(name: str | None) -> None:
     for line in (found.equation, found.paper, f"{found.adapts} {'Merges' if found.merges else 'Does not merge'}."):
         if line:
             console.print(escape(line))
-    console.print(f"veneer train uses {escape(settings(found.training))} unless told otherwise")
+    console.print(f"veneer train uses {escape(format_settings(found.training))} unless told otherwise")
     table = Table("field", "type", "default", "meaning")
     for row in found.fields:
         table.add_row(*map(escape, row))
     console.print(table)
 
 
-def settings(training: dict[str, Any]) -> str:
+def format_settings(training: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in training.items())

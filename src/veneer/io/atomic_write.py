@@ -24,10 +24,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         OSError: it cannot be written, as on a full disk or in a read-only folder; what was there is as before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    sweep(path)
+    sweep_temporaries(path)
     try:
         write(temporary)
-        sync(temporary)
+        sync_path(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise type(error)(
@@ -36,7 +36,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    sync_path(path.parent)
 
 
 def save_bytes(path: Path, data: bytes) -> None:
@@ -49,7 +49,7 @@ def save_text(path: Path, text: str) -> None:
     save_bytes(path, text.encode())
 
 
-def sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """See that a file, or the names in a folder, are on the disk; not every system can for folders."""
     folder = path.is_dir()
     with contextlib.suppress(OSError) if folder else contextlib.nullcontext():
@@ -60,16 +60,16 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def sweep(path: Path) -> None:
+def sweep_temporaries(path: Path) -> None:
     """Remove what killed processes left beside a file."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError, ValueError):
             owner = int(left.suffixes[-2].removeprefix(".").partition("-")[0])
-            if owner != os.getpid() and not alive(owner) and time.time() - left.stat().st_mtime > STALE:
+            if owner != os.getpid() and not is_alive(owner) and time.time() - left.stat().st_mtime > STALE:
                 left.unlink()
 
 
-def alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(process, 0)
@@ -81,7 +81,7 @@ def alive(process: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: float = WAIT) -> Iterator[None]:
+def hold_lock(path: Path, wait: float = WAIT) -> Iterator[None]:
     """Hold a folder for one writer, of this process or another of the same user on this machine; a killed one lets go.
 
     The path itself is not touched and need not exist: the lock is a file in the user's temporary folder, named by a hash of
@@ -122,17 +122,17 @@ def write_pair(first: tuple[Path, bytes], second: tuple[Path, bytes]) -> None:
     """Write two files of one folder that belong together.
 
     The second is written beside its place before the first is replaced, and put there after: a process that is killed
-    between leaves the new first file and, under `pending`, the new second one, which readers take where it is the one
+    between leaves the new first file and, under `pending_path`, the new second one, which readers take where it is the one
     that the first belongs with.
     """
     path, data = second
-    with locked(path.parent):
-        save_bytes(pending(path), data)
+    with hold_lock(path.parent):
+        save_bytes(pending_path(path), data)
         save_bytes(*first)
-        os.replace(pending(path), path)
-        sync(path.parent)
+        os.replace(pending_path(path), path)
+        sync_path(path.parent)
 
 
-def pending(path: Path) -> Path:
+def pending_path(path: Path) -> Path:
     """Where the second file of a pair waits for the first."""
     return path.with_name(f".{path.name}.next")

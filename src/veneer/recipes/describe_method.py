@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .run import defaults
+from .run import training_defaults
 
 PAPER = re.compile(r"^(?P<title>.+?)\. (?P<paper>.*?\d{4}, arxiv\.org/abs/[\d.]+\d.*?)(?:: +(?P<equation>\S.*))?$")
 
@@ -69,7 +69,7 @@ def describe_method(cls: Any) -> MethodDescription:
         fields=fields,
         merges=not set(cls.hooks) & {"post", "prompt", "prefix"},
         adapts=_describe_place(cls),
-        training=defaults(cls),
+        training=training_defaults(cls),
     )
 
 

@@ -12,7 +12,7 @@ from .errors import InputError
 QUANTIZED = ("int8", "nf4", "fp4")
 
 
-def quantization(storage: str, dtype: str) -> Any:
+def make_quantization(storage: str, dtype: str) -> Any:
     """Transformers' config to store linear layers in 8 or 4 bits with bitsandbytes.
 
     4 bits are those of Dettmers et al. 2023, arxiv.org/abs/2305.14314 (QLoRA), with the scales quantized too.
@@ -37,7 +37,7 @@ def quantization(storage: str, dtype: str) -> Any:
     )
 
 
-def locate(name: str) -> str:
+def find_model(name: str) -> str:
     """Return what `from_pretrained` takes for a model's name.
 
     Raises:
@@ -58,9 +58,9 @@ def load_model(name: str, auto: str, task: str, dtype: str, quantize: str | None
     import torch
     import transformers
 
-    where = locate(name)
+    where = find_model(name)
     if quantize is not None:
-        options["quantization_config"] = quantization(quantize, dtype)
+        options["quantization_config"] = make_quantization(quantize, dtype)
     transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
         return getattr(transformers, auto).from_pretrained(where, dtype=getattr(torch, dtype), **options)
@@ -76,7 +76,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    where = locate(name)
+    where = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:

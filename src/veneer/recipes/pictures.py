@@ -21,12 +21,12 @@ SHA256 = {
 }
 
 
-def images(name: str) -> list[dict[str, Any]]:
+def read_images(name: str) -> list[dict[str, Any]]:
     """Rows of (H, W) grey bytes and a class."""
-    return digits() if name == "digits" else fashion("t10k" if name.endswith("test") else "train")
+    return read_digits() if name == "digits" else read_fashion("t10k" if name.endswith("test") else "train")
 
 
-def digits() -> list[dict[str, Any]]:
+def read_digits() -> list[dict[str, Any]]:
     """1,797 handwritten digits of 8 by 8 pixels, of the UCI repository, in scikit-learn's wheel (BSD-3)."""
     import numpy as np
 
@@ -39,7 +39,7 @@ def digits() -> list[dict[str, Any]]:
     return [{"image": image, "label": str(label)} for image, label in zip(pixels, found.target, strict=True)]
 
 
-def fashion(part: str) -> list[dict[str, Any]]:
+def read_fashion(part: str) -> list[dict[str, Any]]:
     """Pieces of clothing of 28 by 28 pixels, in ten classes: 60,000 to train on and 10,000 to test.
 
     References:

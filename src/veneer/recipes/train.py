@@ -18,11 +18,11 @@ from ..interop import liger
 from ..io import atomic_write, locate, safe_read
 from ..training.findings import WatchError
 from . import data as rows_of
-from .checkpoints import alone, drop_broken, last_checkpoint, running
+from .checkpoints import drop_broken, hold_run, last_checkpoint, lock_folder
 from .errors import InputError, PointlessError, user_input
 from .launch import check_rows
 from .malloc import release_memory
-from .report import Report, peak_memory, plot, show
+from .report import Report, peak_memory, plot_losses, show_report
 from .run import Run
 from .tasks import TASKS
 from .tasks.base import Row, Task
@@ -47,7 +47,7 @@ def train(run: Run, *, resume: bool = False, overwrite: bool = False) -> Report:
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
-    with running(run.folder) as held:
+    with hold_run(run.folder) as held:
         return run_it(run, resume, overwrite, held)
 
 
@@ -68,11 +68,11 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
     """See `train`; `held` is left when it ends, and with it the run's folder is free."""
     from rich.console import Console
 
-    rank, processes = place()
+    rank, processes = process_rank()
     check_rows(run, processes)
     console = Console(quiet=rank > 0)
     task = TASKS[run.task]
-    found = rows_of.load(run)
+    found = rows_of.load_data(run)
     with console.status(f"loading {run.model}"):
         loaded = _load(run, found, resume, overwrite, held if rank == 0 else None)
     folder, base, processor = loaded.folder, loaded.base, loaded.processor
@@ -117,7 +117,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
     trainer.accelerator.wait_for_everyone()
     if rank == 0:
         loaded.purpose.save(folder)
-        plot(folder, "loss (nats a token)" if task.by_token else "loss")
+        plot_losses(folder, "loss (nats a token)" if task.by_token else "loss")
     answers = zip(prompts, says_before, says_after, strict=True)
     report = Report(
         run=dataclasses.asdict(run),
@@ -125,7 +125,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
         loss_after=after["eval_loss"],
         accuracy_before=before.get("eval_accuracy"),
         accuracy_after=after.get("eval_accuracy"),
-        measured={k.removeprefix("eval_"): (before[k], after[k]) for k in after if k in before and measures(k)},
+        measured={k.removeprefix("eval_"): (before[k], after[k]) for k in after if k in before and is_measure(k)},
         samples=[{"prompt": p, "before": b, "after": a} for p, b, a in answers][: run.samples],
         **sizes,
         adapter_bytes=(folder / locate.WEIGHTS_NAME).stat().st_size,
@@ -136,7 +136,7 @@ def run_it(run: Run, resume: bool, overwrite: bool, held: ExitStack) -> Report:
     if rank == 0:
         report.save(folder)
         (folder / "before.json").unlink(missing_ok=True)
-        show(console, report, folder)
+        show_report(console, report, folder)
     if processes > 1:
         import torch.distributed as dist
 
@@ -161,7 +161,7 @@ def _load(run: Run, found: rows_of.Data, resume: bool, overwrite: bool, held: Ex
     # Only now, so that data which cannot be used replace no earlier run.
     folder = prepare_folder(run, resume, overwrite, held)
     # Before the model: under ZeRO-3 each process then keeps its part of the weights only, as they are read.
-    arguments = settings(run, len(train_rows), folder)
+    arguments = training_arguments(run, len(train_rows), folder)
     purpose = Trained(run.task, tuple(found.labels), run.image_size)
     base = purpose.load(run.model, run.dtype, run.quantize)
     if getattr(base.config, "pad_token_id", None) is None:
@@ -209,7 +209,7 @@ def _announce(run: Run, loaded: _Loaded, model: Any, console: Any) -> dict[str, 
     return {"trained_parameters": trained, "all_parameters": total, "model_bytes": sum(held)}
 
 
-def measures(key: str) -> bool:
+def is_measure(key: str) -> bool:
     """Whether a figure of Trainer's is of the model, and not of the time it took or the loss, which is apart."""
     return key.startswith("eval_") and not key.endswith(("_loss", "_runtime", "_per_second", "_preparation_time"))
 
@@ -230,7 +230,7 @@ def keep_statistics(base: Any) -> None:
             vars(module)["train"] = lambda mode=True, module=module: module  # Trainer's model.train() leaves it so
 
 
-def place() -> tuple[int, int]:
+def process_rank() -> tuple[int, int]:
     """The rank of this process and how many there are, as the launcher says."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -261,7 +261,7 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool, held: ExitStack | No
                 f"--resume: {k} is {now[k]!r} now and was {before.get(k)!r}; resume with the run's own recipe"
             )
         if held is not None:
-            held.enter_context(alone(folder))
+            held.enter_context(lock_folder(folder))
             drop_broken(folder)
         return folder
     if held is None:  # the first process complains, and may have made its files by now
@@ -271,7 +271,7 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool, held: ExitStack | No
         remedy = "" if finished else "--resume to continue it, "
         raise InputError(f"{folder} holds {what}; use {remedy}--overwrite to replace it, or another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(alone(folder))
+    held.enter_context(lock_folder(folder))
     if overwrite:
         for name in OURS:
             (folder / name).unlink(missing_ok=True)
@@ -281,12 +281,12 @@ def prepare_folder(run: Run, resume: bool, overwrite: bool, held: ExitStack | No
     return folder
 
 
-def settings(run: Run, rows: int, folder: Path) -> Any:
+def training_arguments(run: Run, rows: int, folder: Path) -> Any:
     """A run with some rows to train on, as Trainer's arguments."""
     import torch
     from transformers import TrainingArguments
 
-    cpu, processes = not torch.accelerator.is_available(), place()[1]
+    cpu, processes = not torch.accelerator.is_available(), process_rank()[1]
     # accelerate runs these on CPUs only where it is not told that they are what it runs on
     sharding = "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
     per_step = run.batch_size * run.gradient_accumulation

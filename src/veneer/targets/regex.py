@@ -67,7 +67,7 @@ class BoundedPattern:
 
 
 @functools.lru_cache(maxsize=1024)
-def compiled(pattern: str, field: str, value: str | None = None) -> BoundedPattern:
+def compile_pattern(pattern: str, field: str, value: str | None = None) -> BoundedPattern:
     """A config's regular expression.
 
     Args:

@@ -55,14 +55,14 @@ class Talk:
         """
         from transformers import AutoConfig
 
-        from ..recipes.models import load_tokenizer, locate
+        from ..recipes.models import find_model, load_tokenizer
         from ..recipes.tasks import TASKS
 
         if name == self.name:
             return
         where = self.folder.model(name)
         with user_input():
-            config = AutoConfig.from_pretrained(locate(where))
+            config = AutoConfig.from_pretrained(find_model(where))
             writes = str((getattr(config, "architectures", None) or [""])[0])
             if not writes.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
                 raise InputError(
@@ -107,7 +107,7 @@ class Talk:
         """
         import torch
 
-        from ..recipes.tasks.base import complete
+        from ..recipes.tasks.base import complete_prompts
         from ..recipes.tasks.text import prompt_text
 
         if not prompt.strip():
@@ -121,7 +121,7 @@ class Talk:
 
             def say() -> str:
                 torch.manual_seed(seed)
-                return complete(self.base, self.tokenizer, [text], int(tokens), **options)[0]
+                return complete_prompts(self.base, self.tokenizer, [text], int(tokens), **options)[0]
 
             with user_input():
                 if self.model is None:

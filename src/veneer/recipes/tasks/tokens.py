@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..run import Run
-from .base import Row, Task, accuracy, classes, evaluating, likeliest
+from .base import Row, Task, classes, classify_rows, compute_accuracy, eval_mode
 
 BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1000 by 1000
 
@@ -48,7 +48,11 @@ class TokenClassification(Task):
         numbers, made = {name: i for i, name in enumerate(labels)}, []
         for row in rows:
             words = [str(w) for w in row[run.words_column]]
-            boxes = {"boxes": row[run.boxes_column]} if "boxes" in wants(processor) and run.boxes_column in row else {}
+            boxes = (
+                {"boxes": row[run.boxes_column]}
+                if "boxes" in list_arguments(processor) and run.boxes_column in row
+                else {}
+            )
             split = {} if boxes else {"is_split_into_words": True}
             found = processor(words, **boxes, **split, truncation=True, max_length=run.max_length)
             owners = found.word_ids()
@@ -83,7 +87,7 @@ class TokenClassification(Task):
         return batch
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        return accuracy(prediction)
+        return compute_accuracy(prediction)
 
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         """Words between spaces; where they stand on a page is not said."""
@@ -96,14 +100,14 @@ class TokenClassification(Task):
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
         """Words with their classes; those of the class "O", which stands for none, are left out."""
         said = []
-        for row, (logits, labels) in likeliest(self, run, model, processor, rows):
+        for row, (logits, labels) in classify_rows(self, run, model, processor, rows):
             found = logits[labels != -100].argmax(-1).tolist()  # of the words that were not cut off
             pairs = zip(row[run.words_column], (model.config.id2label[i] for i in found), strict=False)
             said.append(" ".join(f"{w}/{label}" for w, label in pairs if label != "O"))
         return said
 
 
-def wants(processor: Any) -> list[str]:
+def list_arguments(processor: Any) -> list[str]:
     import inspect
 
     return list(inspect.signature(processor.__call__).parameters)
@@ -125,7 +129,7 @@ class QuestionAnswering(Task):
 
     def check(self, run: Run, rows: list[Row], source: str) -> None:
         for i, row in enumerate(rows, 1):
-            start, text = answer(run, row)
+            start, text = find_answer(run, row)
             context = str(row[run.context_column])
             if not text or start < 0 or context[start : start + len(text)] != text:
                 raise InputError(
@@ -137,7 +141,7 @@ class QuestionAnswering(Task):
         """Token spans of the answers; rows whose answer is cut off are left out."""
         made = []
         for row in rows:
-            start, text = answer(run, row)
+            start, text = find_answer(run, row)
             found = processor(
                 str(row[run.question_column]), str(row[run.context_column]), truncation="only_second",
                 max_length=run.max_length,
@@ -189,7 +193,7 @@ class QuestionAnswering(Task):
             cut = {"truncation": "only_second", "max_length": run.max_length, "return_tensors": "pt"}
             inputs = processor(question, context, **cut)
             inside = torch.tensor([owner == 1 for owner in inputs.sequence_ids(0)])  # (T,) of the context
-            with evaluating(model):
+            with eval_mode(model):
                 out = model(**{k: v.to(model.device) for k, v in inputs.items()})
             pairs = (out.start_logits[0, :, None] + out.end_logits[0]).cpu().float()  # (T, T)
             pairs = pairs.masked_fill(~(inside[:, None] & inside).triu(), -torch.inf)
@@ -198,7 +202,7 @@ class QuestionAnswering(Task):
         return said
 
 
-def answer(run: Run, row: Row) -> tuple[int, str]:
+def find_answer(run: Run, row: Row) -> tuple[int, str]:
     """Where an answer starts, and its text: {"text": [...], "answer_start": [...]}, or a text that is looked for."""
     given = row[run.answer_column]
     if isinstance(given, dict):

@@ -158,7 +158,7 @@ def test_a_thread_waits_for_another_one(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
-HOLD = "import sys, time; from pathlib import Path; from veneer.io import atomic_write\nwith atomic_write.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from veneer.io import atomic_write\nwith atomic_write.hold_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_killed_writer_lets_go(tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ TASKS = {
 
 def measure(task: Task, name: str, quick: bool) -> dict[str, Any]:
     """Train one method as `veneer train` does, and what came of it."""
-    from veneer.recipes.recipe import build
+    from veneer.recipes.recipe import build_run
     from veneer.recipes.train import train
 
     before = load()
     with tempfile.TemporaryDirectory() as folder:
         options = {**task.run, **(task.quick if quick else {}), "method": name.lower(), "out": folder}
-        report = train(build(options, {}), overwrite=True)
+        report = train(build_run(options, {}), overwrite=True)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
     curve = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
     run = report.run

@@ -43,7 +43,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     import transformers
     from transformers import AutoConfig
 
-    from veneer.recipes.models import load_model, locate
+    from veneer.recipes.models import find_model
     from veneer.recipes.tasks import TASKS
 
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     task = "classification" if name.startswith("minilm") else "causal-lm"
     # The libraries start in a small model of the same kind, and not in what is measured.
-    config = AutoConfig.from_pretrained(locate(name), num_hidden_layers=1, vocab_size=1024)
+    config = AutoConfig.from_pretrained(find_model(name), num_hidden_layers=1, vocab_size=1024)
     config.pad_token_id = config.pad_token_id or 0
     small = getattr(transformers, TASKS[task].auto).from_config(config, dtype=getattr(torch, dtype))
     # In a thread of its own, whose scratch memory goes with it.
@@ -61,7 +61,7 @@ def one(name: str, rows: int, tokens: int, dtype: str, checkpointing: bool, layo
     del small, thread
     gc.collect()
     before = resident("VmRSS")
-    base = load_model(name, task, dtype)
+    base = TASKS[task].load_model(name, dtype)
     base.config.pad_token_id = base.config.pad_token_id or 0
     for p in base.parameters():  # out of the file's pages, which come and go as the system likes
         p.data = p.data.clone()

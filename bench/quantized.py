@@ -73,7 +73,7 @@ def peak(store: str, rows: int, tokens: int, steps: int = 3) -> dict[str, Any]:
 
     import veneer
     from veneer.recipes.malloc import release_memory
-    from veneer.recipes.models import load_model
+    from veneer.recipes.tasks import TASKS
 
     from .plan import resident
 
@@ -81,7 +81,7 @@ def peak(store: str, rows: int, tokens: int, steps: int = 3) -> dict[str, Any]:
     quantize = None if store == "float32" else store
     if quantize is not None:
         release_memory()
-    base = load_model("smollm2-135m", "causal-lm", "float32", quantize)
+    base = TASKS["causal-lm"].load_model("smollm2-135m", "float32", quantize)
     if quantize is not None:
         veneer.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     model = veneer.get_peft_model(base, veneer.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))

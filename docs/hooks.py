@@ -13,22 +13,22 @@ OWN = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog
 
 def pages() -> dict[str, str]:
     """Path -> Markdown of every method's page and of their index."""
-    from veneer.cli.methods import about
     from veneer.methods.registry import METHODS
+    from veneer.recipes.describe_method import describe_method
 
     known = sorted(METHODS.items())
     made = {f"methods/{name.lower()}.md": page(name, cls) for name, cls in known}
     lines = ["# Methods", "", "| name | config | what it does |", "|---|---|---|"]
-    lines += [f"| [{n.lower()}]({n.lower()}.md) | `{c.__name__}` | {cell(about(c).summary)} |" for n, c in known]
+    lines += [f"| [{n.lower()}]({n.lower()}.md) | `{c.__name__}` | {cell(describe_method(c).summary)} |" for n, c in known]
     return {"methods/index.md": "\n".join([*lines, ""]), **made}
 
 
 def page(name: str, cls: Any) -> str:
     """The page of one method, from its file."""
-    from veneer.cli.methods import about
+    from veneer.recipes.describe_method import describe_method
     from veneer.recipes.run import HELP
 
-    found = about(cls)
+    found = describe_method(cls)
     key = name.lower()
     lines = [f"# {found.title}", "", found.summary, ""]
     if found.equation:

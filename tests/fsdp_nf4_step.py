@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import veneer
 from processes_step import METHODS, VOCABULARY, plain
 from veneer.kernels import linear
-from veneer.recipes.launch import leave
+from veneer.recipes.launch import leave_process
 
 SIZES = {
     "uint8": (34, 51),
@@ -98,7 +98,7 @@ def main(label: str, folder: Path, storage: str, how: str, names: list[str]) -> 
         (folder / f"{label}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.barrier()
-        leave()
+        leave_process()
 
 
 if __name__ == "__main__":

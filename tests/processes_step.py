@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import veneer
 from veneer.distributed import sharding
 from veneer.kernels import linear
-from veneer.recipes.launch import leave
+from veneer.recipes.launch import leave_process
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 12, 64
 TASK = "CAUSAL_LM"
@@ -212,7 +212,7 @@ def main(layout: str, folder: Path, names: list[str]) -> None:
         (folder / f"{layout}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.barrier()
-        leave()
+        leave_process()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import veneer
 from veneer.algebra import modes
 from veneer.kernels import gated, linear
-from veneer.recipes.launch import leave
+from veneer.recipes.launch import leave_process
 
 
 class Block(nn.Module):
@@ -64,7 +64,7 @@ def main(rank: int, store: str) -> None:
         check(how, rank)
         print(how, "is right")
     dist.barrier()
-    leave()
+    leave_process()
 
 
 def check(how: str, rank: int) -> None:

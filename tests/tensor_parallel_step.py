@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 import veneer
 from processes_step import EVERY, METHODS, TASK, base, batches, trained
 from veneer.kernels import linear
-from veneer.recipes.launch import leave
+from veneer.recipes.launch import leave_process
 
 CASES: dict[str, Any] = {
     **{name: make for name, make in METHODS.items() if name != "saved"},
@@ -107,7 +107,7 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
-    leave()
+    leave_process()
 
 
 if __name__ == "__main__":

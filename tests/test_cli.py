@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from veneer.cli.app import app
 from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
-from veneer.recipes.data import LANGUAGES, read
+from veneer.recipes.data import LANGUAGES, read_rows
 from words import LABELLED, PAIRS, write_models
 
 SMALL = [
@@ -233,8 +233,8 @@ def test_methods_and_help() -> None:
 
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_embedded_translations(name: str) -> None:
-    rows = read(name)
-    assert 700 < len(rows) < 900 and rows == read(name)
+    rows = read_rows(name)
+    assert 700 < len(rows) < 900 and rows == read_rows(name)
     assert all(r["prompt"].startswith("English: ") and r["completion"].strip() for r in rows)
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +71,7 @@ def test_every_failing_call_of_a_save_leaves_the_old_adapter(kind: int, tmp_path
                 failed += 1
                 assert error.errno == kind  # noqa: PT017  (a later call may not fail)
                 if "was not written" not in str(error):  # the last rename, which puts the config in its place
-                    assert atomic_write.pending(folder / locate.CONFIG_NAME).is_file()
+                    assert atomic_write.pending_path(folder / locate.CONFIG_NAME).is_file()
         now = crashes.held(folder)
         assert crashes.same(now, wanted) or crashes.same(now, fresh), n
         assert not list(folder.glob(".*.tmp"))
@@ -96,13 +100,13 @@ def test_the_config_of_a_save_that_was_killed_between_the_files(tmp_path: Path) 
     before = (tmp_path / "a" / locate.CONFIG_NAME).read_bytes()
     new.save_pretrained(tmp_path / "a")
     path = tmp_path / "a" / locate.CONFIG_NAME
-    os.replace(path, atomic_write.pending(path))
+    os.replace(path, atomic_write.pending_path(path))
     whole = crashes.held(tmp_path / "a")  # where there was none before
     path.write_bytes(before)
     assert crashes.same(crashes.held(tmp_path / "a"), whole) and whole[0].r == 8
     old.save_pretrained(tmp_path / "a")
-    assert not atomic_write.pending(path).exists() and crashes.held(tmp_path / "a")[0].r == 4
-    atomic_write.pending(path).write_text(json.dumps({"peft_type": "LORA"}))  # of another save: it is let be
+    assert not atomic_write.pending_path(path).exists() and crashes.held(tmp_path / "a")[0].r == 4
+    atomic_write.pending_path(path).write_text(json.dumps({"peft_type": "LORA"}))  # of another save: it is let be
     assert crashes.held(tmp_path / "a")[0].r == 4
 
 
@@ -128,17 +132,57 @@ def test_threads_that_save_into_one_folder_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_holds_a_folder_is_waited_for_and_named(tmp_path: Path) -> None:
-    with atomic_write.locked(tmp_path), pytest.raises(TimeoutError, match="another process or thread has been writing"):
-        with atomic_write.locked(tmp_path, wait=0.05):
+    with (
+        atomic_write.hold_lock(tmp_path),
+        pytest.raises(TimeoutError, match="another process or thread has been writing"),
+    ):
+        with atomic_write.hold_lock(tmp_path, wait=0.05):
             pass
-    with atomic_write.locked(tmp_path, wait=0.05):
+    with atomic_write.hold_lock(tmp_path, wait=0.05):
+        pass
+
+
+def test_a_thread_waits_for_another_one(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def write() -> None:
+        with atomic_write.hold_lock(tmp_path):
+            order.append("second")
+
+    with atomic_write.hold_lock(tmp_path):
+        thread = threading.Thread(target=write)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+HOLD = "import sys, time; from pathlib import Path; from veneer.io import atomic_write\nwith atomic_write.hold_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_killed_writer_lets_go(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(TimeoutError), atomic_write.hold_lock(tmp_path / "." / ".." / tmp_path.name, wait=0.05):
+        pass
+    other.kill()
+    other.wait()
+    with atomic_write.hold_lock(tmp_path, wait=1):
+        assert list(tmp_path.iterdir()) == []  # no file of the lock's
+
+
+def test_locks_that_cannot_be_written_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))  # as root, no folder is read-only
+    with pytest.raises(OSError, match=r"cannot be locked with .*set TMPDIR"), atomic_write.hold_lock(tmp_path):
         pass
 
 
 def test_two_runs_in_one_folder(made: Path, tmp_path: Path) -> None:  # noqa: F811
     where = ["--model", made / "causal", "--data", made / "pairs.jsonl", "--out", tmp_path / "run", "--steps", 2]
     (tmp_path / "run").mkdir()
-    with checkpoints.alone(tmp_path / "run"):
+    with checkpoints.lock_folder(tmp_path / "run"):
         said = command("train", *where, ok=False).output
     assert "another process is training there now" in " ".join(said.split())
     command("train", *where)
@@ -165,17 +209,17 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
         os.utime(path, (0, 0))
     fresh = tmp_path / ".a.json.999999998.tmp"
     fresh.write_text("x")
-    atomic_write.sweep(tmp_path / "a.json")
+    atomic_write.sweep_temporaries(tmp_path / "a.json")
     assert not old.exists() and own.exists() and fresh.exists()
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path: Path) -> None:
-    from veneer.recipes.report import plot
+    from veneer.recipes.report import plot_losses
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     assert [m["step"] for m in safe_read.json_lines(path)] == [1, 2]
-    plot(tmp_path)
+    plot_losses(tmp_path)
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from veneer.cli.app import COMMON
-from veneer.cli.methods import about, describe
 from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
-from veneer.recipes.recipe import build
+from veneer.recipes.describe_method import describe_method, read_args
+from veneer.recipes.recipe import build_run
 from veneer.recipes.run import FIELDS, PLAIN, Run
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,12 @@ PAGES = hooks().pages()
 def test_page(name: str) -> None:
     cls, page = METHODS[name], PAGES[f"methods/{name.lower()}.md"]
     fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(COMMON)
-    texts = describe(inspect.cleandoc(cls.__doc__ or "").splitlines())
+    texts = read_args(inspect.cleandoc(cls.__doc__ or "").splitlines())
     assert set(texts) == fields, "fields without a text, or texts without a field"
     assert all(texts.values())
     assert all(f"\n| `{f}` |" in page for f in fields)
     assert f"peft_type: {name}" in page and f"--method {name.lower()} " in page and cls.__name__ in page
-    found = about(cls)
+    found = describe_method(cls)
     assert len(found.summary) <= 100
     # Rows of an embedding, taught as they are, have no paper.
     assert name == "TRAINABLE_TOKENS" or (found.references and "](https://arxiv.org/abs/" in page and found.paper)
@@ -52,14 +52,14 @@ def test_training_defaults(name: str) -> None:
     given = {"model": "m", "data": "d", "method": name.lower()}
     keys = {f.name for f in FIELDS} | {f.name for f in dataclasses.fields(cls)}
     assert set(cls.recipe) <= keys and not {"model", "data", "method", "name"} & set(cls.recipe)
-    run = build(given, {})
+    run = build_run(given, {})
     for key, value in {**PLAIN, **cls.recipe}.items():
         assert (run.method[key] if key in run.method else getattr(run, key)) == value
-    own = build({**given, "learning_rate": 7e-4}, {"warmup": "3"})
+    own = build_run({**given, "learning_rate": 7e-4}, {"warmup": "3"})
     assert (own.learning_rate, own.warmup) == (7e-4, 3)
     for key in set(cls.recipe) - {f.name for f in FIELDS}:
         plain = getattr(cls(), key)
-        assert build({**given, "method": {"name": name.lower(), key: plain}}, {}).method[key] == plain
+        assert build_run({**given, "method": {"name": name.lower(), key: plain}}, {}).method[key] == plain
 
 
 def test_navigation() -> None:

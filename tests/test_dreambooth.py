@@ -17,7 +17,7 @@ from safetensors import safe_open
 import diffusion
 from veneer.cli.app import app
 from veneer.recipes.dreambooth import images
-from veneer.recipes.dreambooth.plan import plan
+from veneer.recipes.dreambooth.plan import plan_run
 from veneer.recipes.dreambooth.settings import DreamBooth
 from veneer.recipes.errors import InputError
 
@@ -122,18 +122,18 @@ def test_bad_input_is_one_line_and_loses_nothing(made: Path, tmp_path: Path) -> 
 
 
 def test_images_of_all_modes(made: Path) -> None:
-    for path in images.files(made / "subject"):
-        image = images.read(path)
+    for path in images.list_images(made / "subject"):
+        image = images.read_image(path)
         assert image.mode == "RGB"
         low, high = image.convert("L").getextrema()
         assert high - low > 100, path
-        t = images.tensor(image, 32, (0.0, 1.0))
+        t = images.to_tensor(image, 32, (0.0, 1.0))
         assert t.shape == (3, 32, 32) and -1 <= float(t.min()) < float(t.max()) <= 1
     clear = Image.new("RGBA", (9, 9), (0, 0, 0, 0))
     clear.save(made / "clear.png")
-    assert images.read(made / "clear.png").getpixel((4, 4)) == (255, 255, 255)
+    assert images.read_image(made / "clear.png").getpixel((4, 4)) == (255, 255, 255)
     with pytest.raises(InputError, match="cannot be read"):
-        images.read(Path(__file__))
+        images.read_image(Path(__file__))
 
 
 @pytest.mark.parametrize(("checkpointing", "published"), [(False, 15.5), (True, 8.12)])
@@ -144,19 +144,19 @@ def test_memory_of_stable_diffusion(checkpointing: bool, published: float) -> No
         class_prompt="a photo of a dog", train_text_encoder=True, attention="eager",
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    peak, trained = plan(run)
+    peak, trained = plan_run(run)
     assert peak.device / 1e9 == pytest.approx(published, rel=0.05)
     assert trained == 4_368_384
-    now, _ = plan(DreamBooth(**{**vars(run), "attention": "sdpa"}))
+    now, _ = plan_run(DreamBooth(**{**vars(run), "attention": "sdpa"}))
     assert now.card < 11e9
 
 
 def test_the_loss_weighs_subject_and_class(made: Path) -> None:
     from veneer.recipes.dreambooth.denoiser import Denoiser
-    from veneer.recipes.dreambooth.train import load, noise_of
+    from veneer.recipes.dreambooth.train import load_pipeline, noise_of
 
     run = DreamBooth(model=str(made / "model"), instance_data="x", instance_prompt="y")
-    pipe = load(run)
+    pipe = load_pipeline(run)
     pixels, ids = torch.rand(4, 3, 32, 32) * 2 - 1, torch.ones(4, 16, dtype=torch.long)
 
     def loss(weight: float) -> float:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from test_cli import SMALL, made, veneer  # noqa: F401
-from veneer.recipes.models import locate
+from veneer.recipes.models import find_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OPT, T0 = EXAMPLES / "opt_int8" / "recipe.yaml", EXAMPLES / "t0_3b_zero3_offload" / "recipe.yaml"
@@ -76,7 +76,7 @@ def test_the_tweets_are_what_the_recipe_wants() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 def test_smollm2_in_few_bits(storage: str, tmp_path: Path) -> None:
-    locate("smollm2-135m")
+    find_model("smollm2-135m")
     more = ["--quantize", storage, "--dtype", "float32", "--steps", 20, "--warmup", 2, "--gradient-accumulation", 1]
     veneer("train", OPT, "--model", "smollm2-135m", "--out", tmp_path / "run", *more, "--learning-rate", "2e-3")
     report = reported(tmp_path / "run")

@@ -100,10 +100,12 @@ def test_the_command_line_says_so(tmp_path, monkeypatch):
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     import veneer.recipes.train as training
 
-    monkeypatch.setattr("veneer.recipes.trained.load_model", lambda *a, **k: base)
     task = training.TASKS["causal-lm"]
+    monkeypatch.setattr(task, "load_model", lambda *a, **k: base, raising=False)
     monkeypatch.setattr(task, "processor", lambda run: types.SimpleNamespace(pad_token_id=0), raising=False)
-    monkeypatch.setattr(training.rows_of, "load", lambda run: types.SimpleNamespace(labels=[], train=[], held_out=[]))
+    monkeypatch.setattr(
+        training.rows_of, "load_data", lambda run: types.SimpleNamespace(labels=[], train=[], held_out=[])
+    )
     monkeypatch.setattr(task, "encode", lambda *a: [], raising=False)
     command = [
         "train",

@@ -27,7 +27,7 @@ pytest.importorskip("playwright", reason="needs playwright: pip install playwrig
 from veneer.ui import folder as folders  # noqa: E402
 from veneer.ui.folder import Folder  # noqa: E402
 from veneer.ui.runner import Runner  # noqa: E402
-from veneer.ui.training import arguments_of, flags_of, method_fields, methods  # noqa: E402
+from veneer.ui.training import arguments_of, flags_of, list_methods, method_fields  # noqa: E402
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_links_and_lies_in_zips(folder: Folder, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InputError, match="10 are allowed"):
         folder.unzip(str(packed(tmp_path / "b.zip", {"a.txt": b"x" * 11})), "new")
     with pytest.raises(InputError, match="larger than the zip says"):
-        folders.copy(io.BytesIO(b"x" * 20), io.BytesIO(), 10, "a")
+        folders.copy_member(io.BytesIO(b"x" * 20), io.BytesIO(), 10, "a")
 
 
 def test_the_form_is_the_command(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_further_settings_that_cannot_be(text: str) -> None:
 
 
 def test_every_method_has_its_fields() -> None:
-    for name in methods():
+    for name in list_methods():
         assert all(len(f) == 3 for f in method_fields(name.lower()))
 
 

@@ -18,7 +18,7 @@ from bench.plan import CASES, measured, predicted
 from veneer.cli.app import app
 from veneer.planning import ledger, size, skeleton
 from veneer.planning.estimate import Bench
-from veneer.planning.layout import BUCKET, LIVE, Counted, peak
+from veneer.planning.layout import BUCKET, LIVE, Counted, compute_peak
 from veneer.planning.settings import Settings
 
 # The announcement's table: one A100, float32, AdamW, LoRA r=8 on the default targets, RAFT twitter_complaints, batch 8.
@@ -44,7 +44,7 @@ def test_published_peaks(model: str, method: str) -> None:
     rows = [(more, gigabytes) for m, k, more, gigabytes in PUBLISHED if (m, k) == (model, method)]
     if not rows:
         pytest.skip("it did not fit their GPU")
-    config, untied, _ = skeleton.configuration(model)
+    config, untied, _ = skeleton.load_configuration(model)
     settings = Settings(task=skeleton.task_of(config), **SAID)
     bench = Bench(config, untied, veneer.LoraConfig(**LORA) if method == "lora" else None)
     for more, gigabytes in rows:  # what `veneer.plan` would say, with one build for all
@@ -75,8 +75,8 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_shipped_shapes_are_the_released_ones(name: str) -> None:
-    config, untied, _ = skeleton.configuration(name)
-    model = skeleton.build(config, skeleton.task_of(config), torch.float32, None, untied)
+    config, untied, _ = skeleton.load_configuration(name)
+    model = skeleton.build_model(config, skeleton.task_of(config), torch.float32, None, untied)
     assert sum(p.numel() for p in model.parameters()) == NUMBERS[name]
 
 
@@ -122,9 +122,9 @@ def test_shapes_hold_what_tensors_do(checkpointing: bool, dropout: float) -> Non
             base = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
         model = veneer.get_peft_model(base, veneer.LoraConfig(r=8, target_modules="all-linear", lora_dropout=dropout))
         inputs = {k: v if device == "meta" else torch.zeros(v.shape, dtype=v.dtype)
-                  for k, v in ledger.batch("causal-lm", 4, 128, 0).items()}  # fmt: skip
+                  for k, v in ledger.make_batch("causal-lm", 4, 128, 0).items()}  # fmt: skip
         for _ in range(2):  # what is kept from call to call is there after the first
-            found = ledger.step(model, inputs, checkpointing=checkpointing, accumulates=False, device="cpu")
+            found = ledger.measure_step(model, inputs, checkpointing=checkpointing, accumulates=False, device="cpu")
         peaks[device] = sum(found.values())
     assert peaks["meta"] == pytest.approx(peaks["cpu"], rel=0.06)
 
@@ -183,7 +183,7 @@ def test_layouts() -> None:
     c.step.update({ledger.ACTIVATIONS: 10**9, ledger.GRADIENTS: 4 * 10**8})
 
     def parts(**settings: Any) -> tuple[dict[str, int], dict[str, int]]:
-        found = peak(c, Settings(**settings))
+        found = compute_peak(c, Settings(**settings))
         assert found.card == found.device + sum(p.bytes for p in found.outside)
         return {p.name: p.bytes for p in found.parts}, {p.name: p.bytes for p in found.host_parts}
 

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 
 import veneer
 from test_cli import made  # noqa: F401  (a fixture)
+from test_console import OF_DDP, foreign_lines
 from veneer.distributed import sharding
 from veneer.recipes.errors import InputError
-from veneer.recipes.launch import CONFIGS, check, command, without
-from veneer.recipes.recipe import build
+from veneer.recipes.launch import CONFIGS, check_launch, drop_options, launch_command
+from veneer.recipes.recipe import build_run
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-               "TOKENIZERS_PARALLELISM": "false",
+               "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200",
                "PYTHONPATH": os.pathsep.join([str(Path(veneer.__file__).parents[1]), str(HERE)])}  # fmt: skip
 METHODS = [
     "lora", "dora", "ia3", "oft", "vera", "prefix", "bottleneck", "pissa", "saved", "rows", "norms", "parameter"]  # fmt: skip
@@ -143,6 +144,7 @@ def test_processes_share_a_run_and_one_goes_on_with_it(made: Path, one: Path, tm
     two = tmp_path / "two"
     out = run([sys.executable, "-m", "veneer", *train(made, two, "--processes", "2")])
     assert out.count("held-out loss ") == 1  # one process reports
+    assert foreign_lines(out, OF_DDP) == []
     same_run(one, two)
     cut(two)
     run([sys.executable, "-m", "veneer", *train(made, two, "--resume")])
@@ -169,7 +171,7 @@ def test_another_layout_goes_on(layout: str, made: Path, one: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_fsdp2_through_accelerate(made: Path, one: Path, tmp_path: Path) -> None:  # noqa: F811
     two = tmp_path / "two"
-    start = command(2, "fsdp2", train(made, two), free_port())
+    start = launch_command(2, "fsdp2", train(made, two), free_port())
     at = start.index("-m", 3)
     run([*start[:at], str(HERE / "fsdp_on_cpu.py"), *start[at + 2 :]])
     same_run(one, two)
@@ -208,7 +210,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(made: Path, one: Path, tmp_
 
 
 def test_bad_numbers_and_layouts_are_refused() -> None:
-    settings = build({"model": "a/b", "data": "x.jsonl", "batch_size": 6}, {})
+    settings = build_run({"model": "a/b", "data": "x.jsonl", "batch_size": 6}, {})
     for processes, layout, says in (
         (4, None, "cannot share batch_size=6.*1, 2, 3, 6 processes"),
         (2, "zero", "must be one of ddp"),
@@ -216,8 +218,8 @@ def test_bad_numbers_and_layouts_are_refused() -> None:
         (1, None, "leave it out"),
     ):
         with pytest.raises(InputError, match=says):
-            check(settings, processes, layout)
-    check(settings, 3, "zero3")
+            check_launch(settings, processes, layout)
+    check_launch(settings, 3, "zero3")
 
 
 def test_configs_are_what_accelerate_reads() -> None:
@@ -227,7 +229,7 @@ def test_configs_are_what_accelerate_reads() -> None:
     for name, path in CONFIGS.items():
         assert load_config_from_file(str(path)).num_machines == 1
         assert path.read_text().startswith("# "), name
-    assert without(["train", "x", "--processes", "2", "--launch=ddp", "--r", "4"], "--processes", "--launch") == [
+    assert drop_options(["train", "x", "--processes", "2", "--launch=ddp", "--r", "4"], "--processes", "--launch") == [
         "train", "x", "--r", "4"]  # fmt: skip
 
 

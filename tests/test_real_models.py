@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import veneer
-from veneer.recipes.models import EMBEDDED, load_model, load_tokenizer, locate
+from veneer.files.embedded import EMBEDDED
+from veneer.recipes.models import find_model, load_tokenizer
+from veneer.recipes.tasks import TASKS
 
 
 def package(name: str) -> Path:
@@ -25,7 +27,7 @@ def randomised(model: torch.nn.Module, options: dict[str, Any]) -> Any:
 
 
 def test_smollm2() -> None:
-    base, tokenizer = load_model("smollm2-135m", "causal-lm"), load_tokenizer("smollm2-135m")
+    base, tokenizer = TASKS["causal-lm"].load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         expected = base(**ids).logits
@@ -38,11 +40,13 @@ def test_smollm2() -> None:
         assert (model(**ids).logits - adapted).abs().max() / scale < 2e-5
         model.unmerge_adapter()
         assert torch.equal(model.unload()(**ids).logits, expected)
-    assert Path(locate("smollm2-135m")).is_dir() and EMBEDDED["smollm2-135m"].sha256[:4] in locate("smollm2-135m")
+    assert Path(find_model("smollm2-135m")).is_dir() and EMBEDDED["smollm2-135m"].sha256[:4] in find_model(
+        "smollm2-135m"
+    )
 
 
 def test_minilm() -> None:
-    model = load_model("minilm-l6-v2", "classification", num_labels=2)
+    model = TASKS["classification"].load_model("minilm-l6-v2", num_labels=2)
     ids = load_tokenizer("minilm-l6-v2")(["a fine film", "dull"], return_tensors="pt", padding=True)
     adapted = randomised(model, {"r": 4, "task_type": "SEQ_CLS"})
     with torch.no_grad():

@@ -35,12 +35,12 @@ from transformers import (
 )
 
 from test_cli import veneer
-from veneer.recipes import ctranslate2
-from veneer.recipes.data import read
+from veneer.files import ctranslate2
+from veneer.recipes.data import read_rows
 from veneer.recipes.errors import InputError
-from veneer.recipes.models import locate
-from veneer.recipes.tasks.images import rgb
-from veneer.recipes.tasks.speech import sound
+from veneer.recipes.models import find_model
+from veneer.recipes.tasks.images import to_rgb
+from veneer.recipes.tasks.speech import read_sound
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = [
@@ -171,11 +171,11 @@ def test_a_head_for_other_classes_is_verified(vit: Path, tmp_path: Path) -> None
 def test_images_in_rgb(tmp_path: Path) -> None:
     grey = np.full((4, 4), 100, np.uint8)
     for image in (Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257), grey):
-        assert np.asarray(rgb(image, "here"))[0, 0].tolist() == [100, 100, 100]
+        assert np.asarray(to_rgb(image, "here"))[0, 0].tolist() == [100, 100, 100]
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
-    assert np.asarray(rgb(clear, "here"))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(to_rgb(clear, "here"))[0, 0].tolist() == [255, 255, 255]
     with pytest.raises(InputError, match="mode F"):
-        rgb(Image.fromarray(grey.astype(np.float32)), "here")
+        to_rgb(Image.fromarray(grey.astype(np.float32)), "here")
 
 
 def test_wrong_images(vit: Path, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_sound_is_resampled_and_mixed(tmp_path: Path) -> None:
     t = np.arange(44100) / 44100
     left, right = 0.5 * np.sin(2 * np.pi * 440 * t), 0.1 * np.sin(2 * np.pi * 440 * t)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 44100, subtype="FLOAT")
-    wave = sound(str(tmp_path / "a.wav"), "here", 16000)  # (16000,)
+    wave = read_sound(str(tmp_path / "a.wav"), "here", 16000)  # (16000,)
     expected = 0.3 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert wave.shape == (16000,) and wave.dtype == np.float32
     assert np.abs(wave - expected)[200:-200].max() < 2e-3
@@ -400,7 +400,7 @@ def speech(tmp_path_factory: Any) -> Path:
 
 @pytest.mark.slow
 def test_int8_whisper_learns_names(speech: Path, tmp_path: Path) -> None:
-    locate("whisper-tiny.en")
+    find_model("whisper-tiny.en")
     recipe = EXAMPLES / "whisper_int8" / "recipe.yaml"
     data = ["--data", speech / "train.jsonl", "--eval-data", speech / "test.jsonl", "--out", tmp_path / "run"]
     veneer("train", recipe, *data, "--steps", 15, "--batch-size", 4, "--eval-every", 0)
@@ -412,4 +412,4 @@ def test_int8_whisper_learns_names(speech: Path, tmp_path: Path) -> None:
 def test_fashion_mnist_says_where_it_comes_from(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     with pytest.raises(InputError, match="dataset-fashion-mnist"):
-        read("fashion-mnist")
+        read_rows("fashion-mnist")

@@ -58,10 +58,10 @@ def test_real_tweets_become_rows(tmp_path: Path) -> None:
     import sys
     from unittest import mock
 
-    from veneer.recipes.models import cache
+    from veneer.files.embedded import cache_folder
     from veneer.recipes.ratings import ARCHIVE
 
-    if not (cache() / "data" / ARCHIVE).is_file():
+    if not (cache_folder() / "data" / ARCHIVE).is_file():
         pytest.skip("the archive of tweets has not been fetched: veneer train --data tweet-sentiment fetches it")
     with mock.patch.object(sys, "argv", ["make_data.py", str(tmp_path)]):
         runpy.run_path(str(EXAMPLE / "make_data.py"), run_name="__main__")

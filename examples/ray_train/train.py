@@ -12,11 +12,11 @@ from ray.train.torch import TorchTrainer
 
 def worker(job: dict[str, Any]) -> None:
     """What each process of `veneer train` does; Ray has set RANK, WORLD_SIZE and MASTER_ADDR, and joined the group."""
-    from veneer.recipes.recipe import build
+    from veneer.recipes.recipe import build_run
     from veneer.recipes.recipe import read_recipe
     from veneer.recipes.train import train
 
-    train(build(read_recipe(job["recipe"]), job["flags"]), overwrite=job["overwrite"])
+    train(build_run(read_recipe(job["recipe"]), job["flags"]), overwrite=job["overwrite"])
 
 
 def main(arguments: list[str]) -> None:

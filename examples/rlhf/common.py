@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from veneer.recipes.models import locate
+from veneer.recipes.models import find_model
 
 HERE = Path(__file__).parent
 LIMIT = 24  # new tokens of an answer
@@ -35,7 +35,7 @@ def arguments(description, steps, learning_rate, batch):
 
 def open_model(name):
     """Where the model is, and its tokenizer."""
-    path = locate(name)
+    path = find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -5,13 +5,13 @@ import random
 import sys
 from pathlib import Path
 
-from veneer.recipes.ratings import rated
+from veneer.recipes.ratings import read_ratings
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 rows = [
     {"prompt": f"Tweet text : {' '.join(row['text'].split())} Label :", "completion": f" {row['label']}"}
-    for row in rated("tweet-sentiment")
+    for row in read_ratings("tweet-sentiment")
 ]
 random.Random(0).shuffle(rows)
 for name, part in (("test", rows[:100]), ("train", rows[100:1100])):

@@ -87,7 +87,7 @@ def kills_while_saving(count: int, seed: int = 0) -> dict[str, Any]:
 
         for _ in range(count):
             forked(save, kill_after=rng.uniform(0, 6 * once))
-            found["between the two files"] += atomic_write.pending(folder / locate.CONFIG_NAME).is_file()
+            found["between the two files"] += atomic_write.pending_path(folder / locate.CONFIG_NAME).is_file()
             found["in a temporary file"] += any(folder.glob(".*.tmp"))
             try:
                 now = held(folder)

@@ -19,9 +19,9 @@ def load_base(request: dict[str, Any]) -> Any:
     transformers.utils.logging.disable_progress_bar()
     where = request["base"]
     if not Path(where).is_dir() and "/" not in where:
-        from ..recipes.models import locate
+        from ..files.embedded import locate_model
 
-        where = locate(where)
+        where = locate_model(where)
     cls = getattr(transformers, request["class"], None) or getattr(
         importlib.import_module(request["module"]), request["class"]
     )

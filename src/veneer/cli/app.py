@@ -13,7 +13,7 @@ import click
 from ..recipes.dreambooth import settings as booth
 from ..recipes.errors import InputError, user_input
 from ..recipes.models import QUANTIZED
-from ..recipes.recipe import build, read_recipe
+from ..recipes.recipe import build_run, read_recipe
 from ..recipes.run import FIELDS, HELP
 from ..recipes.tasks import TASKS
 
@@ -110,21 +110,21 @@ def train(
     """
     with user_input():
         given = read_recipe(recipe) if recipe else {}
-        run = build(given, flags)
+        run = build_run(given, flags)
     if processes is not None or layout is not None:
-        from ..recipes.launch import check, launch, without
+        from ..recipes.launch import check_launch, drop_options, launch_processes
 
-        check(run, processes, layout)
-        launch(processes or 1, layout or "ddp", without(sys.argv[1:], "--processes", "--launch"))
+        check_launch(run, processes, layout)
+        launch_processes(processes or 1, layout or "ddp", drop_options(sys.argv[1:], "--processes", "--launch"))
         return
-    from ..recipes.train import place
+    from ..recipes.train import process_rank
     from ..recipes.train import train as start
 
     start(run, resume=resume, overwrite=overwrite)
-    if place()[1] > 1:
-        from ..recipes.launch import leave
+    if process_rank()[1] > 1:
+        from ..recipes.launch import leave_process
 
-        leave()
+        leave_process()
 
 
 @app.command()
@@ -140,11 +140,11 @@ def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **
     the model's own images of the subject's class keep it from forgetting the class (prior preservation).
     """
     with user_input():
-        run = booth.build(flags)
+        run = booth.build_run(flags)
     if planned:
-        from ..recipes.dreambooth.plan import show
+        from ..recipes.dreambooth.plan import show_plan
 
-        show(run, gpu)
+        show_plan(run, gpu)
         return
     from ..recipes.dreambooth.train import train as start
 
@@ -183,7 +183,7 @@ def generate(model: str, adapter: str | None, prompts: tuple[str, ...], file: Pa
     texts = [t.replace("\\n", "\n") for t in texts if t.strip()]
     if not texts:
         raise InputError("no prompt was given; use --prompt TEXT, --file FILE, or pipe prompts in, one a line")
-    from .generate import generate as start
+    from .generate import answer_prompts as start
 
     start(model, adapter, texts, **options)
 
@@ -210,7 +210,7 @@ def merge(model: str, adapter: str, out: Path, **options: Any) -> None:
 
     A quantized MODEL becomes a plain one, of the values with which it computed; how far its outputs move is measured.
     """
-    from .merge import merge as start
+    from .merge import merge_adapter as start
 
     start(model, adapter, out, **options)
 
@@ -221,7 +221,7 @@ def merge(model: str, adapter: str, out: Path, **options: Any) -> None:
 @click.option("--check", is_flag=True, help="read the tensors and flag those that are not finite or all zero")
 def inspect(adapter: str, everything: bool, check: bool) -> None:
     """Show what is in ADAPTER, a folder or hub id, without loading a model."""
-    from .inspect import inspect as start
+    from .inspect import inspect_adapter as start
 
     with user_input():
         start(adapter, everything, check)
@@ -238,7 +238,7 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> Non
     Writes a certificate into the adapter's folder, which `inspect` shows and loading holds against the files. Exits with 0
     where all passed, 1 where something failed, 2 where it could not be looked at.
     """
-    from .verify import verify as start
+    from .verify import verify_adapter as start
 
     if not start(adapter, model, task, dtype):
         sys.exit(1)
@@ -254,7 +254,7 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> Non
 @click.option("--task", type=click.Choice(list(TASKS)), help="default: the adapter's")
 def convert(adapter: str, to: str, rank: str, out: Path, model: str | None, task: str | None, force: bool) -> None:
     """Write ADAPTER, of any method that changes weights, as a LoRA, and say how near it comes."""
-    from .convert import convert as start
+    from .convert import convert_adapter as start
 
     start(adapter, out, rank, model, task, force)
 
@@ -280,7 +280,7 @@ def doctor(
 
     Exits with 0 where it does, 1 where it does not, 2 where PATH holds no adapter.
     """
-    from .doctor import doctor as start
+    from .doctor import examine_adapter as start
 
     start(adapter, targets, fix, out, in_place, dtype, as_json)
 
@@ -295,16 +295,16 @@ def ui(folder: Path, models: Path | None, host: str, port: int) -> None:
 
     It reads and writes in --folder alone, and listens on this machine alone unless --host says otherwise.
     """
-    from ..ui.server import serve
+    from ..ui.server import serve_page
 
-    serve(folder, models, host, port)
+    serve_page(folder, models, host, port)
 
 
 @app.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or the fields of the method NAME."""
-    from .methods import methods as start
+    from .methods import show_methods as start
 
     with user_input():
         start(name)
@@ -340,11 +340,11 @@ def plan(model: str, method: str, gpu: str | None, as_json: bool, **given: Any) 
     """
     import yaml
 
-    from .plan import start
+    from .plan import plan_model
 
     own = {
         k.removeprefix("method__"): yaml.safe_load(v) if isinstance(v, str) else v
         for k, v in given.items()
         if k.startswith("method__") and v is not None
     }
-    start(model, method, own, gpu, as_json, {k: v for k, v in given.items() if not k.startswith("method__")})
+    plan_model(model, method, own, gpu, as_json, {k: v for k, v in given.items() if not k.startswith("method__")})

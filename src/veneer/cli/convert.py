@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.errors import InputError, user_input
-from ..recipes.trained import trained
+from ..recipes.trained import read_task
 
 
-def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | None, force: bool) -> None:
+def convert_adapter(adapter: str, out: Path, rank: str, model: str | None, task: str | None, force: bool) -> None:
     """Convert an adapter and print how near each layer comes."""
     from rich.console import Console
     from rich.table import Table
@@ -20,13 +20,13 @@ def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | N
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"{out} exists and is not empty; give a new folder")
     with user_input():
-        wanted = parsed(rank)
+        wanted = parse_rank(rank)
         config = veneer.PeftConfig.from_pretrained(adapter)
         base = model or config.base_model_name_or_path
         if not base:
             raise InputError(f"{adapter} names no base model, whose weights the conversion needs; give it with --model")
         with console.status("loading the model"):
-            loaded: Any = trained(adapter, config, task).load(base)
+            loaded: Any = read_task(adapter, config, task).load(base)
             adapted = veneer.PeftModel.from_pretrained(loaded, adapter, strict=not force)
         with console.status("converting"):
             made = veneer.save_as_lora(out, adapted, wanted)
@@ -40,7 +40,7 @@ def convert(adapter: str, out: Path, rank: str, model: str | None, task: str | N
     console.print(f"wrote {config.peft_type} adapter [bold]{adapter}[/] as LoRA: {out}")
 
 
-def parsed(rank: str) -> float:
+def parse_rank(rank: str) -> float:
     """A rank as it is typed: a whole number, or a fraction.
 
     Raises:

@@ -13,7 +13,7 @@ import click
 from ..recipes.errors import InputError, user_input
 
 
-def doctor(
+def examine_adapter(
     adapter: str, targets: str | None, fix: bool, out: Path | None, in_place: bool, dtype: str | None, as_json: bool
 ) -> None:
     """Print what programs mind about an adapter; exit with 1 where one of them will not load it, or loads something else."""
@@ -31,7 +31,7 @@ def doctor(
         refuse_filled(out)
     with user_input():
         patient = Patient.read(adapter)
-        chosen = targets.split(",") if targets else applicable(patient.component)
+        chosen = targets.split(",") if targets else list_programs(patient.component)
         for name in chosen:
             if name not in TARGETS:
                 raise InputError(f"--for {name}: must be of {', '.join(TARGETS)}{suggest(name, TARGETS)}")
@@ -60,12 +60,12 @@ def doctor(
         }
         click.echo(json.dumps(said, indent=2))
     else:
-        show(patient, chosen, findings, written, fix)
+        show_findings(patient, chosen, findings, written, fix)
     if stopped:
         raise SystemExit(1)
 
 
-def applicable(component: str | None) -> list[str]:
+def list_programs(component: str | None) -> list[str]:
     """The programs that an adapter could be for."""
     if component is None:
         return ["vllm", "transformers", "peft"]
@@ -86,7 +86,9 @@ def copy_rest(adapter: str, out: Path, but: set[str]) -> None:
                 shutil.copy2(file, out / file.name)
 
 
-def show(patient: Any, targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool) -> None:
+def show_findings(
+    patient: Any, targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool
+) -> None:
     """Print one line a finding, and one a program."""
     from rich.console import Console
     from rich.markup import escape

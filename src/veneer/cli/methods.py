@@ -1,98 +1,14 @@
-"""What there is to say about a method, from its file: for `veneer methods` and for its page."""
+"""`veneer methods`: a table of the methods, or of one method's fields."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import re
-import sys
-from dataclasses import dataclass
 from typing import Any
 
+from ..recipes.describe_method import describe_method
 from ..recipes.errors import InputError
-from ..recipes.run import defaults
-
-PAPER = re.compile(r"^(?P<title>.+?)\. (?P<paper>.*?\d{4}, arxiv\.org/abs/[\d.]+\d.*?)(?:: +(?P<equation>\S.*))?$")
 
 
-@dataclass
-class About:
-    """A method as its file describes it.
-
-    Attributes:
-        title: its name, as the paper has it.
-        summary: what it does, one line.
-        paper: who, when, where, and the equation's number.
-        equation: the equation, or an empty string.
-        references: lines of the file's references.
-        text: what its docstring says beside the fields.
-        fields: name, type, default and meaning of each field.
-        merges: whether it can be merged into the base weights.
-        adapts: where it acts.
-        training: what `veneer train` uses where the user says nothing.
-    """
-
-    title: str
-    summary: str
-    paper: str
-    equation: str
-    references: list[str]
-    text: str
-    fields: list[tuple[str, str, str, str]]
-    merges: bool
-    adapts: str
-    training: dict[str, Any]
-
-
-def about(cls: Any) -> About:
-    """Read the docstrings of a config class and of its file."""
-    doc = inspect.cleandoc(cls.__doc__ or "")
-    module = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
-    head, _, rest = doc.partition("\n\n")
-    first = " ".join(head.split("\n"))
-    found = PAPER.match(first)
-    line = module.partition("\n")[0]
-    summary = line.partition(": ")[2] if found else first
-    own = re.split(r"^(?:Args|Raises|References):", rest, maxsplit=1, flags=re.MULTILINE)[0].strip()
-    references = re.split(r"^References:\n", module, maxsplit=1, flags=re.MULTILINE)[1:]
-    texts = describe(doc.splitlines())
-    fields = [
-        (f.name, str(f.type), repr(default(f)), texts[f.name])
-        for f in dataclasses.fields(cls) if f.init and f.name in texts
-    ]  # fmt: skip
-    return About(
-        title=found["title"] if found else cls.__name__.removesuffix("Config"),
-        summary=summary[:1].upper() + summary[1:],
-        paper=found["paper"] if found else "",
-        equation=(found["equation"] or "") if found else "",
-        references=[r.strip() for r in "".join(references).splitlines() if r.strip()],
-        text=own,
-        fields=fields,
-        merges=not set(cls.hooks) & {"post", "prompt", "prefix"},
-        adapts=where(cls),
-        training=defaults(cls),
-    )
-
-
-def where(cls: Any) -> str:
-    """Where a method acts, as a sentence."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    if {"prompt", "prefix"} & set(cls.hooks):
-        return "The model's input: virtual tokens in front of each sequence."
-    if cls.on_modules:
-        return "The output of sub-layers and other modules."
-    if "target_modules" in names:
-        bare = ", and bare parameters such as fused experts" if "target_parameters" in names else ""
-        return f"The layers that `target_modules` names{bare}."
-    return "Parameters that it finds itself."
-
-
-def default(f: Any) -> Any:
-    """The default of a config's field."""
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def methods(name: str | None) -> None:
+def show_methods(name: str | None) -> None:
     """Print the methods, or the fields of one."""
     from rich.console import Console
     from rich.markup import escape
@@ -106,40 +22,24 @@ def methods(name: str | None) -> None:
     if name is None:
         table = Table("name", "what it does", box=None, title="methods", title_justify="left", padding=(0, 2, 0, 0))
         for key, cls in known.items():
-            table.add_row(key, escape(about(cls).summary))
+            table.add_row(key, escape(describe_method(cls).summary))
         console.print(table)
         console.print("veneer methods NAME shows the fields of one", style="dim")
         return
     if name.lower() not in known:
         raise InputError(f"no method is named {name!r}{suggest(name.lower(), known)}; there are {', '.join(known)}")
     cls = known[name.lower()]
-    found = about(cls)
+    found = describe_method(cls)
     console.print(f"{escape(found.title)} ({cls.__name__}): {escape(found.summary)}", style="bold")
     for line in (found.equation, found.paper, f"{found.adapts} {'Merges' if found.merges else 'Does not merge'}."):
         if line:
             console.print(escape(line))
-    console.print(f"veneer train uses {escape(settings(found.training))} unless told otherwise")
+    console.print(f"veneer train uses {escape(format_settings(found.training))} unless told otherwise")
     table = Table("field", "type", "default", "meaning")
     for row in found.fields:
         table.add_row(*map(escape, row))
     console.print(table)
 
 
-def settings(training: dict[str, Any]) -> str:
+def format_settings(training: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in training.items())
-
-
-def describe(lines: list[str]) -> dict[str, str]:
-    """Field -> its text in the "Args:" part of a docstring without its indent."""
-    texts: dict[str, str] = {}
-    current, inside = "", False
-    for line in lines:
-        stripped = line.strip()
-        if stripped.endswith(":") and " " not in stripped and not line.startswith(" "):
-            inside = stripped == "Args:"
-        elif inside and line.startswith(" " * 4) and not line.startswith(" " * 8):
-            current, _, text = stripped.partition(": ")
-            texts[current] = text
-        elif inside and current and stripped:
-            texts[current] += f" {stripped}"
-    return texts

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..recipes.errors import InputError, user_input
-from ..recipes.trained import trained
+from ..recipes.trained import read_task
 
 
-def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> bool:
+def verify_adapter(adapter: str, model: str | None, task: str | None, dtype: str) -> bool:
     """Print what was found, and write a certificate into the adapter's folder; whether all passed.
 
     Raises:
@@ -30,7 +30,7 @@ def verify(adapter: str, model: str | None, task: str | None, dtype: str) -> boo
         name = model or config.base_model_name_or_path
         if not name:
             raise InputError(f"{adapter} names no base model; give --model")
-        purpose = trained(adapter, config, task)
+        purpose = read_task(adapter, config, task)
         with console.status(f"loading {name}"):
             base = purpose.load(name, dtype)
             adapted = veneer.PeftModel.from_pretrained(base, adapter)

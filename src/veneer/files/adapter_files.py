@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..distributed import sharding
 from ..distributed.sharding import gathered
 from ..io import fingerprint, safe_read
-from ..io.atomic_write import locked, save_bytes, save_text, write_pair
+from ..io.atomic_write import hold_lock, save_bytes, save_text, write_pair
 from ..io.fingerprint import BaseMismatchWarning, Differences, Fingerprint
 from ..io.locate import (
     CERTIFICATE_NAME,
@@ -96,7 +96,7 @@ def save_weights(tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], 
     """
     data = to_safetensors_bytes(tensors)
     target = folder_to_write(folder)
-    with locked(target):
+    with hold_lock(target):
         save_bytes(target / name, data)
 
 

@@ -1,1 +1,1 @@
-"""Meeting other frameworks; one framework a file, found through what it left on a module, never imported."""
+"""Callbacks and shims for other frameworks, one framework a file; may import training, files and everything below them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import safe_read
-from .atomic_write import pending
+from .atomic_write import pending_path
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -147,7 +147,7 @@ def changed_fields(values: Mapping[str, Any], weights: Path) -> list[str]:
 
 def recover_pending_config(config: Path) -> Path:
     """The config that belongs to the weights beside it: where a save was killed between the two, the one that waits."""
-    waiting = pending(config)
+    waiting = pending_path(config)
     weights = config.with_name(WEIGHTS_NAME)
     if not waiting.is_file() or not weights.is_file():
         return config

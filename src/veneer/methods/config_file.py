@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..io.atomic_write import locked, pending, save_bytes
+from ..io.atomic_write import hold_lock, pending_path, save_bytes
 from ..io.locate import CONFIG_NAME, folder_to_write, read_config
 from ..targets.suggest import suggest
 from .base import Method
@@ -123,8 +123,8 @@ def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) 
     """Write `adapter_config.json` with some fields changed."""
     data = config_bytes({**config.to_dict(), **changes, "peft_version": PEFT_VERSION})
     target = folder_to_write(folder)
-    with locked(target):
-        pending(target / CONFIG_NAME).unlink(missing_ok=True)
+    with hold_lock(target):
+        pending_path(target / CONFIG_NAME).unlink(missing_ok=True)
         save_bytes(target / CONFIG_NAME, data)
 
 

@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from ..interop.console import quiet_libraries
 from . import __all__ as names
 from . import enable, there
 from .standin import NAMES_OF
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(USAGE)
     if arguments[0] == "--check":
         raise SystemExit(1 if check() else 0)
+    quiet_libraries()
     enable()
     if arguments[0] == "-m":
         if len(arguments) < 2:

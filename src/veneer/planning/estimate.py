@@ -23,7 +23,7 @@ from ..methods.registry import registry
 from ..model.peft_model import get_peft_model
 from ..targets import select, suggest
 from . import ledger, skeleton
-from .layout import Counted, Peak, peak
+from .layout import Counted, Peak, compute_peak
 from .settings import QUANTIZED, Settings, size
 
 TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
@@ -139,17 +139,17 @@ def plan(model: str, method: str | Method | None = "lora", *, gpu: str | int | N
     chosen = Settings(**settings)
     if room is not None and chosen.device == "cpu":
         raise ValueError(f"gpu={gpu!r} goes with device='cuda'; leave one of them out")
-    config, untied, source = skeleton.configuration(model)
+    config, untied, source = skeleton.load_configuration(model)
     chosen = chosen.replace(task=chosen.task or skeleton.task_of(config))
-    found = named(method, chosen.task)
+    found = resolve_method(method, chosen.task)
     bench = Bench(config, untied, found)
     first = bench.peak(chosen)
     built = bench.model(chosen)
-    adapted, missed = places(built)
+    adapted, missed = list_places(built)
     changes: list[Change] = []
     remedy = None
     if room is not None and first.card > room:
-        changes, remedy = search(bench, chosen, room)
+        changes, remedy = search_changes(bench, chosen, room)
     other = None
     if bench.checkpoints(chosen):
         other = bench.peak(chosen.replace(gradient_checkpointing=not chosen.gradient_checkpointing))
@@ -169,11 +169,11 @@ def plan(model: str, method: str | Method | None = "lora", *, gpu: str | int | N
         gpu=room,
         changes=tuple(changes),
         remedy=remedy,
-        assumptions=assumptions(chosen, source),
+        assumptions=list_assumptions(chosen, source),
     )
 
 
-def named(method: str | Method | None, task: str | None) -> Method | None:
+def resolve_method(method: str | Method | None, task: str | None) -> Method | None:
     """The config of a method; None for full fine-tuning.
 
     Raises:
@@ -208,7 +208,7 @@ class Bench:
         key = s.task, s.dtype, s.attention
         if key not in self.models:
             self.models.clear()
-            built = skeleton.build(self.config, str(s.task), getattr(torch, s.dtype), s.attention, self.untied)
+            built = skeleton.build_model(self.config, str(s.task), getattr(torch, s.dtype), s.attention, self.untied)
             if self.method is None:
                 built.requires_grad_(True)
             else:
@@ -229,11 +229,11 @@ class Bench:
         if key not in self.steps:
             model = self.model(s)
             labels = s.target_length if s.task == "seq2seq-lm" else 0
-            inputs = ledger.batch(str(s.task), s.batch_size, s.length, labels)
+            inputs = ledger.make_batch(str(s.task), s.batch_size, s.length, labels)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    self.steps[key] = ledger.step(
+                    self.steps[key] = ledger.measure_step(
                         model, inputs, checkpointing=s.gradient_checkpointing, accumulates=earlier, device=s.device
                     )
             except NotImplementedError as error:  # an operation whose result's shape depends on values
@@ -250,7 +250,7 @@ class Bench:
         c = Counted(itemsize=getattr(torch, s.dtype).itemsize)
         dense = quantized_layers(model) if s.quantize else set()
         per = QUANTIZED.get(str(s.quantize), 0.0)
-        inside = blocks(base_of(model))
+        inside = map_blocks(base_of(model))
         in_block: Counter[str] = Counter()
         for p in model.parameters():
             size = p.numel() * p.element_size()
@@ -273,7 +273,7 @@ class Bench:
         return c
 
     def peak(self, s: Settings) -> Peak:
-        return peak(self.count(s), s)
+        return compute_peak(self.count(s), s)
 
 
 def base_of(model: Any) -> Any:
@@ -295,7 +295,7 @@ def head_of(model: Any) -> nn.Module | None:
     return head
 
 
-def blocks(model: nn.Module) -> dict[int, str]:
+def map_blocks(model: nn.Module) -> dict[int, str]:
     """Id of a parameter -> the block of a list of blocks that it is in; what is in none is left out."""
     found: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -306,14 +306,14 @@ def blocks(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+def list_places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """What is adapted, and linear layers that look like it and are not."""
     base: nn.Module = base_of(model)
     runtime = runtime_of(base)
     if runtime is None:
         return (), ()
     sites = {s.name: s for s in runtime.sites.values()}
-    adapted = grouped((n, (s.fan_out, s.patch), "") for n, s in sites.items() if s.fan_in)
+    adapted = group_places((n, (s.fan_out, s.patch), "") for n, s in sites.items() if s.fan_in)
     shapes = {g.shape for g in adapted}
     leaves = {n.rpartition(".")[2] for n in sites}
     head = head_of(base)
@@ -331,10 +331,10 @@ def places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
             "the same shape" if same else "a linear layer",
         ]
         missed.append((name, (rows, columns), ", ".join(w for w in why if w)))
-    return adapted, grouped(missed)
+    return adapted, group_places(missed)
 
 
-def grouped(found: Any) -> tuple[Group, ...]:
+def group_places(found: Any) -> tuple[Group, ...]:
     counts: Counter[Any] = Counter()
     for name, shape, why in found:
         counts[re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name), tuple(shape), why] += 1
@@ -362,7 +362,7 @@ def dtype_name(t: Tensor) -> str:
     return next(name for name, kind in safe_read.DTYPES.items() if kind == t.dtype)
 
 
-def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change | None]:
+def search_changes(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change | None]:
     """Single changes, then all so far together, cheapest first, up to the first that fits."""
     tried: list[Change] = []
 
@@ -376,7 +376,7 @@ def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change |
     if not s.gradient_checkpointing and bench.checkpoints(s):
         ladder.append(("gradient checkpointing", {"gradient_checkpointing": True}))
     if s.batch_size > 1:
-        rows = smaller(bench, s, room)
+        rows = shrink_batch(bench, s, room)
         steps = s.gradient_accumulation * s.batch_size // rows
         ladder.append((f"batches of {rows}, {steps} accumulated", {"batch_size": rows, "gradient_accumulation": steps}))
     if s.dtype == "float32":
@@ -398,30 +398,30 @@ def search(bench: Bench, s: Settings, room: int) -> tuple[list[Change], Change |
         together = {n: c for n, c in together.items() if not set(c) & set(change)} | {
             name: change
         }  # int8 yields to nf4
-        if len(together) > 1 and attempt(" + ".join(together), joined(s, together)).fits:
+        if len(together) > 1 and attempt(" + ".join(together), apply_changes(s, together)).fits:
             for extra in list(together)[-2::-1]:  # what the last change made needless, the dearest first
                 fewer = {n: c for n, c in together.items() if n != extra}
-                if len(fewer) > 1 and bench.peak(joined(s, fewer)).card <= room:
+                if len(fewer) > 1 and bench.peak(apply_changes(s, fewer)).card <= room:
                     together = fewer
-                    attempt(" + ".join(together), joined(s, together))
+                    attempt(" + ".join(together), apply_changes(s, together))
             return tried, tried[-1]
     for processes in (2, 4, 8, 16, 32, 64):
         if processes > s.processes:
             rest = [n for n in together if not n.startswith("ZeRO")]
             more = {"zero": 3, "fsdp": False, "offload": None, "processes": processes}
-            settings = joined(s, {n: together[n] for n in rest}).replace(**more)
+            settings = apply_changes(s, {n: together[n] for n in rest}).replace(**more)
             one = attempt(" + ".join([f"ZeRO-3 over {processes} processes", *rest]), settings)
             if one.fits:
                 return tried, one
     return tried, None
 
 
-def joined(s: Settings, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
+def apply_changes(s: Settings, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
     """The settings with all the changes."""
     return s.replace(**{key: value for change in changes.values() for key, value in change.items()})
 
 
-def smaller(bench: Bench, s: Settings, room: int) -> int:
+def shrink_batch(bench: Bench, s: Settings, room: int) -> int:
     """The largest half, quarter, ... of a batch that fits, or 1."""
     rows = s.batch_size // 2
     while rows > 1:
@@ -433,7 +433,7 @@ def smaller(bench: Bench, s: Settings, room: int) -> int:
     return 1
 
 
-def assumptions(s: Settings, source: str) -> tuple[str, ...]:
+def list_assumptions(s: Settings, source: str) -> tuple[str, ...]:
     """What the figures rest on, as sentences."""
     rows = f"{s.batch_size} rows of {s.length} tokens" + (
         f" with labels of {s.target_length}" if s.task == "seq2seq-lm" else ""

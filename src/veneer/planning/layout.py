@@ -74,7 +74,7 @@ class Counted:
     step: Counter[str] = field(default_factory=Counter)
 
 
-def peak(c: Counted, s: Settings) -> Peak:
+def compute_peak(c: Counted, s: Settings) -> Peak:
     """The peak of one of `s.processes` equal processes."""
     n, offload = s.processes, s.offload is not None
     state = int(c.trained_numbers * OPTIMIZERS[s.optimizer])
@@ -85,7 +85,7 @@ def peak(c: Counted, s: Settings) -> Peak:
     share = f"1/{n} of " if n > 1 else ""
     gradients, waiting = c.trained, c.trained
     if s.zero == 3 or s.fsdp:
-        where.append(Part("frozen weights", c.frozen // n, f"{share}{label(s)}"))
+        where.append(Part("frozen weights", c.frozen // n, f"{share}{label_storage(s)}"))
         where.append(Part("trained weights", c.trained // n, f"{share}kept in float32 where it is an adapter"))
         where.append(Part("optimizer state", state // n, f"{share}{s.optimizer}"))
         gradients = waiting = c.trained // n
@@ -111,7 +111,7 @@ def peak(c: Counted, s: Settings) -> Peak:
                 host.append(Part("gradient shards", c.trained // n, f"{share}what was reduced"))
                 waiting = 0
     else:
-        stay.append(Part("frozen weights", c.frozen, label(s)))
+        stay.append(Part("frozen weights", c.frozen, label_storage(s)))
         stay.append(Part("trained weights", c.trained, "kept in float32 where it is an adapter"))
         if s.zero == 2:
             where.append(Part("optimizer state", state // n, f"{share}{s.optimizer}"))
@@ -131,7 +131,7 @@ def peak(c: Counted, s: Settings) -> Peak:
     seen = step.pop(GRADIENTS, 0)
     running = [
         Part(GRADIENTS, min(seen, gradients) if s.fsdp else seen, "those there are at the peak"),
-        Part(ACTIVATIONS, step.get(ACTIVATIONS, 0), kept(s)),
+        Part(ACTIVATIONS, step.get(ACTIVATIONS, 0), label_activations(s)),
         Part(LOGITS, step.get(LOGITS, 0), "logits, their float32 copy and log-probabilities"),
         Part(BACKWARD, step.get(BACKWARD, 0), "gradients of activations, what is computed again, products' results"),
         *gathered,
@@ -152,10 +152,10 @@ def peak(c: Counted, s: Settings) -> Peak:
     return Peak(s.layout, parts, outside, (base, *(p for p in host if p.bytes)))
 
 
-def label(s: Settings) -> str:
+def label_storage(s: Settings) -> str:
     return f"{s.quantize} linear layers, the rest {s.dtype}" if s.quantize else s.dtype
 
 
-def kept(s: Settings) -> str:
+def label_activations(s: Settings) -> str:
     how = "inputs of blocks, which are computed again" if s.gradient_checkpointing else "what autograd keeps"
     return f"{how}: {s.batch_size} x {s.length} tokens"

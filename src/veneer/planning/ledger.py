@@ -118,7 +118,7 @@ def fused_attention(device: str) -> Iterator[None]:
         F.scaled_dot_product_attention = own
 
 
-def batch(task: str, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
+def make_batch(task: str, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
     """Ids and labels of one batch; (rows, tokens), and (rows, labels) for a model with a decoder."""
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     if task == "classification":
@@ -127,7 +127,7 @@ def batch(task: str, rows: int, tokens: int, labels: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def accumulated(ledger: Ledger, trained: list[nn.Parameter], earlier: bool) -> Iterator[None]:
+def accumulate_gradients(ledger: Ledger, trained: list[nn.Parameter], earlier: bool) -> Iterator[None]:
     """Count gradients as such; `earlier`: those of a micro-batch before are there from the start."""
     if earlier:
         ledger.kind = GRADIENTS
@@ -150,7 +150,9 @@ def accumulated(ledger: Ledger, trained: list[nn.Parameter], earlier: bool) -> I
             p.grad = None
 
 
-def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumulates: bool, device: str) -> Counter[str]:
+def measure_step(
+    model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumulates: bool, device: str
+) -> Counter[str]:
     """Bytes of each kind that one forward and backward hold at their peak, beside parameters and buffers.
 
     Args:
@@ -161,17 +163,17 @@ def step(model: Any, inputs: dict[str, Tensor], *, checkpointing: bool, accumula
         device: "cuda" or "cpu", whose attention is meant.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    extra = {"use_cache": False} if "use_cache" in taken(base) else {}
+    extra = {"use_cache": False} if "use_cache" in argument_names(base) else {}
     switched = base.gradient_checkpointing_enable if checkpointing else base.gradient_checkpointing_disable
     if getattr(base, "supports_gradient_checkpointing", False):
         switched(**({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointing else {}))
     elif checkpointing:
         raise ValueError(f"{type(base).__name__} has no gradient checkpointing; plan without it")
     head = base.get_output_embeddings()
-    return trace(model, lambda: model(**inputs, **extra).loss, accumulates=accumulates, device=device, head=head)
+    return measure_peak(model, lambda: model(**inputs, **extra).loss, accumulates=accumulates, device=device, head=head)
 
 
-def trace(
+def measure_peak(
     model: nn.Module, loss: Callable[[], Tensor], *, accumulates: bool, device: str, head: nn.Module | None = None
 ) -> Counter[str]:
     """Bytes of each kind that `loss()` and its backward hold at their peak; `head` begins what counts as logits."""
@@ -187,7 +189,7 @@ def trace(
         if head is not None:
             stack.callback(head.register_forward_pre_hook(at_head).remove)
         stack.enter_context(modes.shapes())
-        stack.enter_context(accumulated(ledger, trained, accumulates))
+        stack.enter_context(accumulate_gradients(ledger, trained, accumulates))
         stack.enter_context(fused_attention(device))
         stack.enter_context(ledger)
         found = loss()
@@ -197,7 +199,7 @@ def trace(
     return ledger.peak
 
 
-def taken(model: nn.Module) -> set[str]:
+def argument_names(model: nn.Module) -> set[str]:
     """Names of the arguments of a model's forward."""
     import inspect
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files.embedded import EMBEDDED, locate_model
 from ..targets.suggest import suggest
 
 AUTO = {
@@ -20,22 +21,22 @@ AUTO = {
 
 
 @functools.cache
-def table() -> dict[str, Any]:
+def load_table() -> dict[str, Any]:
     """models.toml."""
     with open(Path(__file__).with_name("models.toml"), "rb") as file:
         return tomllib.load(file)
 
 
-def known(name: str) -> dict[str, Any] | None:
+def find_entry(name: str) -> dict[str, Any] | None:
     """The table's entry for a name or hub id, whatever its case."""
     key = name.lower()
-    for entry, content in table().items():
+    for entry, content in load_table().items():
         if key == entry or key in (hub.lower() for hub in content["hub"]):
             return content  # type: ignore[no-any-return]
     return None
 
 
-def configuration(name: str) -> tuple[Any, bool, str]:
+def load_configuration(name: str) -> tuple[Any, bool, str]:
     """A model's config, whether its head is untied against transformers' will, and where the config comes from.
 
     Raises:
@@ -43,20 +44,19 @@ def configuration(name: str) -> tuple[Any, bool, str]:
     """
     import transformers
 
-    from ..recipes import models as embedded
-
-    content = known(name)
+    content = find_entry(name)
     if content is not None and not Path(name).is_dir():
         made = transformers.AutoConfig.for_model(content["model_type"], **content["config"])
         return made, bool(content.get("untied")), f"shapes of {content['hub'][0]}, shipped with veneer"
-    names = [*table(), *embedded.EMBEDDED]
-    if not Path(name).is_dir() and "/" not in name and name.lower() not in embedded.EMBEDDED:
+    names = [*load_table(), *EMBEDDED]
+    if not Path(name).is_dir() and "/" not in name and name.lower() not in EMBEDDED:
         raise ValueError(
             f"model {name!r}: no such folder, and no name that is known{suggest(name.lower(), names)}; give a folder with a "
             f"config.json, a hub id (owner/name), or one of {', '.join(names)}"
         )
+    where = locate_model(name)
     try:
-        return transformers.AutoConfig.from_pretrained(embedded.locate(name)), False, "its own config.json"
+        return transformers.AutoConfig.from_pretrained(where), False, "its own config.json"
     except (OSError, ValueError) as error:
         hint = suggest(name.lower().rpartition("/")[2], names)
         raise ValueError(
@@ -77,7 +77,7 @@ def task_of(config: Any) -> str:
     return "causal-lm" if speaks or any("CausalLM" in a for a in architectures) else "classification"
 
 
-def build(config: Any, task: str, dtype: torch.dtype, attention: str | None, untied: bool) -> nn.Module:
+def build_model(config: Any, task: str, dtype: torch.dtype, attention: str | None, untied: bool) -> nn.Module:
     """The model on the meta device.
 
     Raises:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..io import atomic_write
-from .errors import InputError, disk
+from .errors import InputError, report_disk_errors
 
 MARK = "complete.json"  # in a checkpoint, when all else in it is on the disk
-LOCK = ".running"  # in the folder of a run, held while it runs
+LOCK = ".running"  # name of a run's lock; a run also locks its folder, whenever it writes an adapter into it
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """A run's whole checkpoints, the oldest first."""
     found = [p.parent for p in folder.glob(f"checkpoints/checkpoint-*/{MARK}")]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
@@ -23,12 +23,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return next(reversed(checkpoints(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def drop_broken(folder: Path) -> None:
     """Remove checkpoints in whose writing a run was killed, which Trainer would count among those to keep."""
-    whole = set(checkpoints(folder))
+    whole = set(list_checkpoints(folder))
     for path in folder.glob("checkpoints/checkpoint-*"):
         if path not in whole:
             shutil.rmtree(path)
@@ -46,32 +46,27 @@ class WholeCheckpoints:
         trainer.accelerator.wait_for_everyone()
         if trainer.args.process_index == 0:
             for path in [*folder.rglob("*"), folder]:
-                atomic_write.sync(path)
+                atomic_write.sync_path(path)
             atomic_write.save_text(folder / MARK, f'{{"step": {trainer.state.global_step}}}\n')
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[ExitStack]:
+def hold_run(folder: Path) -> Iterator[ExitStack]:
     """What a run holds until it ends; within it, errors of the disk say whether `--resume` can go on."""
-    with disk(lambda: last_checkpoint(folder) is not None), ExitStack() as held:
+    with report_disk_errors(lambda: last_checkpoint(folder) is not None), ExitStack() as held:
         yield held
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Within the block, this is the only run in a folder.
 
     Raises:
         InputError: another process runs there.
     """
-    path = folder / LOCK
-    path.touch()
     try:
-        with atomic_write.locked(path, wait=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with atomic_write.hold_lock(folder / LOCK, wait=0):
+            yield
     except TimeoutError as error:
         raise InputError(
             f"{folder}: another process is training there now; wait for it, or give another --out"

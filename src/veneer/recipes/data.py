@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..targets.suggest import suggest
 from .errors import InputError
-from .pictures import IMAGES, images
-from .ratings import RATINGS, rated
+from .pictures import IMAGES, read_images
+from .ratings import RATINGS, read_ratings
 from .run import Run
 from .tasks import TASKS
 
@@ -34,21 +35,21 @@ class Data:
     labels: list[str]
 
 
-def load(run: Run) -> Data:
+def load_data(run: Run) -> Data:
     """Read the run's data and split it, always in the same way for the same seed.
 
     Raises:
         InputError: data that cannot be found or read, or that lacks a column.
     """
-    rows = read(run.data)
+    rows = read_rows(run.data)
     task = TASKS[run.task]
     check_columns(run, rows[0], run.data)
-    rows = beside(rows, task.files(run), run.data)
+    rows = resolve_paths(rows, task.files(run), run.data)
     task.check(run, rows, run.data)
     if run.eval_data:
-        train, held_out = rows, read(run.eval_data)
+        train, held_out = rows, read_rows(run.eval_data)
         check_columns(run, held_out[0], run.eval_data)
-        held_out = beside(held_out, task.files(run), run.eval_data)
+        held_out = resolve_paths(held_out, task.files(run), run.eval_data)
         task.check(run, held_out, run.eval_data)
     else:
         rows = list(rows)
@@ -62,14 +63,14 @@ def load(run: Run) -> Data:
     return Data(train[: run.limit], held_out, labels)
 
 
-def read(name: str) -> list[dict[str, Any]]:
+def read_rows(name: str) -> list[dict[str, Any]]:
     """Rows of an embedded data set, a file, or a data set of the hub."""
     if name in LANGUAGES:
-        return translations(*LANGUAGES[name])
+        return read_translations(*LANGUAGES[name])
     if name in RATINGS:
-        return rated(name)
+        return read_ratings(name)
     if name in IMAGES:
-        return images(name)
+        return read_images(name)
     path = Path(name)
     if any(p.suffix.lower() in PICTURES for p in path.glob("*/*")):
         return from_folder(path)
@@ -77,8 +78,7 @@ def read(name: str) -> list[dict[str, Any]]:
         if not path.is_file():
             raise InputError(f"data {name!r}: there is no such file")
         return from_file(path)
-    import datasets
-
+    datasets = _import_datasets()
     try:
         found = datasets.load_dataset(name, split="train")
     except Exception as error:
@@ -92,8 +92,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def from_file(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL, CSV or Parquet file."""
-    import datasets
-
+    datasets = _import_datasets()
     builder = FILES[path.suffix.lower()]
     try:
         found = datasets.load_dataset(builder, data_files=str(path), split="train")
@@ -106,7 +105,15 @@ def from_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def beside(rows: list[dict[str, Any]], column: str | None, source: str) -> list[dict[str, Any]]:
+def _import_datasets() -> Any:
+    import datasets
+
+    if not sys.stderr.isatty():  # a bar in a log file is a line of every state it had
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def resolve_paths(rows: list[dict[str, Any]], column: str | None, source: str) -> list[dict[str, Any]]:
     """Rows whose paths in a column are from here; in a file they may be from its folder."""
 
     def found(path: Any) -> Any:
@@ -127,7 +134,7 @@ def from_folder(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def translations(code: str, language: str) -> list[dict[str, Any]]:
+def read_translations(code: str, language: str) -> list[dict[str, Any]]:
     """English UI strings of Django and their translations (BSD-3), as prompts and completions."""
     try:
         import django

@@ -23,7 +23,7 @@ class DiskError(click.ClickException):
 
 
 @contextmanager
-def disk(resume: Callable[[], bool]) -> Iterator[None]:
+def report_disk_errors(resume: Callable[[], bool]) -> Iterator[None]:
     """Turn an error of the operating system into a `DiskError` that says whether the run can be resumed."""
     try:
         yield

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .models import verify
+from ..files.embedded import check_sha256
+from .errors import InputError, user_input
 
 IMAGES = ("digits", "fashion-mnist", "fashion-mnist-test")
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -21,12 +21,12 @@ SHA256 = {
 }
 
 
-def images(name: str) -> list[dict[str, Any]]:
+def read_images(name: str) -> list[dict[str, Any]]:
     """Rows of (H, W) grey bytes and a class."""
-    return digits() if name == "digits" else fashion("t10k" if name.endswith("test") else "train")
+    return read_digits() if name == "digits" else read_fashion("t10k" if name.endswith("test") else "train")
 
 
-def digits() -> list[dict[str, Any]]:
+def read_digits() -> list[dict[str, Any]]:
     """1,797 handwritten digits of 8 by 8 pixels, of the UCI repository, in scikit-learn's wheel (BSD-3)."""
     import numpy as np
 
@@ -39,7 +39,7 @@ def digits() -> list[dict[str, Any]]:
     return [{"image": image, "label": str(label)} for image, label in zip(pixels, found.target, strict=True)]
 
 
-def fashion(part: str) -> list[dict[str, Any]]:
+def read_fashion(part: str) -> list[dict[str, Any]]:
     """Pieces of clothing of 28 by 28 pixels, in ten classes: 60,000 to train on and 10,000 to test.
 
     References:
@@ -56,7 +56,8 @@ def fashion(part: str) -> list[dict[str, Any]]:
                 f"{path} is not there; install Debian's package dataset-fashion-mnist (apt-get install), or set "
                 "FASHION_MNIST to a folder with the four *-ubyte.gz files of github.com/zalandoresearch/fashion-mnist"
             )
-        verify(path, SHA256[path.name], "get it again")
+        with user_input():
+            check_sha256(path, SHA256[path.name], "get it again")
         read.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
     pixels = read[0].reshape(-1, 28, 28)
     return [{"image": image, "label": FASHION[label]} for image, label in zip(pixels, read[1], strict=True)]

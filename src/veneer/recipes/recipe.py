@@ -37,7 +37,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     return values
 
 
-def build(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
+def build_run(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
     """A run from a recipe's keys and the command's flags, which win.
 
     Raises:
@@ -48,7 +48,7 @@ def build(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
     for key, value in recipe.items():
         if key not in known:
             raise ValueError(f"recipe: unknown key {key!r}{suggest(str(key), known)}; keys are {', '.join(known)}")
-        values[key] = typed(known[key], value)
+        values[key] = convert_value(known[key], value)
     method = values.pop("method", {"name": "lora"})
     method = dict(method) if isinstance(method, dict) else {"name": str(method)}
     if flags.get("method"):
@@ -61,13 +61,13 @@ def build(recipe: dict[str, Any], flags: dict[str, Any]) -> Run:
         if key.startswith("method__"):
             method[key.removeprefix("method__")] = yaml.safe_load(value) if isinstance(value, str) else value
         elif key != "method":
-            values[key] = typed(known[key], value)
+            values[key] = convert_value(known[key], value)
     run = Run(**values, method=method)
     run.config()  # complains now, before anything is loaded
     return run
 
 
-def typed(f: dataclasses.Field[Any], value: Any) -> Any:
+def convert_value(f: dataclasses.Field[Any], value: Any) -> Any:
     """A recipe's or a flag's value in the type of its field."""
     kind = str(f.type)
     if value is None or f.name == "method":

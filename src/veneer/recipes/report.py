@@ -56,13 +56,15 @@ class Report:
         lines = ["# Report", "", "| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in self.rows())]
         if self.samples:
             lines += ["", "| prompt | before | after |", "|---|---|---|"]
-            lines += ["| " + " | ".join(cell(s[k]) for k in ("prompt", "before", "after")) + " |" for s in self.samples]
+            lines += [
+                "| " + " | ".join(format_cell(s[k]) for k in ("prompt", "before", "after")) + " |" for s in self.samples
+            ]
         lines += ["", "![loss](loss.png)", ""]
         atomic_write.save_text(folder / "report.md", "\n".join(lines))
         atomic_write.save_text(folder / "report.json", text)
 
 
-def cell(text: str) -> str:
+def format_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
 
 
@@ -76,7 +78,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot(folder: Path, what: str = "loss") -> None:
+def plot_losses(folder: Path, what: str = "loss") -> None:
     """Draw loss.png from metrics.jsonl."""
     import matplotlib as mpl
 
@@ -97,7 +99,7 @@ def plot(folder: Path, what: str = "loss") -> None:
     plt.close(figure)
 
 
-def show(console: Any, report: Report, folder: Path) -> None:
+def show_report(console: Any, report: Report, folder: Path) -> None:
     """Print the report."""
     from rich.markup import escape
     from rich.table import Table

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..io import atomic_write, locate, safe_read
 from .errors import InputError
-from .models import load_model
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Trained:
             names = dict(enumerate(self.labels))
             options = {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
             options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced
-        return load_model(model, self.task, dtype, quantize, **options)
+        return TASKS[self.task].load_model(model, dtype, quantize, **options)
 
     def run(self, model: str, **fields: Any) -> Run:
         """A run of this task, for what the task does with a model and rows."""
@@ -55,7 +54,7 @@ class Trained:
         return Run(model=model, data="-", task=self.task, image_size=self.image_size, **fields)
 
 
-def trained(adapter: str, config: Method, task: str | None = None) -> Trained:
+def read_task(adapter: str, config: Method, task: str | None = None) -> Trained:
     """The task of a saved adapter: as asked for, as its `adapter_task.json` says, or as its config does.
 
     Raises:
@@ -78,10 +77,10 @@ def trained(adapter: str, config: Method, task: str | None = None) -> Trained:
         if task in (None, values["task"]):
             return Trained(values["task"], tuple(labels), size)
     chosen = task or next((k for k, t in TASKS.items() if t.peft_type and t.peft_type == config.task_type), "causal-lm")
-    return Trained(chosen, numbered(adapter) if TASKS[chosen].classes else ())
+    return Trained(chosen, number_labels(adapter) if TASKS[chosen].classes else ())
 
 
-def numbered(adapter: str) -> tuple[str, ...]:
+def number_labels(adapter: str) -> tuple[str, ...]:
     """Classes without names, as many as the trained head in an adapter's file has rows; none where it has no head."""
     path = locate.find_file(adapter, locate.WEIGHTS_NAME)
     tensors = {} if path is None else safe_read.tensor_header(path)[0]

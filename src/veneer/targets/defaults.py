@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .regex import compiled
+from .regex import compile_pattern
 
 T = TypeVar("T")
 
@@ -65,6 +65,6 @@ def pattern_value(patterns: Mapping[str, T], key: str, default: T) -> T:
         ValueError: a bad regular expression.
     """
     for pattern, value in patterns.items():
-        if compiled(rf"(.*\.)?({pattern})$", "pattern", pattern).match(key):
+        if compile_pattern(rf"(.*\.)?({pattern})$", "pattern", pattern).match(key):
             return value
     return default

@@ -1,7 +1,9 @@
-"""Regular expressions of configs, which a stranger may have written: compiled once, and bounded in time.
+"""Regular expressions of configs, which a stranger may have written: compiled once, matched within a time limit.
 
-Python's `re` cannot be interrupted, and an expression such as `(a+)+b` takes it longer than a life on a name of forty
-letters. Expressions that can blow up are matched by the package regex, which stops at a time limit; all others by `re`.
+Python's `re` cannot be interrupted, and an expression such as `(a+)+b` backtracks exponentially. The package regex takes a
+timeout. An expression is valid if `re` compiles it, and means what it means there: regex in its version 0 differs for
+braces (`a{e<=1}` allows errors) and for `[:` (POSIX classes), which are escaped first. Two differences stay, of no use in
+names of modules: `\\B` matches in an empty string, as in `re` from Python 3.14 on, and `[^\\W\\w]` matches letters.
 """
 
 from __future__ import annotations
@@ -13,98 +15,78 @@ from typing import Any
 
 LONGEST = 1 << 16  # characters; peft itself writes expressions of some thousands
 SECONDS = 2.0  # of one expression, on all names of a model
+WINDOW = 60.0  # seconds after which an expression has its time again: the next model's
+FREE = 50e-6  # seconds of a match that do not count: large models have a hundred thousand names
+# Escapes stay as they are; a brace that opens no repetition, and a colon after a bracket, are literals in `re`.
+_LITERALS = re.compile(r"(?s)\\N\{[^}]*\}|\\.|(?P<literal>\{(?!\d*,?\d*\})|(?<=\[):)")
+
+
+class BoundedPattern:
+    """An expression with a limit on the time that all its matches on one model take together."""
+
+    def __init__(self, pattern: str, field: str, shown: str) -> None:
+        # Here and not above: only a config with an expression pays for the import.
+        import regex
+
+        self.pattern, self._field, self._shown = pattern, field, shown
+        try:
+            self._inner = regex.compile(_LITERALS.sub(_escape_literal, pattern), regex.VERSION0)
+        except regex.error as error:
+            raise ValueError(f"{field}={shown} is no valid regular expression: {error}") from error
+        self._spent, self._since = 0.0, time.monotonic()
+
+    def match(self, text: str) -> Any:
+        """As `re.Pattern.match`.
+
+        Raises:
+            ValueError: the time is spent.
+        """
+        return self._run(self._inner.match, text)
+
+    def fullmatch(self, text: str) -> Any:
+        """As `re.Pattern.fullmatch`.
+
+        Raises:
+            ValueError: the time is spent.
+        """
+        return self._run(self._inner.fullmatch, text)
+
+    def _run(self, match: Any, text: str) -> Any:
+        started = time.monotonic()
+        if started - self._since > WINDOW:
+            self._spent, self._since = 0.0, started
+        try:
+            return match(text, timeout=max(SECONDS - self._spent, 0.01))
+        except TimeoutError:
+            raise ValueError(
+                f"{self._field}={self._shown}: matching takes more than {SECONDS:g} s, as repetitions within repetitions "
+                "do; simplify it, or name the modules in a list"
+            ) from None
+        finally:
+            self._spent += max(time.monotonic() - started - FREE, 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
-def compiled(pattern: str, field: str, value: str | None = None) -> re.Pattern[str] | Timed:
+def compile_pattern(pattern: str, field: str, value: str | None = None) -> BoundedPattern:
     """A config's regular expression.
 
     Args:
         pattern: the expression.
         field: the field it comes from, for messages.
-        value: what stands in the field, where that is not the whole expression.
+        value: the field's value, if that is not the whole expression.
 
     Raises:
-        ValueError: it is none, or a very long one.
+        ValueError: it is invalid, or very long.
     """
     shown = repr(value or pattern)[:200]
     if len(pattern) > LONGEST:
         raise ValueError(f"{field}={shown}...: {len(pattern):,} characters; {LONGEST:,} are allowed")
     try:
-        made = re.compile(pattern)
+        re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field}={shown} is no valid regular expression: {error}") from error
-    return Timed(pattern, field, shown) if explosive(pattern) else made
+    return BoundedPattern(pattern, field, shown)
 
 
-class Timed:
-    """An expression that could blow up, with a limit on the time that all its matches take together."""
-
-    def __init__(self, pattern: str, field: str, shown: str) -> None:
-        try:
-            import regex  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ValueError(
-                f"{field}={shown}: repetitions within repetitions can take forever; simplify it, or install what stops in "
-                "time: pip install regex"
-            ) from error
-        try:
-            self.inner = regex.compile(pattern)
-        except regex.error as error:
-            raise ValueError(f"{field}={shown} is no valid regular expression: {error}") from error
-        self.pattern, self.field, self.shown, self.spent = pattern, field, shown, 0.0
-
-    def timed(self, match: Any, text: str) -> Any:
-        started = time.perf_counter()
-        try:
-            return match(text, timeout=max(SECONDS - self.spent, 0.01))
-        except TimeoutError:
-            raise ValueError(
-                f"{self.field}={self.shown}: matching takes more than {SECONDS:g} s, as repetitions within repetitions "
-                "do; simplify it, or name the modules in a list"
-            ) from None
-        finally:
-            self.spent += time.perf_counter() - started
-
-    def match(self, text: str) -> Any:
-        return self.timed(self.inner.match, text)
-
-    def fullmatch(self, text: str) -> Any:
-        return self.timed(self.inner.fullmatch, text)
-
-
-def explosive(pattern: str) -> bool:
-    """Whether matching may take more than cubic time: a repeated group with a repetition or a choice in it, four
-    repetitions, or a reference back.
-    """
-    open_groups = [False]  # for each open group, whether it holds a repetition or a choice
-    repeats, at, closed = 0, 0, False  # closed: whether a group that holds one ended just before
-    while at < len(pattern):
-        c = pattern[at]
-        ended, closed = closed, False
-        if c == "\\":
-            if pattern[at + 1 : at + 2].isdigit() and pattern[at + 1] != "0":
-                return True
-            at += 1
-        elif c == "[":
-            at = pattern.find("]", at + 2 + (pattern[at + 1 : at + 2] == "^"))
-            if at < 0:
-                return False  # no expression
-        elif c == "(":
-            if pattern.startswith("(?P=", at) or pattern.startswith("(?(", at):
-                return True
-            open_groups.append(False)
-        elif c == ")" and len(open_groups) > 1:
-            closed = open_groups.pop()
-            open_groups[-1] |= closed
-        elif c == "|":
-            open_groups[-1] = True
-        elif c in "*+" or (c == "{" and re.match(r"\{\d*,?\d*\}", pattern[at:])):
-            bounded = c == "{" and not re.match(r"\{\d*,\}|\{\d*,?\d{2,}\}", pattern[at:])
-            if not bounded:
-                repeats += 1
-                if ended or repeats > 3:
-                    return True
-                open_groups[-1] = True
-        at += 1
-    return False
+def _escape_literal(found: re.Match[str]) -> str:
+    return found[0] if found["literal"] is None else f"\\{found[0]}"

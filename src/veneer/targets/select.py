@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backends import bare_of, linear_of, unknown, unread
 from .defaults import default_targets, model_type
-from .regex import Timed, compiled
+from .regex import BoundedPattern, compile_pattern
 from .suggest import plain, show, suggest
 
 ALL_LINEAR = "all-linear"
@@ -85,7 +85,7 @@ def resolve(
     if spec == ALL_LINEAR:
         named = all_linear(model, modules, task=getattr(config, "task_type", None), supported=supported)
     elif isinstance(spec, str):
-        pattern = compiled(spec, "target_modules")
+        pattern = compile_pattern(spec, "target_modules")
         named = [n for n in modules if pattern.fullmatch(n)]
     else:
         exact = frozenset(spec)
@@ -156,7 +156,7 @@ def matches(key: str, spec: str | Collection[str] | None) -> bool:
     if spec is None:
         return False
     if isinstance(spec, str):
-        return compiled(spec, "pattern").fullmatch(key) is not None
+        return compile_pattern(spec, "pattern").fullmatch(key) is not None
     if key in spec:
         return True
     at = key.rfind(".")
@@ -298,7 +298,7 @@ def in_layers(
             "name the modules in a list, or the layers in the expression"
         )
     lists = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    forms = [compiled(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", "layers_pattern", p) for p in lists if p]
+    forms = [compile_pattern(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", "layers_pattern", p) for p in lists if p]
     free = [n for n in names if n not in exact]  # a full name says its layer itself
     index = layer_of(free, forms or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")])
     if not index and not forms:
@@ -315,7 +315,7 @@ def in_layers(
     return [n for n in names if n in exact or index.get(n) in layers]
 
 
-def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | Timed]) -> dict[str, int]:
+def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | BoundedPattern]) -> dict[str, int]:
     """Name -> index of its layer, for the names that have one."""
     found = {}
     for name in names:
@@ -332,7 +332,7 @@ def excluded(
     if not spec:
         return names
     if isinstance(spec, str):
-        pattern = compiled(spec, "exclude_modules")
+        pattern = compile_pattern(spec, "exclude_modules")
         kept = [n for n in names if not pattern.fullmatch(n)]
         if len(kept) == len(names) and not any(pattern.fullmatch(n) for n in modules):
             warnings.warn(f"exclude_modules={spec!r} matches no module, so it excludes nothing", stacklevel=4)
@@ -355,8 +355,8 @@ def not_copied(names: list[str], said: str, copies: Collection[str] | None, hidd
     kept = [n for n in names if n not in hidden] if hidden else names
     if copies:
         check_names(copies, "modules_to_save")
-        joined = "|".join(f"(?:{compiled(c, 'modules_to_save').pattern})" for c in copies)
-        copied = compiled(rf"(?:^|.*\.)(?:{joined})(?:$|\..*)", "modules_to_save", show(copies))
+        joined = "|".join(f"(?:{compile_pattern(c, 'modules_to_save').pattern})" for c in copies)
+        copied = compile_pattern(rf"(?:^|.*\.)(?:{joined})(?:$|\..*)", "modules_to_save", show(copies))
         kept = [n for n in kept if not copied.match(n)]
     if names and not kept:
         raise ValueError(
@@ -383,7 +383,7 @@ def nothing(
         return f"{said} matches no module: there is no {hints(sorted(spec), modules, parameters)}; {sample}"
     if near := difflib.get_close_matches(spec.lower(), [ALL_LINEAR], cutoff=0.75):
         return f"{said} matches no module; did you mean {near[0]!r}?"
-    whole = compiled(rf".*\.({spec})", "target_modules", spec)
+    whole = compile_pattern(rf".*\.({spec})", "target_modules", spec)
     if any(whole.fullmatch(n) for n in modules):
         return (
             f"{said} matches no module: a string is a regular expression for the whole name; write it as "

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..cli.inspect import about
-from .errors import told
+from ..recipes.describe_adapter import describe_adapter
+from .errors import show_errors
 from .folder import LORA, Folder
 
 
@@ -26,8 +26,8 @@ class Adapters:
                 upload = gr.File(label="A zip of an adapter's folder", file_types=[".zip"], height=130, elem_id="zip")
                 name = gr.Textbox(label="Name it gets", placeholder="the zip's")
                 add = gr.Button("Add")
-        self.chosen.change(told(self.look), self.chosen, [details, download], show_progress="hidden")
-        add.click(told(self.add), [upload, name], [self.chosen, upload, name])
+        self.chosen.change(show_errors(self.look), self.chosen, [details, download], show_progress="hidden")
+        add.click(show_errors(self.add), [upload, name], [self.chosen, upload, name])
 
     def refresh(self) -> Any:
         return gr.Dropdown(choices=self.folder.adapters())
@@ -43,8 +43,8 @@ class Adapters:
                 ("file", f"{size / 1e6:.2f} MB"),
             ]
         else:
-            rows = [r for r in about(str(folder)) if r[0] != "file"]
-        table = "\n".join(["| | |", "|---|---|", *(f"| {a} | {escaped(b)} |" for a, b in rows)])
+            rows = [r for r in describe_adapter(str(folder)) if r[0] != "file"]
+        table = "\n".join(["| | |", "|---|---|", *(f"| {a} | {escape_markdown(b)} |" for a, b in rows)])
         return table, gr.DownloadButton(value=str(self.folder.zipped(name)), visible=True)
 
     def add(self, upload: str | None, name: str) -> Any:
@@ -56,7 +56,7 @@ class Adapters:
         return gr.Dropdown(choices=self.folder.adapters(), value=name), None, ""
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text of a file, as nothing but text in Markdown."""
     for character in "\\`*_{}[]()#+!|~":
         text = text.replace(character, f"\\{character}")

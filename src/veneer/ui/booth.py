@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ..recipes.dreambooth.settings import FIELDS, build
+from ..recipes.dreambooth.settings import FIELDS, build_run
 from . import look
-from .errors import told
+from .errors import show_errors
 from .folder import Folder, check_name
 from .runner import Runner
-from .training import version, whole
+from .training import format_version, parse_integer
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in FIELDS}
 TEXTS = {f.name: f.metadata["help"] for f in FIELDS}
@@ -75,7 +75,7 @@ class Booth:
                     start = gr.Button("Start", variant="primary", min_width=80, elem_id="booth-start")
                     stop = gr.Button("Stop", variant="stop", min_width=80)
             with gr.Column(scale=6):
-                state = gr.HTML(look.state(None), elem_id="booth-state")
+                state = gr.HTML(look.format_state(None), elem_id="booth-state")
                 plot = gr.LinePlot(
                     None, x="step", y="loss", color="curve", color_map=look.COLOURS, height=270, label="Denoising loss",
                     x_title="optimizer step", y_title="loss", color_title=" ",
@@ -90,9 +90,9 @@ class Booth:
                       "validation_prompt")  # fmt: skip
         inputs = [name, model, pictures, prompt, steps, resolution, rank, rate, optimizer, dtype, text, saves, class_prompt,
                   class_images, sample_every, sample_steps, shown]  # fmt: skip
-        start.click(told(self.start), inputs, command)
-        plan.click(told(self.plan), inputs, planned)
-        stop.click(told(runner.stop), None, None)
+        start.click(show_errors(self.start), inputs, command)
+        plan.click(show_errors(self.plan), inputs, planned)
+        stop.click(show_errors(runner.stop), None, None)
         seen = gr.State("")
         gr.Timer(1.0).tick(
             self.tick, seen, [seen, state, plot, gallery, figures, zip_file, command], show_progress="hidden"
@@ -116,12 +116,14 @@ class Booth:
             "out": str(self.folder.inside(run)),
         }
         flags |= {
-            k: whole(v) for k, v in zip(self.names, rest, strict=True) if v not in (None, "") and v != DEFAULTS[k]
+            k: parse_integer(v)
+            for k, v in zip(self.names, rest, strict=True)
+            if v not in (None, "") and v != DEFAULTS[k]
         }
         flags["instance_data"] = str(self.folder.keep_pictures(pictures, run))
         steps = int(flags.get("steps") or DEFAULTS["steps"])
         flags |= {"steps": steps, "log_every": max(1, steps // 50)}
-        build(flags)
+        build_run(flags)
         return run, flags
 
     def start(self, *given: Any) -> Any:
@@ -129,13 +131,13 @@ class Booth:
         folder = self.folder.inside(run)
         if (folder / "run.json").exists() or folder.exists():
             raise ValueError(f"{run!r} exists already; give this run another name")
-        job = self.runner.start("dreambooth", run, words("dreambooth", flags), flags["steps"])
+        job = self.runner.start("dreambooth", run, command_words("dreambooth", flags), flags["steps"])
         return gr.Code(job.command, visible=True)
 
     def plan(self, *given: Any) -> Any:
         run, flags = self.flags(*given)
         try:
-            return gr.Code(self.runner.once([*words("dreambooth", flags), "--plan"]), visible=True)
+            return gr.Code(self.runner.once([*command_words("dreambooth", flags), "--plan"]), visible=True)
         finally:
             if not self.runner.busy:
                 shutil.rmtree(self.folder.hidden / "uploads" / run, ignore_errors=True)
@@ -145,16 +147,16 @@ class Booth:
         if job is None or job.kind != "dreambooth":
             return [gr.skip()] * 7
         drawn = sorted((job.folder / "samples").glob("*.png"), reverse=True)[:16]
-        now = f"{version(job)} {len(drawn)}"
+        now = f"{format_version(job)} {len(drawn)}"
         if now == seen and job.state != "running":
             return [gr.skip()] * 7
         changed, ready = now != seen, job.state == "finished"
         return [
             now,
-            look.state(job),
-            look.curve(job.folder) if changed else gr.skip(),
-            [captioned(p) for p in drawn] if changed else gr.skip(),
-            look.figures(job.folder) if ready else "",
+            look.format_state(job),
+            look.draw_curve(job.folder) if changed else gr.skip(),
+            [caption_images(p) for p in drawn] if changed else gr.skip(),
+            look.format_figures(job.folder) if ready else "",
             gr.DownloadButton(value=str(self.folder.zipped(job.name)), visible=True)
             if ready
             else gr.DownloadButton(visible=False),
@@ -162,13 +164,13 @@ class Booth:
         ]
 
 
-def captioned(path: Any) -> tuple[Any, str]:
+def caption_images(path: Any) -> tuple[Any, str]:
     """A sample image, and the step it is of."""
     with Image.open(path) as image:
         return image.convert("RGB"), f"step {int(path.stem.split('-')[0])}"
 
 
-def words(command: str, flags: dict[str, Any]) -> list[str]:
+def command_words(command: str, flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command."""
     made = [command]
     for key, value in flags.items():

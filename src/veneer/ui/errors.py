@@ -10,7 +10,7 @@ import click
 import gradio as gr
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show the complaints of `function` about its input; nothing in the page changes then."""
 
     @functools.wraps(function)

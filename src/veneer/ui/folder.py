@@ -171,9 +171,9 @@ class Folder:
             raise InputError(f"{name!r} exists; give another name")
         try:
             with zipfile.ZipFile(upload) as file, tempfile.TemporaryDirectory(dir=self.hidden) as made:
-                for member, info in checked(file).items():
+                for member, info in check_members(file).items():
                     with file.open(info) as source, open(Path(made) / member, "wb") as out:
-                        copy(source, out, info.file_size, member)
+                        copy_member(source, out, info.file_size, member)
                 if not any((Path(made) / n).is_file() for n in (locate.CONFIG_NAME, LORA)):
                     raise InputError(f"the zip holds no {locate.CONFIG_NAME}; pack the folder an adapter was saved to")
                 if (Path(made) / locate.CONFIG_NAME).is_file():
@@ -187,7 +187,7 @@ class Folder:
         return target
 
 
-def checked(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def check_members(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Name -> member of the files of an adapter's zip, which may lie in one folder.
 
     Raises:
@@ -215,7 +215,7 @@ def checked(file: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return found
 
 
-def copy(source: Any, out: Any, size: int, name: str) -> None:
+def copy_member(source: Any, out: Any, size: int, name: str) -> None:
     """Copy as many bytes as the zip's directory says; more is a lie."""
     left = size
     while block := source.read(min(1 << 20, left + 1)):

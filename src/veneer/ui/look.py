@@ -37,14 +37,14 @@ COLOURS = {"training": "#0d9488", "held out": "#d97706"}
 CURVES = {"loss": "training", "held_out_loss": "held out"}
 
 
-def theme() -> Any:
+def make_theme() -> Any:
     """Fonts are the system's: nothing is fetched."""
     return gr.themes.Base(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="md", font=FONTS, font_mono=MONO
     )
 
 
-def curve(folder: Path) -> pd.DataFrame | None:
+def draw_curve(folder: Path) -> pd.DataFrame | None:
     """The losses of a run: step, loss, and which; None before the first of training, as a plot never shows a curve that it began without."""
     rows = [
         (int(m["step"]), float(m[key]), label)
@@ -59,12 +59,12 @@ def curve(folder: Path) -> pd.DataFrame | None:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def state(job: Job | None) -> str:
+def format_state(job: Job | None) -> str:
     """Where a run is, as HTML."""
     if job is None:
         return '<div class="state">Nothing has been trained yet.</div>'
@@ -78,13 +78,13 @@ def state(job: Job | None) -> str:
         return f'<div class="state"><b>{name}</b> is finished: {step} steps. Its adapter is ready.</div>'
     points = safe_read.json_lines(job.folder / "metrics.jsonl")
     if not step:
-        return f'<div class="state"><b>{name}</b>: loading and measuring before training, {duration(passed)}<progress></progress></div>'
+        return f'<div class="state"><b>{name}</b>: loading and measuring before training, {format_duration(passed)}<progress></progress></div>'
     said = [f"step {step} of {job.steps}" if job.steps else f"step {step}"]
-    said += [f"{label} {last:.3f}" for key, label in CURVES.items() if (last := latest(points, key)) is not None]
+    said += [f"{label} {last:.3f}" for key, label in CURVES.items() if (last := latest_value(points, key)) is not None]
     if job.steps:
         begun = first_step(job)
         left = (time.time() - begun) / max(step, 1) * max(job.steps - step, 0)
-        said.append(f"about {duration(left)} left" if step < job.steps else "measuring after training")
+        said.append(f"about {format_duration(left)} left" if step < job.steps else "measuring after training")
     share = f'value="{step}" max="{job.steps}"' if job.steps else ""
     spans = "".join(f"<span>{html.escape(s)}</span>" for s in said)
     return f'<div class="state"><div class="line"><b>{name}</b>{spans}</div><progress {share}></progress></div>'
@@ -96,12 +96,12 @@ def first_step(job: Job) -> float:
     return path.stat().st_mtime if path.is_file() else job.started
 
 
-def latest(points: Sequence[dict[str, Any]], key: str) -> float | None:
+def latest_value(points: Sequence[dict[str, Any]], key: str) -> float | None:
     found = [float(m[key]) for m in points if key in m]
     return found[-1] if found else None
 
 
-def report(folder: Path) -> dict[str, Any] | None:
+def format_report(folder: Path) -> dict[str, Any] | None:
     """A finished run's report."""
     path = folder / "report.json"
     try:
@@ -110,7 +110,7 @@ def report(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def figures(folder: Path) -> str:
+def format_figures(folder: Path) -> str:
     """The figures of a finished run's report, as a Markdown table."""
     path = folder / "report.md"
     if not path.is_file():
@@ -120,7 +120,7 @@ def figures(folder: Path) -> str:
     return "\n".join(["| measured | |", "|---|---|", *(r for r in rows if r.strip("| "))])
 
 
-def samples(folder: Path) -> list[list[str]]:
+def format_samples(folder: Path) -> list[list[str]]:
     """Prompts of a finished run, with the answers before and after."""
-    found = (report(folder) or {}).get("samples", [])
+    found = (format_report(folder) or {}).get("samples", [])
     return [[str(s.get(k, "")) for k in ("prompt", "before", "after")] for s in found]

@@ -14,16 +14,16 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 UPLOAD = 1 << 30  # bytes of an upload
 
 
-def prepare(folder: Folder) -> None:
+def set_environment(folder: Folder) -> None:
     """What gradio reads when it is imported: no telemetry, and its copies of files below our folder."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder.hidden / "cache")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def page(folder: Folder) -> Any:
+def build_page(folder: Folder) -> Any:
     """The page as gradio Blocks."""
-    prepare(folder)
+    set_environment(folder)
     import gradio as gr
 
     from .adapters import Adapters
@@ -57,9 +57,9 @@ def page(folder: Folder) -> Any:
     return blocks
 
 
-def application(folder: Folder, host: str) -> Any:
+def build_application(folder: Folder, host: str) -> Any:
     """The page as an ASGI application, which answers to its own names only."""
-    blocks = page(folder)
+    blocks = build_page(folder)
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -83,12 +83,12 @@ def application(folder: Folder, host: str) -> Any:
         pwa=False,
         mcp_server=False,
         footer_links=[],
-        theme=look.theme(),
+        theme=look.make_theme(),
         css=look.CSS,
     )
 
 
-def serve(root: Path, models: Path | None, host: str, port: int) -> None:
+def serve_page(root: Path, models: Path | None, host: str, port: int) -> None:
     """Serve the page until it is interrupted; a run that goes on then is stopped.
 
     Raises:
@@ -107,7 +107,7 @@ def serve(root: Path, models: Path | None, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another port") from error
-    app = application(folder, host)
+    app = build_application(folder, host)
     if host not in LOCAL:
         click.echo(
             f"warning: whoever reaches {host}:{port} can train on this machine and read the runs; there is no password",

@@ -55,13 +55,14 @@ class Talk:
         """
         from transformers import AutoConfig
 
-        from ..recipes.models import load_model, load_tokenizer, locate
+        from ..recipes.models import find_model, load_tokenizer
+        from ..recipes.tasks import TASKS
 
         if name == self.name:
             return
         where = self.folder.model(name)
         with user_input():
-            config = AutoConfig.from_pretrained(locate(where))
+            config = AutoConfig.from_pretrained(find_model(where))
             writes = str((getattr(config, "architectures", None) or [""])[0])
             if not writes.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")):
                 raise InputError(
@@ -69,7 +70,7 @@ class Talk:
                 )
             task = "seq2seq-lm" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
             self.name, self.base, self.model, self.known = "", None, None, {}  # the old one's memory first
-            self.base, self.tokenizer = load_model(where, task).eval(), load_tokenizer(where)
+            self.base, self.tokenizer = TASKS[task].load_model(where).eval(), load_tokenizer(where)
         self.name = name
         self.loads += 1
 
@@ -106,7 +107,7 @@ class Talk:
         """
         import torch
 
-        from ..recipes.tasks.base import complete
+        from ..recipes.tasks.base import complete_prompts
         from ..recipes.tasks.text import prompt_text
 
         if not prompt.strip():
@@ -120,7 +121,7 @@ class Talk:
 
             def say() -> str:
                 torch.manual_seed(seed)
-                return complete(self.base, self.tokenizer, [text], int(tokens), **options)[0]
+                return complete_prompts(self.base, self.tokenizer, [text], int(tokens), **options)[0]
 
             with user_input():
                 if self.model is None:

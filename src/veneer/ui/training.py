@@ -8,18 +8,18 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from ..cli.methods import about
+from ..files.embedded import EMBEDDED
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..recipes.data import LANGUAGES
-from ..recipes.models import EMBEDDED
+from ..recipes.describe_method import describe_method
 from ..recipes.pictures import IMAGES
 from ..recipes.ratings import RATINGS
-from ..recipes.recipe import build
+from ..recipes.recipe import build_run
 from ..recipes.run import FIELDS
 from ..recipes.tasks import TASKS
 from . import look
-from .errors import told
+from .errors import show_errors
 from .folder import Folder, check_name
 from .runner import Job, Runner
 
@@ -27,18 +27,18 @@ ARGUMENTS = 4  # of a method, which get a field of their own
 FORBIDDEN = ("out", "model", "data", "eval_data")  # of further settings: paths
 
 
-def methods() -> dict[str, type[Method]]:
+def list_methods() -> dict[str, type[Method]]:
     """What a user can name."""
     return {k: c for k, c in registry().items() if not c.internal}
 
 
 def method_fields(method: str) -> list[tuple[str, str, str]]:
     """Name, default and meaning of the fields that a method's own docstring begins with."""
-    known: dict[str, type[Method]] = {key.lower(): cls for key, cls in methods().items()}
+    known: dict[str, type[Method]] = {key.lower(): cls for key, cls in list_methods().items()}
     cls = known[method]
     kept = [
         f
-        for f in about(cls).fields
+        for f in describe_method(cls).fields
         if f[0] not in ("exclude_modules", "modules_to_save", "layers_pattern", "layers_to_transform")
     ]
     return [(name, default, text) for name, _, default, text in kept[:ARGUMENTS]]
@@ -82,7 +82,7 @@ def arguments_of(flags: dict[str, Any]) -> list[str]:
     """Flags as words of a command."""
     kinds = {f.name: str(f.type) for f in FIELDS}
     booleans = {
-        f.name for cls in methods().values() for f in dataclasses.fields(cls) if f.init and str(f.type) == "bool"
+        f.name for cls in list_methods().values() for f in dataclasses.fields(cls) if f.init and str(f.type) == "bool"
     }
     words = []
     for key, value in flags.items():
@@ -95,7 +95,7 @@ def arguments_of(flags: dict[str, Any]) -> list[str]:
     return words
 
 
-def whole(value: Any) -> Any:
+def parse_integer(value: Any) -> Any:
     """A number field's value: 100.0 as 100."""
     return int(value) if isinstance(value, float) and value == int(value) else value
 
@@ -136,7 +136,7 @@ class Training:
                 upload = gr.File(
                     label="or upload JSONL, CSV or Parquet", file_types=[".jsonl", ".csv", ".parquet"], height=140
                 )
-                method = gr.Dropdown(sorted(k.lower() for k in methods()), value="lora", label="Method")
+                method = gr.Dropdown(sorted(k.lower() for k in list_methods()), value="lora", label="Method")
                 with gr.Row():
                     own = [gr.Textbox(min_width=190, **how) for how in shown_fields("lora")]
                 with gr.Row():
@@ -155,7 +155,7 @@ class Training:
                     start = gr.Button("Start", variant="primary", min_width=80, elem_id="start")
                     stop = gr.Button("Stop", variant="stop", min_width=80)
             with gr.Column(scale=6):
-                state = gr.HTML(look.state(None), elem_id="state")
+                state = gr.HTML(look.format_state(None), elem_id="state")
                 plot = gr.LinePlot(
                     None, x="step", y="loss", color="curve", color_map=look.COLOURS, height=330, label="Loss: training green, held out orange", elem_id="loss",
                     x_title="optimizer step", y_title="loss", color_title=" ",
@@ -177,7 +177,7 @@ class Training:
         inputs = [name, task, model, data_name, upload, method, *own, steps, batch, rate, further]
         method.change(lambda m: [gr.update(**how) for how in shown_fields(m)], method, own, show_progress="hidden")
         start.click(self.start, inputs, [command])
-        stop.click(told(runner.stop), None, None)
+        stop.click(show_errors(runner.stop), None, None)
         plan.click(self.plan, inputs, planned)
         seen = gr.State("")
         timer = gr.Timer(1.0)
@@ -200,16 +200,16 @@ class Training:
             "data": str(self.folder.keep(source, run)) if upload else source,
             "task": task,
             "method": method,
-            "steps": whole(steps),
-            "batch_size": whole(batch),
+            "steps": parse_integer(steps),
+            "batch_size": parse_integer(batch),
             "learning_rate": rate,
             "log_every": max(1, int(steps or 100) // 50),
         }
         flags = flags_of(values, own, further)
-        build({}, {**flags, "out": str(self.folder.inside(run))})
+        build_run({}, {**flags, "out": str(self.folder.inside(run))})
         return run, flags
 
-    @told
+    @show_errors
     def start(self, *given: Any) -> Any:
         run, flags = self.flags(*given)
         folder = self.folder.inside(run)
@@ -219,7 +219,7 @@ class Training:
         job = self.runner.start("train", run, words, int(flags.get("steps") or 0))
         return gr.Code(job.command, visible=True)
 
-    @told
+    @show_errors
     def plan(self, *given: Any) -> Any:
         _, flags = self.flags(*given)
         names = ("task", "batch_size", "dtype", "quantize", "gradient_checkpointing", "gradient_accumulation", "method")
@@ -232,16 +232,16 @@ class Training:
         job = self.runner.job
         if job is None or job.kind != "train":
             return [gr.skip()] * 8
-        now = version(job)
+        now = format_version(job)
         if now == seen and job.state != "running":
             return [gr.skip()] * 8
         ready = job.state == "finished"
-        rows = look.samples(job.folder) if ready else []
+        rows = look.format_samples(job.folder) if ready else []
         return [
             now,
-            look.state(job),
-            look.curve(job.folder) if now != seen else gr.skip(),
-            look.figures(job.folder) if ready else "",
+            look.format_state(job),
+            look.draw_curve(job.folder) if now != seen else gr.skip(),
+            look.format_figures(job.folder) if ready else "",
             gr.Dataframe(rows, visible=bool(rows)),
             gr.DownloadButton(value=str(self.folder.zipped(job.name)), visible=True)
             if ready
@@ -251,7 +251,7 @@ class Training:
         ]
 
 
-def version(job: Job) -> str:
+def format_version(job: Job) -> str:
     """Another text whenever there is something new to show."""
     path = job.folder / "metrics.jsonl"
     size = path.stat().st_size if path.is_file() else 0

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..recipes.models import EMBEDDED
-from .errors import told
+from ..files.embedded import EMBEDDED
+from .errors import show_errors
 from .folder import LORA, Folder
 from .talk import Talk
 
@@ -55,7 +55,7 @@ class Trying:
 
         self.adapters.change(self.follow, self.adapters, self.model, show_progress="hidden")
         inputs = [self.model, self.adapters, prompt, tokens, temperature, chat]
-        gr.on([ask.click], told(self.answer), inputs, answers)
+        gr.on([ask.click], show_errors(self.answer), inputs, answers)
 
     def choices(self) -> list[str]:
         """Adapters of transformers' models; those of diffusers draw."""

@@ -14,7 +14,7 @@ from ..errors import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def files(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path) -> list[Path]:
     """The folder's images, in the order of their names.
 
     Raises:
@@ -29,7 +29,7 @@ def files(folder: str | Path) -> list[Path]:
     return found
 
 
-def read(path: Path) -> Any:
+def read_image(path: Path) -> Any:
     """An image in RGB, upright; what is transparent becomes white.
 
     Raises:
@@ -52,7 +52,7 @@ def read(path: Path) -> Any:
     return image.convert("RGB")
 
 
-def tensor(image: Any, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def to_tensor(image: Any, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """The largest square of an image, (3, side, side) in [-1, 1]; from its middle, or wherever `at` says in [0, 1]."""
     import numpy as np
     from PIL import Image, ImageOps
@@ -69,7 +69,7 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     """
 
     def __init__(self, subject: list[Path], others: list[Path], side: int, center: bool, seed: int) -> None:
-        self.subject, self.others = [read(p) for p in subject], others
+        self.subject, self.others = [read_image(p) for p in subject], others
         self.side, self.center, self.seed, self.epoch = side, center, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,13 +81,13 @@ class Pairs(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         drawn = random.Random(f"{self.seed} {self.epoch} {i}")
         at = (0.5, 0.5) if self.center else (drawn.random(), drawn.random())
-        item = {"subject": tensor(self.subject[i % len(self.subject)], self.side, at)}
+        item = {"subject": to_tensor(self.subject[i % len(self.subject)], self.side, at)}
         if self.others:
-            item["other"] = tensor(read(self.others[i % len(self.others)]), self.side)
+            item["other"] = to_tensor(read_image(self.others[i % len(self.others)]), self.side)
         return item
 
 
-def grid(images: list[Any], columns: int) -> Any:
+def make_grid(images: list[Any], columns: int) -> Any:
     """Images side by side."""
     from PIL import Image
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ...planning import ledger
-from ...planning.layout import Counted, Peak, peak
+from ...planning.layout import Counted, Peak, compute_peak
 from ...planning.settings import Settings, size
 from ..errors import InputError, user_input
 from .denoiser import Denoiser, set_attention
 from .settings import DreamBooth
 
 
-def parts(name: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def list_parts(name: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """UNet, text encoder and VAE on the meta device: of a folder, a hub id, or the shapes that are shipped.
 
     Raises:
@@ -44,13 +44,13 @@ def parts(name: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     return tuple(m.to(dtype) for m in made)
 
 
-def plan(run: DreamBooth) -> tuple[Peak, int]:
+def plan_run(run: DreamBooth) -> tuple[Peak, int]:
     """The peak of a run on one device, and how many numbers it trains."""
     from diffusers import DDPMScheduler
 
     import veneer
 
-    unet, text, vae = parts(run.model, getattr(torch, run.dtype))
+    unet, text, vae = list_parts(run.model, getattr(torch, run.dtype))
     set_attention(run.attention, unet, vae)
     for module in (unet, text, vae):
         module.requires_grad_(False)
@@ -69,7 +69,7 @@ def plan(run: DreamBooth) -> tuple[Peak, int]:
         "pixels": torch.zeros(rows, 3, side, side, device="meta"),
         "input_ids": torch.zeros(rows, text.config.max_position_embeddings, dtype=torch.long, device="meta"),
     }
-    step = ledger.trace(
+    step = ledger.measure_peak(
         model, lambda: model(**inputs, prior=prior)["loss"], accumulates=run.gradient_accumulation > 1, device="cuda"
     )
     weights = [(p, p.numel() * p.element_size()) for p in model.parameters()]
@@ -85,17 +85,17 @@ def plan(run: DreamBooth) -> tuple[Peak, int]:
         batch_size=rows, length=(side // 8) ** 2, dtype=run.dtype, gradient_checkpointing=run.gradient_checkpointing,
         optimizer="adamw" if run.optimizer == "adamw" else "adamw-8bit",
     )  # fmt: skip
-    return peak(counted, settings), counted.trained_numbers
+    return compute_peak(counted, settings), counted.trained_numbers
 
 
-def show(run: DreamBooth, gpu: str | None) -> None:
+def show_plan(run: DreamBooth, gpu: str | None) -> None:
     """Print the plan."""
     from rich.console import Console
     from rich.table import Table
 
     with user_input():
         room = None if gpu is None else size(gpu)
-        found, trained = plan(run)
+        found, trained = plan_run(run)
     console = Console()
     table = Table("on the device", "GB", "")
     for part in (*found.parts, *found.outside):

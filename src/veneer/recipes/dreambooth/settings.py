@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipe import typed
-from ..run import check_fields, setting
+from ..recipe import convert_value
+from ..run import check_fields, make_field
 
 UNET = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -22,46 +22,46 @@ class DreamBooth:
         ValueError: a value out of range, or one that needs another which is missing.
     """
 
-    model: str = setting("", "Stable Diffusion model: hub id, or a folder that diffusers saved")
-    instance_data: str = setting("", "folder with images of the subject")
-    instance_prompt: str = setting("", "their prompt, with a rare word for the subject: 'a photo of sks dog'")
-    class_data: str | None = setting(
+    model: str = make_field("", "Stable Diffusion model: hub id, or a folder that diffusers saved")
+    instance_data: str = make_field("", "folder with images of the subject")
+    instance_prompt: str = make_field("", "their prompt, with a rare word for the subject: 'a photo of sks dog'")
+    class_data: str | None = make_field(
         None, "folder with images of the subject's class, for prior preservation; it is filled up to --class-images"
     )
-    class_prompt: str | None = setting(
+    class_prompt: str | None = make_field(
         None, "the class's prompt, which turns prior preservation on: 'a photo of a dog'"
     )
-    class_images: int = setting(200, "images of the class", low=1)
-    prior_weight: float = setting(1.0, "weight of the class's loss", low=0)
-    out: str = setting("", "folder for the adapter, samples and report [default: runs/dreambooth-NAME]")
-    rank: int = setting(16, "rank of the UNet's LoRA", low=1)
-    alpha: float | None = setting(None, "its alpha [default: the rank]", low=0)
-    dropout: float = setting(0.0, "its dropout", low=0)
-    train_text_encoder: bool = setting(False, "LoRA on the text encoder too")
-    steps: int = setting(800, "optimizer steps", low=1)
-    learning_rate: float = setting(1e-4, "peak learning rate", low=0)
-    scheduler: str = setting("constant", "how the rate falls", allowed=("constant", "linear", "cosine"))
-    warmup: int = setting(0, "steps of linear warm-up", low=0)
-    batch_size: int = setting(1, "images of the subject a step; as many of the class come with them", low=1)
-    gradient_accumulation: int = setting(1, "batches an optimizer step", low=1)
-    gradient_checkpointing: bool = setting(False, "compute activations again in backward, to save memory")
-    optimizer: str = setting(
+    class_images: int = make_field(200, "images of the class", low=1)
+    prior_weight: float = make_field(1.0, "weight of the class's loss", low=0)
+    out: str = make_field("", "folder for the adapter, samples and report [default: runs/dreambooth-NAME]")
+    rank: int = make_field(16, "rank of the UNet's LoRA", low=1)
+    alpha: float | None = make_field(None, "its alpha [default: the rank]", low=0)
+    dropout: float = make_field(0.0, "its dropout", low=0)
+    train_text_encoder: bool = make_field(False, "LoRA on the text encoder too")
+    steps: int = make_field(800, "optimizer steps", low=1)
+    learning_rate: float = make_field(1e-4, "peak learning rate", low=0)
+    scheduler: str = make_field("constant", "how the rate falls", allowed=("constant", "linear", "cosine"))
+    warmup: int = make_field(0, "steps of linear warm-up", low=0)
+    batch_size: int = make_field(1, "images of the subject a step; as many of the class come with them", low=1)
+    gradient_accumulation: int = make_field(1, "batches an optimizer step", low=1)
+    gradient_checkpointing: bool = make_field(False, "compute activations again in backward, to save memory")
+    optimizer: str = make_field(
         "adamw", "adamw8bit keeps its state in 8 bits (bitsandbytes)", allowed=("adamw", "adamw8bit")
     )
-    attention: str = setting(
+    attention: str = make_field(
         "sdpa", "sdpa, or eager, which forms all scores (diffusers before 2.0 of PyTorch)", allowed=("sdpa", "eager")
     )
-    dtype: str = setting("float32", "dtype of the frozen model", allowed=("float32", "bfloat16", "float16"))
-    resolution: int = setting(512, "side of the images, in pixels; a multiple of 8", low=8)
-    center_crop: bool = setting(False, "cut images in the middle, not at a random place")
-    validation_prompt: str | None = setting(None, "prompt of the sample images [default: the instance prompt]")
-    samples: int = setting(4, "sample images each time; 0 for none", low=0)
-    sample_every: int = setting(100, "steps between sample images; 0 only at the ends", low=0)
-    sample_steps: int = setting(25, "denoising steps of a sample image", low=1)
-    guidance: float = setting(7.5, "classifier-free guidance of a sample image", low=0)
-    save_every: int = setting(200, "steps between checkpoints; 0 for none", low=0)
-    log_every: int = setting(5, "steps between lines of metrics.jsonl", low=1)
-    seed: int = setting(0, "seed of everything random", low=0)
+    dtype: str = make_field("float32", "dtype of the frozen model", allowed=("float32", "bfloat16", "float16"))
+    resolution: int = make_field(512, "side of the images, in pixels; a multiple of 8", low=8)
+    center_crop: bool = make_field(False, "cut images in the middle, not at a random place")
+    validation_prompt: str | None = make_field(None, "prompt of the sample images [default: the instance prompt]")
+    samples: int = make_field(4, "sample images each time; 0 for none", low=0)
+    sample_every: int = make_field(100, "steps between sample images; 0 only at the ends", low=0)
+    sample_steps: int = make_field(25, "denoising steps of a sample image", low=1)
+    guidance: float = make_field(7.5, "classifier-free guidance of a sample image", low=0)
+    save_every: int = make_field(200, "steps between checkpoints; 0 for none", low=0)
+    log_every: int = make_field(5, "steps between lines of metrics.jsonl", low=1)
+    seed: int = make_field(0, "seed of everything random", low=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -104,10 +104,10 @@ for _f in FIELDS:
     HELP[_f.name] = _f.metadata["help"] + _default
 
 
-def build(flags: dict[str, Any]) -> DreamBooth:
+def build_run(flags: dict[str, Any]) -> DreamBooth:
     """A run from the command's flags.
 
     Raises:
         ValueError: a value of the wrong type, or one that is not allowed.
     """
-    return DreamBooth(**{f.name: typed(f, flags[f.name]) for f in FIELDS if flags.get(f.name) is not None})
+    return DreamBooth(**{f.name: convert_value(f, flags[f.name]) for f in FIELDS if flags.get(f.name) is not None})

@@ -15,9 +15,9 @@ import torch
 from ...files import state_dict
 from ...io import atomic_write, safe_read
 from ...training.findings import WatchError
-from ..checkpoints import WholeCheckpoints, alone, drop_broken, last_checkpoint, running
+from ..checkpoints import WholeCheckpoints, drop_broken, hold_run, last_checkpoint, lock_folder
 from ..errors import InputError, PointlessError, user_input
-from ..report import peak_memory, plot
+from ..report import peak_memory, plot_losses
 from . import images
 from .denoiser import Denoiser, set_attention
 from .settings import DreamBooth
@@ -37,7 +37,7 @@ def train(run: DreamBooth, *, resume: bool = False, overwrite: bool = False) -> 
     Raises:
         InputError: input that cannot be used, or a folder that holds another run.
     """
-    with running(run.folder) as held:
+    with hold_run(run.folder) as held:
         return run_it(run, resume, overwrite, held)
 
 
@@ -48,19 +48,19 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
     import veneer
 
     console = Console()
-    subject = images.files(run.instance_data)
+    subject = images.list_images(run.instance_data)
     for path in subject:
-        images.read(path)  # complains now, before a model is loaded
+        images.read_image(path)  # complains now, before a model is loaded
     folder = check_folder(run, resume, overwrite)
     torch.manual_seed(run.seed)
     with console.status(f"loading {run.model}"):
-        pipeline = load(run)
+        pipeline = load_pipeline(run)
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(alone(folder))
+    held.enter_context(lock_folder(folder))
     if resume:
         drop_broken(folder)
     else:
-        begin(run, folder)
+        clear_folder(run, folder)
     others = class_images(run, pipeline, console) if run.class_prompt is not None else []
     parts = {"unet": pipeline.unet, **({"text_encoder": pipeline.text_encoder} if run.train_text_encoder else {})}
     set_attention(run.attention, pipeline.unet, pipeline.vae)
@@ -83,7 +83,7 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
         f"parameters ({100 * count / total:.2f}%)"
     )
     data = images.Pairs(subject, others, run.resolution, run.center_crop, run.seed)
-    loss_before = measure(run, model, pipeline, data)
+    loss_before = measure_loss(run, model, pipeline, data)
     trainer = make_trainer(run, model, pipeline, data, parts, folder, console)
     started = time.perf_counter()
     checkpoint = last_checkpoint(folder) if resume else None
@@ -98,11 +98,11 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except WatchError as error:
         raise PointlessError(str(error)) from error
-    save(pipeline, parts, run, folder)
+    save_adapter(pipeline, parts, run, folder)
     report = {
         "run": dataclasses.asdict(run),
         "loss_before": loss_before,
-        "loss_after": measure(run, model, pipeline, data),
+        "loss_after": measure_loss(run, model, pipeline, data),
         "trained_parameters": count,
         "all_parameters": total,
         "adapter_bytes": (folder / WEIGHTS).stat().st_size,
@@ -110,29 +110,29 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
         "seconds": time.perf_counter() - started,
         "peak_bytes": peak_memory(),
     }
-    plot(folder, "denoising loss (mean squared error)")
-    show(run, report, folder, console)
+    plot_losses(folder, "denoising loss (mean squared error)")
+    show_report(run, report, folder, console)
     (folder / "before.json").unlink(missing_ok=True)
     return report
 
 
-def measure(run: DreamBooth, model: Denoiser, pipeline: Any, data: images.Pairs) -> float:
+def measure_loss(run: DreamBooth, model: Denoiser, pipeline: Any, data: images.Pairs) -> float:
     """The mean loss on the subject's images, cut in the middle, with the same steps and noise each time it is called."""
     device, losses = next(model.parameters()).device, []
-    words = ids(pipeline, run.instance_prompt)[None].to(device)  # (1, tokens)
+    words = encode_prompt(pipeline, run.instance_prompt)[None].to(device)  # (1, tokens)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(run.seed)
         for image in data.subject:
-            pixels = images.tensor(image, run.resolution)[None].to(device)  # (1, 3, side, side)
+            pixels = images.to_tensor(image, run.resolution)[None].to(device)  # (1, 3, side, side)
             losses += [float(model(pixels, words)["loss"]) for _ in range(LEVELS)]
     for module, training in modes:
         module.training = training
     return sum(losses) / len(losses)
 
 
-def load(run: DreamBooth) -> Any:
+def load_pipeline(run: DreamBooth) -> Any:
     """The pipeline, without a filter that would replace samples by black images.
 
     Raises:
@@ -213,7 +213,7 @@ def check_folder(run: DreamBooth, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def begin(run: DreamBooth, folder: Path) -> None:
+def clear_folder(run: DreamBooth, folder: Path) -> None:
     """Make the folder, without anything of another run in it."""
     for name in OURS:
         (folder / name).unlink(missing_ok=True)
@@ -232,16 +232,16 @@ def class_images(run: DreamBooth, pipeline: Any, console: Any) -> list[Path]:
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in images.SUFFIXES)
     lacking = range(len(found), run.class_images)
     for i in track(lacking, "drawing the class", console=console, disable=not lacking):
-        image = draw(pipeline, run, str(run.class_prompt), run.seed + i)
+        image = draw_images(pipeline, run, str(run.class_prompt), run.seed + i)
         write_image(folder / f"drawn-{i:04}.png", image)
-    return images.files(folder)[: run.class_images]
+    return images.list_images(folder)[: run.class_images]
 
 
 def write_image(path: Path, image: Any) -> None:
     atomic_write.write_atomic(path, lambda p: image.save(p, format="png"))
 
 
-def draw(pipeline: Any, run: DreamBooth, prompt: str, seed: int) -> Any:
+def draw_images(pipeline: Any, run: DreamBooth, prompt: str, seed: int) -> Any:
     """One image of a prompt, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
@@ -252,7 +252,7 @@ def draw(pipeline: Any, run: DreamBooth, prompt: str, seed: int) -> Any:
     return made.images[0]
 
 
-def sample(pipeline: Any, run: DreamBooth, folder: Path, step: int) -> None:
+def draw_sample(pipeline: Any, run: DreamBooth, folder: Path, step: int) -> None:
     """Draw the sample images of a step into samples/."""
     where = folder / "samples"
     where.mkdir(exist_ok=True)
@@ -260,13 +260,13 @@ def sample(pipeline: Any, run: DreamBooth, folder: Path, step: int) -> None:
     for module, _ in modes:
         module.eval()
     for i in range(run.samples):
-        image = draw(pipeline, run, run.validation_prompt or run.instance_prompt, run.seed + i)
+        image = draw_images(pipeline, run, run.validation_prompt or run.instance_prompt, run.seed + i)
         write_image(where / f"{step:06}-{i}.png", image)
     for module, training in modes:
         module.train(training)
 
 
-def save(pipeline: Any, parts: dict[str, Any], run: DreamBooth, folder: Path) -> None:
+def save_adapter(pipeline: Any, parts: dict[str, Any], run: DreamBooth, folder: Path) -> None:
     """Write pytorch_lora_weights.safetensors as diffusers does, with the configs that say alpha, all or nothing."""
     layers = {
         f"{name}_lora_layers": state_dict.get_peft_model_state_dict(m, adapter_name=ADAPTER)
@@ -283,7 +283,7 @@ def save(pipeline: Any, parts: dict[str, Any], run: DreamBooth, folder: Path) ->
     atomic_write.write_atomic(folder / WEIGHTS, write)
 
 
-def ids(pipeline: Any, prompt: str) -> torch.Tensor:
+def encode_prompt(pipeline: Any, prompt: str) -> torch.Tensor:
     """A prompt's tokens, padded as the pipeline pads them: (tokens,)."""
     tokenizer = pipeline.tokenizer
     length = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
@@ -301,8 +301,8 @@ def make_trainer(
     from ...interop.trainer import WatchCallback
     from ..progress import Bar, Metrics
 
-    own = ids(pipeline, run.instance_prompt)  # (tokens,)
-    others = None if run.class_prompt is None else ids(pipeline, run.class_prompt)
+    own = encode_prompt(pipeline, run.instance_prompt)  # (tokens,)
+    others = None if run.class_prompt is None else encode_prompt(pipeline, run.class_prompt)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         shown, words = [r["subject"] for r in rows], [own] * len(rows)
@@ -336,7 +336,7 @@ def make_trainer(
         def draw(self, step: int) -> None:
             if run.samples:
                 with console.status("drawing samples") if step == 0 else nullcontext():
-                    sample(pipeline, run, folder, step)
+                    draw_sample(pipeline, run, folder, step)
 
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -371,7 +371,7 @@ def make_trainer(
     return trainer
 
 
-def show(run: DreamBooth, report: dict[str, Any], folder: Path, console: Any) -> None:
+def show_report(run: DreamBooth, report: dict[str, Any], folder: Path, console: Any) -> None:
     """Write report.json, report.md and samples.png, and print the figures."""
     from PIL import Image
     from rich.table import Table
@@ -400,7 +400,7 @@ def show(run: DreamBooth, report: dict[str, Any], folder: Path, console: Any) ->
     ]
     if drawn:
         first, last = drawn[: run.samples], drawn[-run.samples :]
-        sheet = images.grid([Image.open(p) for p in (*first, *last)], run.samples)
+        sheet = images.make_grid([Image.open(p) for p in (*first, *last)], run.samples)
         write_image(folder / "samples.png", sheet)
         lines += ["", "Samples before (above) and after:", "", "![samples](samples.png)"]
     lines += ["", "![loss](loss.png)", ""]

@@ -15,7 +15,7 @@ from ..run import Run
 CONFIGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"), key=lambda path: path.stem)}
 
 
-def command(processes: int, layout: str, arguments: list[str], port: int = 0) -> list[str]:
+def launch_command(processes: int, layout: str, arguments: list[str], port: int = 0) -> list[str]:
     """What starts `veneer ARGUMENTS` on several processes.
 
     Args:
@@ -28,7 +28,7 @@ def command(processes: int, layout: str, arguments: list[str], port: int = 0) ->
     return [*start, "--num_processes", str(processes), "--main_process_port", str(port), "-m", "veneer", *arguments]
 
 
-def check(run: Run, processes: int | None, layout: str | None) -> None:
+def check_launch(run: Run, processes: int | None, layout: str | None) -> None:
     """Raise InputError for a number of processes or a layout that a run cannot have."""
     if layout is not None and layout not in CONFIGS:
         raise InputError(f"--launch {layout!r}: must be one of {', '.join(CONFIGS)}{suggest(layout, CONFIGS)}")
@@ -49,7 +49,7 @@ def check_rows(run: Run, processes: int) -> None:
         )
 
 
-def without(arguments: list[str], *names: str) -> list[str]:
+def drop_options(arguments: list[str], *names: str) -> list[str]:
     """A command's arguments without some options that take a value."""
     kept: list[str] = []
     left = iter(arguments)
@@ -61,7 +61,7 @@ def without(arguments: list[str], *names: str) -> list[str]:
     return kept
 
 
-def launch(processes: int, layout: str, arguments: list[str]) -> None:
+def launch_processes(processes: int, layout: str, arguments: list[str]) -> None:
     """Run `veneer ARGUMENTS` on several processes and wait for them.
 
     Raises:
@@ -85,7 +85,7 @@ def launch(processes: int, layout: str, arguments: list[str]) -> None:
     if cpu:  # each process would else take all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    done = subprocess.run(command(processes, layout, arguments), env=environment, check=False)
+    done = subprocess.run(launch_command(processes, layout, arguments), env=environment, check=False)
     if done.returncode:
         raise InputError(
             f"one of the {processes} processes ended before the run did, and the others were stopped (exit status "
@@ -94,7 +94,7 @@ def launch(processes: int, layout: str, arguments: list[str]) -> None:
         )
 
 
-def leave() -> None:
+def leave_process() -> None:
     """End a process that is one of several, its work done.
 
     While Python takes itself down, a thread of gloo's that still wants the interpreter is ended by it, and with that

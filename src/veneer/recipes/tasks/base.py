@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..run import Run
+from ..models import find_model, load_model, load_tokenizer
+from ..run import TASK_TYPES, Run
 
 Row = dict[str, Any]
 
@@ -19,7 +18,6 @@ class Task:
 
     Attributes:
         name: value of `--task`.
-        peft_type: `task_type` of the adapter's config.
         heads: names an output layer may have that is trained whole, where `peft_type` does not say so.
         auto: transformers' class that loads the model.
         by_token: the held-out loss is a mean over tokens; else Trainer's own evaluation is used, with `metrics`.
@@ -28,12 +26,20 @@ class Task:
     """
 
     name: ClassVar[str]
-    peft_type: ClassVar[str | None]
     heads: ClassVar[tuple[str, ...]] = ()
     auto: ClassVar[str]
     by_token: ClassVar[bool] = False
     by_length: ClassVar[bool] = True
     classes: ClassVar[bool] = False
+
+    @property
+    def peft_type(self) -> str | None:
+        """`task_type` of the adapter's config."""
+        return TASK_TYPES[self.name]
+
+    def load_model(self, name: str, dtype: str = "float32", quantize: str | None = None, **options: Any) -> Any:
+        """The base model of this name for the task, quantized or not."""
+        return load_model(name, self.auto_class(find_model(name)), self.name, dtype, quantize, **options)
 
     def auto_class(self, where: str) -> str:
         """The name of transformers' class for the model at `where`."""
@@ -45,8 +51,6 @@ class Task:
 
     def processor_of(self, model: str) -> Any:
         """The tokenizer or processor of a model, by its name."""
-        from ..models import load_tokenizer
-
         return load_tokenizer(model)
 
     def processor(self, run: Run) -> Any:
@@ -120,7 +124,7 @@ def classes(run: Run, train: list[str], held_out: list[str], column: str) -> lis
     return found
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
+def compute_accuracy(prediction: Any) -> dict[str, float]:
     """Share of rows, or of labelled tokens, whose largest logit is the label's."""
     import numpy as np
 
@@ -139,13 +143,13 @@ class OneClass(Task):
         return classes(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        return accuracy(prediction)
+        return compute_accuracy(prediction)
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
-        return [with_share(model, logits) for _, (logits, _) in likeliest(self, run, model, processor, rows)]
+        return [with_share(model, logits) for _, (logits, _) in classify_rows(self, run, model, processor, rows)]
 
 
-def likeliest(task: Task, run: Run, model: Any, processor: Any, rows: list[Row]) -> Iterator[tuple[Row, Any]]:
+def classify_rows(task: Task, run: Run, model: Any, processor: Any, rows: list[Row]) -> Iterator[tuple[Row, Any]]:
     """Rows with their logits and labels, in batches as the run has them, without loss and dropout."""
     names = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     batch = task.collator(run, processor, model)
@@ -153,13 +157,13 @@ def likeliest(task: Task, run: Run, model: Any, processor: Any, rows: list[Row])
         some = rows[at : at + run.batch_size]
         inputs = {k: v.to(model.device) for k, v in batch(task.encode(run, some, processor, names)).items()}
         labels = inputs.pop("labels")
-        with evaluating(model):
+        with eval_mode(model):
             logits = model(**inputs).logits.float()
         yield from zip(some, zip(logits, labels, strict=True), strict=True)
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     """Within the block, a model is without dropout and keeps nothing for a backward."""
     import torch
 
@@ -178,7 +182,7 @@ def with_share(model: Any, logits: Any) -> str:
     return f"{model.config.id2label[int(share.argmax())]} ({float(share.max()):.0%})"
 
 
-def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
+def complete_prompts(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, **options: Any) -> list[str]:
     """What a model says after each prompt, greedily unless `options` say otherwise."""
     answers = []
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -188,7 +192,7 @@ def complete(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int
         if not encoder_decoder and length > 1 and int(ids["input_ids"][0, -1]) == tokenizer.eos_token_id:
             ids = {k: v[:, :-1] for k, v in ids.items()}
             length -= 1
-        with evaluating(model):
+        with eval_mode(model):
             settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
             out = model.generate(**ids, **{**settings, **options})[0]
         answers.append(tokenizer.decode(out if encoder_decoder else out[length:], skip_special_tokens=True).strip())

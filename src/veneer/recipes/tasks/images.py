@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..models import find_model
+from ..run import Run
 from .base import OneClass, Row
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 
 class ImageClassification(OneClass):
     """Rows of an image, as a path or as an image, and its class."""
 
     name, auto = "image-classification", "AutoModelForImageClassification"
-    peft_type = None  # peft's list of tasks has none for images
     heads = ("classifier", "fc", "_fc", "head")
     by_length = False
 
@@ -27,11 +25,10 @@ class ImageClassification(OneClass):
     def processor_of(self, model: str) -> Any:
         from transformers import AutoImageProcessor
 
-        from ..models import locate
-
+        where = find_model(model)
         try:
             # Pillow's resizing, so that results do not depend on whether torchvision is installed.
-            return AutoImageProcessor.from_pretrained(locate(model), backend="pil")
+            return AutoImageProcessor.from_pretrained(where, backend="pil")
         except (OSError, ValueError) as error:
             raise InputError(f"model {model!r} has no image processor that can be loaded: {error}") from error
 
@@ -49,7 +46,7 @@ class ImageClassification(OneClass):
         if find_spec("PIL") is None:
             raise InputError(f"{self.name} needs pillow; run: pip install 'veneer[media]'")
         for i, row in enumerate(rows, 1):
-            rgb(row[run.image_column], f"data {source!r}, row {i}")
+            to_rgb(row[run.image_column], f"data {source!r}, row {i}")
 
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         """Images stay what they are until a batch is made of them: pixels of a large data set fill no memory."""
@@ -60,7 +57,7 @@ class ImageClassification(OneClass):
         import torch
 
         def batch(rows: list[Row]) -> dict[str, Any]:
-            images = [rgb(r["image"], "image") for r in rows]
+            images = [to_rgb(r["image"], "image") for r in rows]
             pixels = processor(images, return_tensors="pt")["pixel_values"]  # (B, 3, H, W)
             dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
             return {"pixel_values": pixels.to(dtype), "labels": torch.tensor([r["labels"] for r in rows])}
@@ -68,7 +65,7 @@ class ImageClassification(OneClass):
         return batch
 
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
-        rgb(text, "image")
+        to_rgb(text, "image")
         return {run.image_column: text, run.label_column: labels[0]}
 
     def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
@@ -77,7 +74,7 @@ class ImageClassification(OneClass):
         return [p if isinstance(p, str) else f"{r[run.label_column]}" for p, r in zip(paths, rows, strict=True)]
 
 
-def rgb(image: Any, where: str) -> Any:
+def to_rgb(image: Any, where: str) -> Any:
     """An image in RGB, from a path, an image, or (H, W) or (H, W, 3) bytes.
 
     Sixteen bits of grey are scaled to eight, as Pillow would clip them; what is transparent becomes white.

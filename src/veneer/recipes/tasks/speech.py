@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
-from .base import Row, Task, evaluating
-
-if TYPE_CHECKING:
-    from ..run import Run
+from ..models import find_model
+from ..run import Run
+from .base import Row, Task, eval_mode
 
 CTC_MODELS = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2vec2-bert", "data2vec-audio", "sew", "sew-d",
               "wav2vec2-conformer", "parakeet_ctc", "lasr_ctc", "mctct")  # fmt: skip
@@ -19,7 +18,7 @@ CTC_MODELS = ("wav2vec2", "wavlm", "hubert", "unispeech", "unispeech-sat", "wav2
 class SpeechRecognition(Task):
     """Rows of a sound file and what is said in it, for encoder-decoder models (Whisper) and CTC ones (wav2vec 2.0)."""
 
-    name, peft_type, auto = "speech-recognition", None, "AutoModelForSpeechSeq2Seq"
+    name, auto = "speech-recognition", "AutoModelForSpeechSeq2Seq"
     heads = ("lm_head",)  # of CTC models; Whisper's is tied and is called otherwise
     by_length = False
 
@@ -34,10 +33,9 @@ class SpeechRecognition(Task):
     def processor_of(self, model: str) -> Any:
         from transformers import AutoProcessor
 
-        from ..models import locate
-
+        where = find_model(model)
         try:
-            found = AutoProcessor.from_pretrained(locate(model))
+            found = AutoProcessor.from_pretrained(where)
         except (OSError, ValueError) as error:
             raise InputError(f"model {model!r} has no processor that can be loaded: {error}") from error
         if not hasattr(found, "feature_extractor") or not hasattr(found, "tokenizer"):
@@ -52,7 +50,7 @@ class SpeechRecognition(Task):
         if missing:
             raise InputError(f"{self.name} needs {', '.join(missing)}; run: pip install 'veneer[media]'")
         for i, row in enumerate(rows, 1):
-            sound(row[run.audio_column], f"data {source!r}, row {i}", None)
+            read_sound(row[run.audio_column], f"data {source!r}, row {i}", None)
             if not str(row[run.text_column] or "").strip():
                 raise InputError(f"data {source!r}, row {i}: nothing stands in {run.text_column!r}")
 
@@ -78,7 +76,7 @@ class SpeechRecognition(Task):
         import torch
 
         def batch(rows: list[Row]) -> dict[str, Any]:
-            made = features(processor, model, [r["audio"] for r in rows])
+            made = extract_features(processor, model, [r["audio"] for r in rows])
             length = max(len(r["labels"]) for r in rows)
             padded = [r["labels"] + [-100] * (length - len(r["labels"])) for r in rows]
             return {**made, "labels": torch.tensor(padded)}  # (B, L)
@@ -86,7 +84,7 @@ class SpeechRecognition(Task):
         return batch
 
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
-        sound(text, "audio", None)
+        read_sound(text, "audio", None)
         return {run.audio_column: text, run.text_column: text}
 
     def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
@@ -98,8 +96,8 @@ class SpeechRecognition(Task):
         said = []
         for at in range(0, len(rows), run.batch_size):
             some = [r[run.audio_column] for r in rows[at : at + run.batch_size]]
-            inputs = {k: v.to(model.device) for k, v in features(processor, model, some).items()}
-            with evaluating(model):
+            inputs = {k: v.to(model.device) for k, v in extract_features(processor, model, some).items()}
+            with eval_mode(model):
                 if model.config.is_encoder_decoder:
                     ids = model.generate(**inputs, max_new_tokens=max(run.max_new_tokens, 1), do_sample=False)
                 else:
@@ -119,20 +117,20 @@ class SpeechRecognition(Task):
         """Word error rate, of words without case and punctuation."""
         import jiwer
 
-        right = [words(str(r[run.text_column])) for r in rows]
-        return {"eval_word_error_rate": float(jiwer.wer(right, [words(a) for a in answers]))}
+        right = [split_words(str(r[run.text_column])) for r in rows]
+        return {"eval_word_error_rate": float(jiwer.wer(right, [split_words(a) for a in answers]))}
 
 
-def words(text: str) -> str:
+def split_words(text: str) -> str:
     """A text as its words are counted: small letters, digits and apostrophes."""
     return " ".join("".join(c if c.isalnum() or c == "'" else " " for c in text.lower()).split())
 
 
-def features(processor: Any, model: Any, sounds: list[Any]) -> dict[str, Any]:
+def extract_features(processor: Any, model: Any, sounds: list[Any]) -> dict[str, Any]:
     """Inputs of a model for sound files."""
     extractor = processor.feature_extractor
     rate = int(extractor.sampling_rate)
-    waves = [sound(a, "audio", rate) for a in sounds]
+    waves = [read_sound(a, "audio", rate) for a in sounds]
     # Whisper's encoder takes windows of one length; others are padded to the longest, which they must be told of.
     options = {} if model.config.model_type == "whisper" else {"padding": True, "return_attention_mask": True}
     made = extractor(waves, sampling_rate=rate, return_tensors="pt", **options)
@@ -140,7 +138,7 @@ def features(processor: Any, model: Any, sounds: list[Any]) -> dict[str, Any]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
 
 
-def sound(name: Any, where: str, rate: int | None) -> Any:
+def read_sound(name: Any, where: str, rate: int | None) -> Any:
     """A sound file's samples as float32 (samples,), its channels averaged, resampled to `rate` unless None.
 
     Resampling is scipy's polyphase one, which filters what the new rate cannot carry.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
+from ..run import Run
 from .base import OneClass, Row, Task
-
-if TYPE_CHECKING:
-    from ..run import Run
 
 
 class Generation(Task):
@@ -28,9 +26,9 @@ class Generation(Task):
         return [prompt_text(run.chat, str(r[run.prompt_column]), processor) for r in rows if run.prompt_column in r]
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
-        from .base import complete
+        from .base import complete_prompts
 
-        return complete(model, processor, self.asked(run, rows, processor), run.max_new_tokens)
+        return complete_prompts(model, processor, self.asked(run, rows, processor), run.max_new_tokens)
 
     def check(self, run: Run, rows: list[Row], source: str) -> None:
         if self.scored(run) and not all(c in rows[0] for c in (run.prompt_column, run.completion_column)):
@@ -49,7 +47,7 @@ class Generation(Task):
         return {"eval_exact_match": sum(a == b for a, b in zip(said, right, strict=True)) / len(right)}
 
 
-def kept(run: Run, made: list[Row]) -> list[Row]:
+def keep_learnable(run: Run, made: list[Row]) -> list[Row]:
     """The rows that have something to learn.
 
     Raises:
@@ -66,7 +64,7 @@ def kept(run: Run, made: list[Row]) -> list[Row]:
 class CausalLM(Generation):
     """Rows of a prompt and a completion, or of plain text."""
 
-    name, peft_type, auto = "causal-lm", "CAUSAL_LM", "AutoModelForCausalLM"
+    name, auto = "causal-lm", "AutoModelForCausalLM"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.prompt_column, run.completion_column), (run.text_column,)]
@@ -75,15 +73,17 @@ class CausalLM(Generation):
         made = []
         for row in rows:
             if run.prompt_column in row and run.completion_column in row:
-                made.append(completion(run, str(row[run.prompt_column]), str(row[run.completion_column]), processor))
+                made.append(
+                    encode_completion(run, str(row[run.prompt_column]), str(row[run.completion_column]), processor)
+                )
             else:
                 text = str(row[run.text_column])
                 ids = processor(text, truncation=True, max_length=run.max_length)["input_ids"]
                 made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)})
-        return kept(run, made)
+        return keep_learnable(run, made)
 
 
-def completion(run: Run, prompt: str, text: str, tokenizer: Any) -> Row:
+def encode_completion(run: Run, prompt: str, text: str, tokenizer: Any) -> Row:
     """One prompt with its completion, for a causal model; prompts carry no loss (-100)."""
     head = tokenizer(prompt_text(run.chat, prompt, tokenizer), add_special_tokens=not run.chat)["input_ids"]
     tail = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -102,7 +102,7 @@ def completion(run: Run, prompt: str, text: str, tokenizer: Any) -> Row:
 class Seq2SeqLM(Generation):
     """Rows of a prompt and a completion."""
 
-    name, peft_type, auto = "seq2seq-lm", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"
+    name, auto = "seq2seq-lm", "AutoModelForSeq2SeqLM"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.prompt_column, run.completion_column)]
@@ -115,7 +115,7 @@ class Seq2SeqLM(Generation):
             if end is not None and end not in target and len(target) < run.max_length:
                 target = [*target, end]  # some tokenizers end no text; without an end, generation would not stop
             made.append({**processor(str(row[run.prompt_column]), **cut), "labels": target})
-        return kept(run, made)
+        return keep_learnable(run, made)
 
 
 def prompt_text(chat: bool, prompt: str, tokenizer: Any) -> str:
@@ -131,7 +131,7 @@ def prompt_text(chat: bool, prompt: str, tokenizer: Any) -> str:
 class Classification(OneClass):
     """Rows of a text and its class."""
 
-    name, peft_type, auto = "classification", "SEQ_CLS", "AutoModelForSequenceClassification"
+    name, auto = "classification", "AutoModelForSequenceClassification"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.text_column, run.label_column)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
-from .base import Row, Task, accuracy, classes, evaluating, likeliest
-
-if TYPE_CHECKING:
-    from ..run import Run
+from ..run import Run
+from .base import Row, Task, classes, classify_rows, compute_accuracy, eval_mode
 
 BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1000 by 1000
 
@@ -16,7 +14,7 @@ BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1
 class TokenClassification(Task):
     """Rows of words, a label for each, and where they stand on the page, for models of LayoutLM's kind."""
 
-    name, peft_type, auto = "token-classification", "TOKEN_CLS", "AutoModelForTokenClassification"
+    name, auto = "token-classification", "AutoModelForTokenClassification"
     classes = True
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
@@ -50,7 +48,11 @@ class TokenClassification(Task):
         numbers, made = {name: i for i, name in enumerate(labels)}, []
         for row in rows:
             words = [str(w) for w in row[run.words_column]]
-            boxes = {"boxes": row[run.boxes_column]} if "boxes" in wants(processor) and run.boxes_column in row else {}
+            boxes = (
+                {"boxes": row[run.boxes_column]}
+                if "boxes" in list_arguments(processor) and run.boxes_column in row
+                else {}
+            )
             split = {} if boxes else {"is_split_into_words": True}
             found = processor(words, **boxes, **split, truncation=True, max_length=run.max_length)
             owners = found.word_ids()
@@ -85,7 +87,7 @@ class TokenClassification(Task):
         return batch
 
     def metrics(self, prediction: Any) -> dict[str, float]:
-        return accuracy(prediction)
+        return compute_accuracy(prediction)
 
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         """Words between spaces; where they stand on a page is not said."""
@@ -98,14 +100,14 @@ class TokenClassification(Task):
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
         """Words with their classes; those of the class "O", which stands for none, are left out."""
         said = []
-        for row, (logits, labels) in likeliest(self, run, model, processor, rows):
+        for row, (logits, labels) in classify_rows(self, run, model, processor, rows):
             found = logits[labels != -100].argmax(-1).tolist()  # of the words that were not cut off
             pairs = zip(row[run.words_column], (model.config.id2label[i] for i in found), strict=False)
             said.append(" ".join(f"{w}/{label}" for w, label in pairs if label != "O"))
         return said
 
 
-def wants(processor: Any) -> list[str]:
+def list_arguments(processor: Any) -> list[str]:
     import inspect
 
     return list(inspect.signature(processor.__call__).parameters)
@@ -120,14 +122,14 @@ def forward_names(model: Any) -> list[str]:
 class QuestionAnswering(Task):
     """Rows of a context, a question, and an answer that stands in the context."""
 
-    name, peft_type, auto = "question-answering", "QUESTION_ANS", "AutoModelForQuestionAnswering"
+    name, auto = "question-answering", "AutoModelForQuestionAnswering"
 
     def columns(self, run: Run) -> list[tuple[str, ...]]:
         return [(run.context_column, run.question_column, run.answer_column)]
 
     def check(self, run: Run, rows: list[Row], source: str) -> None:
         for i, row in enumerate(rows, 1):
-            start, text = answer(run, row)
+            start, text = find_answer(run, row)
             context = str(row[run.context_column])
             if not text or start < 0 or context[start : start + len(text)] != text:
                 raise InputError(
@@ -139,7 +141,7 @@ class QuestionAnswering(Task):
         """Token spans of the answers; rows whose answer is cut off are left out."""
         made = []
         for row in rows:
-            start, text = answer(run, row)
+            start, text = find_answer(run, row)
             found = processor(
                 str(row[run.question_column]), str(row[run.context_column]), truncation="only_second",
                 max_length=run.max_length,
@@ -191,7 +193,7 @@ class QuestionAnswering(Task):
             cut = {"truncation": "only_second", "max_length": run.max_length, "return_tensors": "pt"}
             inputs = processor(question, context, **cut)
             inside = torch.tensor([owner == 1 for owner in inputs.sequence_ids(0)])  # (T,) of the context
-            with evaluating(model):
+            with eval_mode(model):
                 out = model(**{k: v.to(model.device) for k, v in inputs.items()})
             pairs = (out.start_logits[0, :, None] + out.end_logits[0]).cpu().float()  # (T, T)
             pairs = pairs.masked_fill(~(inside[:, None] & inside).triu(), -torch.inf)
@@ -200,7 +202,7 @@ class QuestionAnswering(Task):
         return said
 
 
-def answer(run: Run, row: Row) -> tuple[int, str]:
+def find_answer(run: Run, row: Row) -> tuple[int, str]:
     """Where an answer starts, and its text: {"text": [...], "answer_start": [...]}, or a text that is looked for."""
     given = row[run.answer_column]
     if isinstance(given, dict):

@@ -81,7 +81,8 @@ def case(name: str, folder: Path) -> dict[str, Any]:
         differences["merged"] = says(model) - before
         model.unmerge_adapter()
         differences["unmerged"] = says(model) - before
-    found["differences"] = {k: float(d.abs().max()) for k, d in differences.items()}
+    size = says(alone).abs().max()  # of the logits; differences are relative to it
+    found["differences"] = {k: float(d.abs().max() / size) for k, d in differences.items()}
     return found
 
 

@@ -298,7 +298,7 @@ def process(how: str, request: Mapping[str, Any]) -> dict[str, Any]:
     place = Path(request["folder"])
     (place / f"{how}.json").write_text(json.dumps(dict(request)), "utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "VENEER_STANDS_IN_FOR_PEFT"}
-    source = str(Path(__file__).parents[1])
+    source = str(Path(__file__).parents[2])  # of the package
     environment["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "veneer.checks.subprocess_check", how, str(place / f"{how}.json")]
     try:

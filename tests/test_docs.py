@@ -67,3 +67,27 @@ def test_navigation() -> None:
     assert "README.md" in decisions
     assert set(PAGES) == {"methods/index.md", *(f"methods/{n.lower()}.md" for n in METHODS)}
     assert isinstance(Run(model="m", data="d").learning_rate, float)
+
+
+def test_architecture_is_current() -> None:
+    """`make architecture` was run: the packages, the picture and the walks are those of the code."""
+    import re
+    import subprocess
+    import sys
+
+    import architecture
+    from source_tree import Source
+    from structure import draw_source
+
+    def without_sizes(picture: str) -> str:
+        return re.sub(r"[\d,]+ files?, [\d,]+ lines", "", picture)
+
+    page = architecture.PAGE.read_text()
+    assert architecture.describe_packages() in page
+    assert without_sizes(architecture.PICTURE.read_text()) == without_sizes(draw_source(Source(ROOT)))
+    # In a process of its own, as what other tests imported changes which backends are asked.
+    done = subprocess.run(
+        [sys.executable, "tools/walks.py", "tensor", "attach"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    walks = [part.partition("\n")[2].strip() for part in done.stdout.split("# ") if part]
+    assert len(walks) == 2 and all(walk in page for walk in walks)

@@ -23,7 +23,7 @@ from soak import hostile
 from veneer.files import adapter_files
 from veneer.io import locate, safe_read
 from veneer.io.safe_read import NotFiniteWarning
-from veneer.methods import config_file
+from veneer.methods.base import PeftConfig
 from veneer.targets import regex
 
 SOURCE = Path(veneer.__file__).parent
@@ -237,7 +237,7 @@ def test_any_value_in_any_field(name: str, value: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = config_file.config_from_dict(values)
+            config = PeftConfig.from_dict(values)
         except ValueError as error:
             assert str(error).startswith("config: ") or "LoraConfig(" in str(error)  # noqa: PT017
             return

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from floors import find_circles, find_silent_packages, find_upward_arrows
+from source_tree import Source
+
 SRC = Path(__file__).parents[1] / "src" / "veneer"
 FILES = sorted(p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py"))
 HEAVY = ("transformers", "accelerate", "datasets", "bitsandbytes", "peft", "rich", "yaml", "numpy.testing")
@@ -58,6 +61,14 @@ def test_the_core_names_no_method(name: str) -> None:
     for word in ("LORA", "IA3", "LOHA", "OFTConfig", "VERA", "LoraConfig("):
         code = "\n".join(line for line in text.splitlines() if "pass a config such as" not in line)
         assert f'"{word}"' not in code and f"'{word}'" not in code and f"is {word}" not in code, word
+
+
+def test_imports_go_down() -> None:
+    """All imports count, those inside functions and under TYPE_CHECKING too; tools/floors.py has the floors."""
+    source = Source(SRC.parents[1])
+    assert not find_circles(source)
+    assert not find_upward_arrows(source)
+    assert not find_silent_packages(source), "an __init__ says what its package is for and what it may import"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,5 @@
-"""How frozen weights are stored. One file a storage format; the first that matches a weight serves it.
+"""How frozen weights are stored: one file a storage format, of which the first that matches a weight serves it. May import
+distributed and algebra.
 
 A format is added by a file here with a `Backend` in it, and a line in `backends`.
 """

@@ -32,13 +32,13 @@ def answer_prompts(
     import veneer
 
     from ..files import adapter_files
-    from ..methods import config_file
+    from ..methods.base import PeftConfig
 
     console = Console()
     torch.manual_seed(seed)
     with user_input():
         purpose = (
-            read_task(adapter, config_file.load_config(adapter), task) if adapter else Trained(task or "causal-lm")
+            read_task(adapter, PeftConfig.from_pretrained(adapter), task) if adapter else Trained(task or "causal-lm")
         )
         of = TASKS[purpose.task]
         if temperature and not of.by_token:

@@ -22,11 +22,11 @@ def verify_adapter(adapter: str, model: str | None, task: str | None, dtype: str
 
     from ..checks import verify as checks
     from ..files import certificate
-    from ..methods.config_file import load_config
+    from ..methods.base import PeftConfig
 
     console = Console()
     with user_input():
-        config = load_config(adapter)
+        config = PeftConfig.from_pretrained(adapter)
         name = model or config.base_model_name_or_path
         if not name:
             raise InputError(f"{adapter} names no base model; give --model")

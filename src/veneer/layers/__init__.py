@@ -1,4 +1,7 @@
-"""The layer kinds, most specific first. A module of no kind can still be copied whole (`modules_to_save`)."""
+"""The layer kinds and the sites that they measure; may import targets, backends, io, distributed and algebra.
+
+The most specific kind comes first. A module of no kind can still be copied as a whole (`modules_to_save`).
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +19,9 @@ from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal, Operator, along
 from ..algebra.recursion import Terms, walk_terms
 from ..algebra.sums import Sum
-from .geometry import Geometry
+from .geometry import Geometry, Weight
 from .kind import Call, LayerKind
 from .shallow_copy import shallow_copy
-
-if TYPE_CHECKING:
-    from .site import Site
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -46,17 +43,17 @@ class Conv(LayerKind):
             bias=owner.bias is not None,
         )
 
-    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+    def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         flat = stored.flatten(1)  # (out, in / groups * kernel)
         return flat if flat.shape[1] == site.patch else ungroup(flat, site.groups)
 
-    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+    def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         """(out, in * kernel) -> (out, in / groups, *kernel) where the groups hold, else (out, in, *kernel)."""
         grouped = regroup(matrix, site.groups) if site.groups > 1 else matrix
         kept = matrix if grouped is None else grouped
         return kept.reshape(site.fan_out, -1, *site.kernel)
 
-    def times_right(self, site: Site, weight: Tensor, op: Operator) -> Tensor:
+    def times_right(self, site: Weight, weight: Tensor, op: Operator) -> Tensor:
         if op.size == site.fan_in:  # one factor a channel: repeat it over the kernel
             taps = math.prod(site.kernel)
             if isinstance(op, Diagonal):
@@ -65,7 +62,7 @@ class Conv(LayerKind):
             return op.rmul(by_channel).transpose(1, 2).reshape(weight.shape)
         return op.rmul(weight)
 
-    def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
+    def delta_matrix(self, site: Weight, op: Operator, weight: Tensor) -> Tensor:
         if isinstance(op, Sum):
             total = self.delta_matrix(site, op.terms[0], weight)
             for term in op.terms[1:]:
@@ -76,7 +73,7 @@ class Conv(LayerKind):
         return ungroup(dense, site.groups) if grouped else dense
 
     def forward(
-        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
+        self, site: Weight, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # An R over whole patches does not commute with the convolution: run with the effective weight instead.
         if any(link.right is not None and link.right.size != site.fan_in for link in walk_terms(terms)):
@@ -88,14 +85,14 @@ class Conv(LayerKind):
             return call(self.with_weight(target, site, matrix, bias), *args, **kwargs)
         return super().forward(site, call, target, terms, args, kwargs)
 
-    def with_weight(self, target: nn.Module, site: Site, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+    def with_weight(self, target: nn.Module, site: Weight, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """The layer with another weight (out, in * kernel), ungrouped."""
         double = shallow_copy(target, groups=1)
         double._parameters["weight"] = matrix.reshape(matrix.shape[0], -1, *site.kernel)  # type: ignore[assignment]
         double._parameters["bias"] = bias  # type: ignore[assignment]
         return double
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
+    def delta(self, site: Weight, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         if isinstance(op, Sum):
             return super().delta(site, op, x, target, call, training)
         channel = -1 - len(site.kernel)
@@ -119,10 +116,10 @@ class Conv(LayerKind):
         summed: Tensor = call(double, x)
         return summed
 
-    def left(self, site: Site, op: Operator, y: Tensor) -> Tensor:
+    def left(self, site: Weight, op: Operator, y: Tensor) -> Tensor:
         return self.on_channels(op, y, -1 - len(site.kernel))
 
-    def right(self, site: Site, op: Operator, x: Tensor) -> Tensor:
+    def right(self, site: Weight, op: Operator, x: Tensor) -> Tensor:
         return self.on_channels(op, x, -1 - len(site.kernel))
 
     def on_channels(self, op: Operator, x: Tensor, axis: int) -> Tensor:
@@ -133,7 +130,7 @@ class Conv(LayerKind):
     def spread(self, vector: Tensor, y: Tensor) -> Tensor:
         return vector.view(-1, *(1,) * (y.ndim - 2)) if y.ndim > 2 else vector
 
-    def widen(self, site: Site, stored: Tensor) -> int:
+    def widen(self, site: Weight, stored: Tensor) -> int:
         """Groups of the layer once it holds `stored`; warns where merging makes it dense."""
         if site.groups == 1 or stored.shape[1] * site.groups == site.fan_in:
             return site.groups

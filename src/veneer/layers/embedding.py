@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,9 @@ from ..algebra.recursion import Post, Semantics, Terms, evaluate, walk_terms
 from ..algebra.rows import SelectedRows
 from ..algebra.sums import Sum
 from ..distributed.sharding import is_distributed
-from .geometry import Geometry
+from .geometry import Geometry, Weight
 from .kind import Call, LayerKind
 from .shallow_copy import shallow_copy
-
-if TYPE_CHECKING:
-    from .site import Site
 
 
 class Embedding(LayerKind):
@@ -34,14 +31,14 @@ class Embedding(LayerKind):
         assert isinstance(owner, nn.Embedding)
         return Geometry(owner.num_embeddings, owner.embedding_dim, lookup=True)
 
-    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+    def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         return stored.T  # (vocabulary, width) -> (width, vocabulary)
 
-    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+    def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         return matrix.T
 
     def forward(
-        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
+        self, site: Weight, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         # R acts on one-hot inputs, which ids cannot show: only a diagonal R can be applied, and to the output,
         # since f(diag(v) onehot(i)) = v_i f(onehot(i)).
@@ -51,7 +48,7 @@ class Embedding(LayerKind):
         ids = args[0] if args else next(iter(kwargs.values()))
         return evaluate(terms, LookupSemantics(self, site, call, target), ids, lambda z: summed(call(target, z)))
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
+    def delta(self, site: Weight, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
         dtype = site.float_dtype
         if isinstance(op, Sum):
@@ -85,7 +82,7 @@ class Embedding(LayerKind):
 class LookupSemantics(Semantics[Tensor, Tensor]):
     """Terms as changes of what an embedding returns for ids (...): y (..., width)."""
 
-    def __init__(self, kind: Embedding, site: Site, call: Call, target: nn.Module) -> None:
+    def __init__(self, kind: Embedding, site: Weight, call: Call, target: nn.Module) -> None:
         self.kind, self.site, self.call, self.target = kind, site, call, target
 
     def right(self, op: Operator, inner: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

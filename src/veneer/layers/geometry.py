@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..targets.blocks import SublayerOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +35,45 @@ class Geometry:
     lookup: bool = False
     bias: bool = False
     bare: bool = False
+
+
+class ResidualTap(threading.local):
+    """The input of another module in this call, kept for the site that needs it; one a thread."""
+
+    value: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[ResidualTap], tuple[()]]:
+        return ResidualTap, ()
+
+
+class Weight(Protocol):
+    """A site as layer kinds see it: one weight of a module, with its sizes.
+
+    Attributes:
+        name: dotted name in the base model.
+        owner: the module that holds the weight.
+        param: name of the weight on `owner`.
+        backend: how the weight is stored.
+        spot: the sub-layer whose output the site is, or None.
+        tap: the residual stream there.
+    """
+
+    name: str
+    owner: nn.Module
+    param: str
+    backend: Any
+    fan_in: int
+    fan_out: int
+    kernel: tuple[int, ...]
+    groups: int
+    experts: int
+    spot: SublayerOutput | None
+    tap: ResidualTap
+
+    @property
+    def patch(self) -> int: ...
+    @property
+    def float_dtype(self) -> torch.dtype: ...
+    def stored(self) -> Tensor: ...
+    def current_weight(self) -> Tensor: ...
+    def current_bias(self) -> Tensor | None: ...

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..algebra.operators import Operator
 from ..algebra.recursion import Post, Semantics, Terms, evaluate
 from ..algebra.sums import Sum
+from .geometry import Weight
 
 if TYPE_CHECKING:
     from .geometry import Geometry
-    from .site import Site
 
 
 Call = Callable[..., Any]  # the base layer's own forward, on the layer itself or on a shallow copy of it
@@ -52,38 +52,38 @@ class LayerKind(ABC):
         """The forward that is x W^T + b and nothing more, or None for kinds of layers that are something else."""
         return None
 
-    def widen(self, site: Site, stored: Tensor) -> int:
+    def widen(self, site: Weight, stored: Tensor) -> int:
         """Groups of the layer once it holds `stored` as its weight."""
         return site.groups
 
-    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+    def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         """The stored weight as a matrix (out, in)."""
         return stored
 
-    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+    def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         """Inverse of `canonical`."""
         return matrix
 
     # The recursion on matrices: merging, and layers that can only run with an effective weight.
 
-    def compose(self, site: Site, terms: Terms, weight: Tensor, bias: Tensor | None) -> Weights:
+    def compose(self, site: Weight, terms: Terms, weight: Tensor, bias: Tensor | None) -> Weights:
         """W, b -> L (W R + Delta), L b + shift for each term in turn; weight is canonical (out, in)."""
         return evaluate(terms, MatrixSemantics(self, site), None, lambda _: (weight, bias))
 
-    def times_right(self, site: Site, weight: Tensor, op: Operator) -> Tensor:
+    def times_right(self, site: Weight, weight: Tensor, op: Operator) -> Tensor:
         return op.rmul(weight)
 
-    def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
+    def delta_matrix(self, site: Weight, op: Operator, weight: Tensor) -> Tensor:
         return op.dense().to(weight.dtype)
 
-    def lazy(self, site: Site, terms: Terms) -> Tensor | None:
+    def lazy(self, site: Weight, terms: Terms) -> Tensor | None:
         """The effective weight in the layer's own layout, not formed; None where it has to be."""
         return None
 
     # The recursion on activations: f_{i+1}(x) = L (f_i(R x) + Delta x) + shift.
 
     def forward(
-        self, site: Site, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
+        self, site: Weight, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer with its adapters. The layer's first argument is its input."""
         if not args:  # called by keyword
@@ -95,7 +95,7 @@ class LayerKind(ABC):
         semantics = ActivationSemantics(self, site, call, target)
         return evaluate(terms, semantics, x, lambda z: (call(target, z, *rest, **kwargs), bias))[0]
 
-    def delta(self, site: Site, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
+    def delta(self, site: Weight, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         """Delta x, in the layout of the layer's output."""
         if isinstance(op, Sum):
             y = self.delta(site, op.terms[0], x, target, call, training)
@@ -106,11 +106,11 @@ class LayerKind(ABC):
             x = F.dropout(x, op.dropout)
         return op.apply(x)
 
-    def left(self, site: Site, op: Operator, y: Tensor) -> Tensor:
+    def left(self, site: Weight, op: Operator, y: Tensor) -> Tensor:
         """L y, on the axis of output channels."""
         return op.apply(y)
 
-    def right(self, site: Site, op: Operator, x: Tensor) -> Tensor:
+    def right(self, site: Weight, op: Operator, x: Tensor) -> Tensor:
         """R x, on the axis of input channels."""
         return op.apply(x)
 
@@ -122,7 +122,7 @@ class LayerKind(ABC):
 class MatrixSemantics(Semantics[None, Weights]):
     """Terms as changes of a layer's matrix (out, in) and bias (out,)."""
 
-    def __init__(self, kind: LayerKind, site: Site) -> None:
+    def __init__(self, kind: LayerKind, site: Weight) -> None:
         self.kind, self.site = kind, site
 
     def right(self, op: Operator, inner: Callable[[None], Weights], x: None) -> Weights:
@@ -156,7 +156,7 @@ class MatrixSemantics(Semantics[None, Weights]):
 class ActivationSemantics(Semantics[Tensor, Weights]):
     """Terms as changes of a layer's output y, in the layout of the layer, and of the bias (out,) in it."""
 
-    def __init__(self, kind: LayerKind, site: Site, call: Call, target: nn.Module) -> None:
+    def __init__(self, kind: LayerKind, site: Weight, call: Call, target: nn.Module) -> None:
         self.kind, self.site, self.call, self.target = kind, site, call, target
         self.training = target.training
 

@@ -5,18 +5,15 @@ layers of libraries that store their weights in other ways.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..backends import linear_of
 from ..backends.base import held
 from ..distributed import sharding
-from .geometry import Geometry
+from .geometry import Geometry, Weight
 from .kind import LayerKind
-
-if TYPE_CHECKING:
-    from .site import Site
 
 
 class Linear(LayerKind):
@@ -68,8 +65,8 @@ class Conv1D(LayerKind):
     def own_forward(self) -> Any:
         return sys.modules["transformers.pytorch_utils"].Conv1D.forward
 
-    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+    def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         return stored.T  # (in, out) -> (out, in)
 
-    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+    def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         return matrix.T

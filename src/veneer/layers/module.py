@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..algebra.recursion import Post, Semantics, Terms, evaluate
-from .geometry import Geometry
+from .geometry import Geometry, Weight
 from .kind import LayerKind
 from .shallow_copy import rows_of_adapter, select_rows
-
-if TYPE_CHECKING:
-    from .site import Site
 
 
 class Module(LayerKind):
@@ -33,14 +30,16 @@ class Module(LayerKind):
     def measure(self, owner: nn.Module, param: str) -> Geometry:
         return Geometry(0, 0)
 
-    def map_outputs(self, site: Site, base: type[nn.Module], outputs: Any, terms: Terms, args: Any, kwargs: Any) -> Any:
+    def map_outputs(
+        self, site: Weight, base: type[nn.Module], outputs: Any, terms: Terms, args: Any, kwargs: Any
+    ) -> Any:
         """The module's outputs with the terms of the active adapters."""
         inputs = self.inputs(site, base, args, kwargs)
         return with_first(outputs, map_output(terms, inputs, first_of(outputs)))
 
     def by_rows(
         self,
-        site: Site,
+        site: Weight,
         base: type[nn.Module],
         outputs: Any,
         parts: Sequence[tuple[Terms, Sequence[int]]],
@@ -78,7 +77,7 @@ class Module(LayerKind):
             y = y.index_copy(0, own, mapped.to(y.dtype))
         return with_first(outputs, y)
 
-    def inputs(self, site: Site, base: type[nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, site: Weight, base: type[nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments by name, with the residual stream at the site."""
         inputs = {**dict(zip(arguments(base), args, strict=False)), **kwargs}
         if site.spot is not None and site.spot.residual:

@@ -4,8 +4,6 @@ effective weight. Fused experts (3-D), attention in-projections, single matrices
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -14,12 +12,9 @@ from ..algebra.operators import Operator
 from ..algebra.recursion import Terms
 from ..backends import bare_of
 from ..distributed import sharding
-from .geometry import Geometry
+from .geometry import Geometry, Weight
 from .kind import LayerKind
 from .lazy_weight import lazily
-
-if TYPE_CHECKING:
-    from .site import Site
 
 
 class Parameter(LayerKind):
@@ -52,23 +47,23 @@ class Parameter(LayerKind):
     def transposed(self, owner: nn.Module) -> bool:
         return bool(getattr(owner, "is_transposed", False))
 
-    def canonical(self, site: Site, stored: Tensor) -> Tensor:
+    def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         if stored.ndim == 1:
             return stored[:, None]  # (n,) -> (n, 1)
         return stored.transpose(-1, -2) if stored.ndim == 3 and self.transposed(site.owner) else stored
 
-    def restored(self, site: Site, matrix: Tensor) -> Tensor:
+    def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         if matrix.shape[-1] == 1 and site.fan_in == 1 and not site.experts:
             return matrix[:, 0]
         return matrix.transpose(-1, -2) if matrix.ndim == 3 and self.transposed(site.owner) else matrix
 
-    def delta_matrix(self, site: Site, op: Operator, weight: Tensor) -> Tensor:
+    def delta_matrix(self, site: Weight, op: Operator, weight: Tensor) -> Tensor:
         if site.experts and isinstance(op, Factored):
             # (experts, out, r) (experts, r, in) -> (experts, out, in)
             return torch.bmm(op.B.to(weight.dtype), op.A.to(weight.dtype)) * op.scale
         return op.dense().to(weight.dtype)
 
-    def lazy(self, site: Site, terms: Terms) -> Tensor | None:
+    def lazy(self, site: Weight, terms: Terms) -> Tensor | None:
         if not self.by_parameter:  # nn.MultiheadAttention needs the weight itself
             return None
         stored = site.backend.used(site.owner, site.param)

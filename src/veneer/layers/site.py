@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ..algebra.starts import START
 from ..backends.base import held
 from ..distributed import offload
 from ..distributed.sharding import gathered
+from .geometry import ResidualTap
 
 if TYPE_CHECKING:
     from ..targets.blocks import SublayerOutput
@@ -32,15 +32,6 @@ class MergeBackup:
     bias_token: object = None
     parameter: nn.Parameter | None = None  # the tied Parameter that merging replaced by one of its own
     groups: int = 1
-
-
-class ResidualTap(threading.local):
-    """The input of another module in this call, kept for the site that needs it; one a thread."""
-
-    value: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type[ResidualTap], tuple[()]]:
-        return ResidualTap, ()
 
 
 class Site:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,11 +18,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..algebra.operators import Dense, Operator
+from ..io.locate import read_config
 from ..layers.site import Site
 from ..targets.blocks import SublayerOutput
 from ..targets.defaults import pattern_value
 from ..targets.suggest import suggest
-from .peft_types import TASK_HEADS, PeftType, TaskType
+from .config_file import config_from_dict, save_config
+from .peft_types import TASK_HEADS, PeftType, TaskType, import_methods
 
 Tensors = Mapping[str, Tensor]
 OtherSublayers = Callable[[str], Mapping[str, "tuple[SublayerOutput, Method]"]]  # sub-layers of another adapter
@@ -344,23 +347,19 @@ class Method:
         Raises:
             ValueError: no or another `peft_type`, or an unknown field that would change the result.
         """
-        from .config_file import config_from_dict
-
-        return config_from_dict(values, expected=cls if cls.peft_name else None, where=where)
+        import_methods()
+        return config_from_dict(values, REGISTRY, cls if cls.peft_name else None, where)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         """Read `adapter_config.json` from a folder or a hub id; hub arguments: `revision`, `token`, `cache_dir`."""
-        from .config_file import load_config
-
-        return load_config(
-            pretrained_model_name_or_path, subfolder=subfolder, expected=cls if cls.peft_name else None, **kwargs
-        )
+        values, path = read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return cls.from_dict(values, where=path)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a folder, atomically."""
-        from .config_file import save_config
-
         save_config(self, save_directory)
 
 
@@ -377,10 +376,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def read_tensors(path: str) -> dict[str, Tensor]:
-    """Read a file of tensors, safetensors or plain pickled ones; see `codec.read_tensors`."""
-    from ..io.locate import read_tensors
-
-    return read_tensors(path)

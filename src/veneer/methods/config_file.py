@@ -7,41 +7,47 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..io.atomic_write import hold_lock, pending_path, save_bytes
-from ..io.locate import CONFIG_NAME, folder_to_write, read_config
+from ..io.locate import CONFIG_NAME, folder_to_write
 from ..targets.suggest import suggest
-from .base import Method
-from .registry import refuse_foreign, registry
 
 PEFT_VERSION = "0.21.2"  # the layout written here
 
 
-def load_config(
-    where: str | os.PathLike[str], *, subfolder: str | None = None, expected: type[Method] | None = None, **hub: Any
-) -> Method:
-    """Read `adapter_config.json`.
+class FileConfig(Protocol):
+    """A config class, by what reading and writing its file needs."""
 
-    Args:
-        where: folder or hub id.
-        subfolder: folder below it.
-        expected: the method it must be of, or None for any.
-        **hub: `revision`, `token`, `cache_dir` and the like.
+    peft_name: ClassVar[str]
+    foreign: ClassVar[dict[str, Any]]
+    internal: ClassVar[bool]
+    from_file: bool
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    Raises:
-        ValueError: no such file, no JSON, another method, or fields that cannot be honoured.
-    """
-    values, path = read_config(where, subfolder=subfolder, **hub)
-    return config_from_dict(values, expected=expected, where=path)
+    def __init__(self, **fields: Any) -> None: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+C = TypeVar("C", bound=FileConfig)
 
 
 def config_from_dict(
-    values: Mapping[str, Any], *, expected: type[Method] | None = None, where: str = "config"
-) -> Method:
-    """Build a config from the content of `adapter_config.json`; see `load_config`."""
+    values: Mapping[str, Any], registry: Mapping[str, type[C]], expected: type[C] | None, where: str
+) -> C:
+    """Build a config from the content of `adapter_config.json`.
+
+    Args:
+        values: the content.
+        registry: the methods by `peft_type`.
+        expected: the method it must be of, or None for any.
+        where: the file's path, for messages.
+
+    Raises:
+        ValueError: another method, or fields that cannot be honoured.
+    """
     name = values.get("peft_type")
-    methods = {k: c for k, c in registry().items() if not c.internal}
+    methods = {k: c for k, c in registry.items() if not c.internal}
     cls = methods.get(str(name))
     if cls is None:
         raise ValueError(
@@ -84,6 +90,16 @@ def config_from_dict(
     return config
 
 
+def refuse_foreign(cls: type[FileConfig], name: str, value: Any) -> None:
+    """Raise ValueError if a peft field that Veneer does not have is set to more than its default."""
+    default = cls.foreign[name]
+    if value != default and not (not value and not default):
+        raise ValueError(
+            f"{cls.__name__}({name}={value!r}): Veneer does not support {name!r} yet, and ignoring it would "
+            f"change the result; leave it at {default!r}"
+        )
+
+
 SIZES = 1 << 16  # the largest rank, number of virtual tokens or width that a file may ask memory for
 NUMBERS = ("seed", "key", "token_id")  # in the names of whole numbers that are no sizes
 PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
@@ -119,7 +135,7 @@ def allows(kind: str, value: Any) -> bool:
     return isinstance(value, PLAIN.get(kind, object))
 
 
-def save_config(config: Method, folder: str | os.PathLike[str], **changes: Any) -> None:
+def save_config(config: FileConfig, folder: str | os.PathLike[str], **changes: Any) -> None:
     """Write `adapter_config.json` with some fields changed."""
     data = config_bytes({**config.to_dict(), **changes, "peft_version": PEFT_VERSION})
     target = folder_to_write(folder)

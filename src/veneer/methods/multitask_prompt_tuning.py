@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..io.locate import read_tensors
 from ..layers.site import Site
-from .base import Tensors, read_tensors
+from .base import Tensors
 from .checks import check_one_of, check_positive_int
 from .prompt_tuning import PromptTuningConfig
 from .registry import method

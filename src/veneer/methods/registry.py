@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..targets.suggest import suggest
 from .base import REGISTRY, Method
+from .config_file import refuse_foreign
 from .peft_types import PUBLIC, import_methods
 
 HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
@@ -74,13 +75,3 @@ def method(
 
 def _defined(cls: type) -> set[str]:
     return {name for base in cls.__mro__ if base not in (Method, object) for name in vars(base)}
-
-
-def refuse_foreign(cls: type[Method], name: str, value: Any) -> None:
-    """Raise ValueError if a peft field that Veneer does not have is set to more than its default."""
-    default = cls.foreign[name]
-    if value != default and not (not value and not default):
-        raise ValueError(
-            f"{cls.__name__}({name}={value!r}): Veneer does not support {name!r} yet, and ignoring it would "
-            f"change the result; leave it at {default!r}"
-        )

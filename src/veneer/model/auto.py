@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..methods import config_file
-from ..methods.base import Method
+from ..methods.base import Method, PeftConfig
 from .peft_model import PeftModel
 
 
@@ -37,7 +36,7 @@ class _AutoPeftModel:
         import transformers
 
         hub = {k: kwargs.pop(k) for k in ("subfolder", "token", "cache_dir") if k in kwargs}
-        found = config or config_file.load_config(pretrained_model_name_or_path, revision=revision, **hub)
+        found = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         if not found.base_model_name_or_path:
             raise ValueError(f"{pretrained_model_name_or_path!s}: its config names no base_model_name_or_path")
         target = cls.target or AUTO_CLASSES.get(found.task_type or "")

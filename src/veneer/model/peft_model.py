@@ -24,8 +24,7 @@ from ..lifecycle.detach import delete_adapter, unload_adapters
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import AdapterLoadError, LoadReport
 from ..lifecycle.merge import merge_adapters, unmerge_adapters
-from ..methods import config_file
-from ..methods.base import Method
+from ..methods.base import Method, PeftConfig
 from ..methods.registry import registry
 from ..targets.suggest import suggest
 from ..training.watch import attach_watched
@@ -399,7 +398,7 @@ class PeftModel(nn.Module):
                 **kwargs,
             )
         if config is None:
-            config = config_file.config_from_dict(values, where=path)
+            config = PeftConfig.from_dict(values, where=path)
         config = config.replace(inference_mode=not is_trainable)
         file = locate.weights_path(model_id, **kwargs)
         tensors: Mapping[str, Tensor] = locate.read_tensors(file)

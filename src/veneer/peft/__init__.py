@@ -1,4 +1,4 @@
-"""What `import peft` means when Veneer stands in for it: peft's public names, for scripts that are not rewritten.
+"""The stand-in for peft: its public names, for scripts that are not rewritten; may import model and everything below it.
 
     python -m veneer.peft script.py     runs a script so
     veneer.peft.enable()                does it from within, before anything imports peft

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..files.certificate import Certificate
 from ..io import fingerprint, locate, safe_read
-from ..methods import config_file
+from ..methods.base import PeftConfig
 from .errors import InputError, user_input
 
 
 def describe_adapter(adapter: str) -> list[tuple[str, str]]:
     """Return what an adapter is, as names and texts."""
-    config = config_file.load_config(adapter)
+    config = PeftConfig.from_pretrained(adapter)
     path = locate.find_file(adapter, locate.WEIGHTS_NAME)
     if path is None:
         raise InputError(f"{adapter} holds no {locate.WEIGHTS_NAME}")

@@ -21,8 +21,7 @@ from ..injection.router import adapter_names
 from ..io import locate
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX, file_key, prefix_of
-from ..methods import config_file
-from ..methods.base import Method
+from ..methods.base import Method, PeftConfig
 from ..methods.lora import LoraConfig
 
 ALIKE = ("use_dora", "lora_bias", "lora_dropout")  # what a swap leaves as it is, and must therefore be the same
@@ -101,7 +100,7 @@ def hotswap_adapter(
     runtime = adapter_files.attached(unwrapped(model))
     config = kwargs.pop("config", None)
     if config is None:
-        config = config_file.load_config(model_name_or_path, **kwargs)
+        config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     tensors = locate.load_weights(model_name_or_path, device=torch_device, **kwargs)
     swap(runtime, adapter_name, config, tensors, compiled=compiled)
 

@@ -30,7 +30,7 @@ from ..lifecycle.adapters import ATTRIBUTE
 from ..lifecycle.attach import freeze_base
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.plan import check_name
-from ..methods import config_file
+from ..methods.base import PeftConfig
 from ..targets import select, suggest
 from .slotted_layer import A_NAME, B_NAME, COUNT, INDEX, Slotted
 
@@ -221,7 +221,7 @@ class Slots:
                 raise TypeError("tensors alone do not say their scale; pass config=LoraConfig(...) with them")
             tensors = dict(source)
         else:
-            config = config_file.load_config(source) if config is None else config
+            config = PeftConfig.from_pretrained(source) if config is None else config
             tensors = locate.load_weights(source)
         bare = not any(key.startswith(PREFIX) for key in tensors)
         drafted = self.runtime.planner("slot", tensors=tensors, prefix="" if bare else PREFIX).plan_adapter(config)

@@ -5,7 +5,7 @@ Which slot a row has is a tensor, so a compiled forward is the same whatever ada
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,23 @@ from torch.compiler import is_compiling
 from ..injection.dispatch import AdaptedState
 from ..kernels import mixed
 
-if TYPE_CHECKING:
-    from .slots import Slots
-
 # On each layer: (S + 1, R, in) and (S + 1, R, out), scales in B, the last slot zero.
 A_NAME, B_NAME = "A:slots", "B:slots"
 # On the model: the slot of each row (rows,), and how many rows were named ().
 INDEX, COUNT = "index:slots", "count:slots"
 
 
+class SlotTables(Protocol):
+    """The slots of a model: the module with their buffers, and which slots the rows of a call have."""
+
+    root: nn.Module
+    now: int | mixed.Batch | None
+
+
 class Slotted(AdaptedState):
     """The state of a layer with slots, whose adapters act on what comes after all others."""
 
-    slots: Slots
+    slots: SlotTables
 
     @property
     def in_use(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..io import atomic_write, locate
-from ..methods import config_file
+from ..methods.base import PeftConfig
 from ..recipes.errors import InputError
 
 HIDDEN = ".veneer-ui"  # uploads, logs and zips, below the folder
@@ -177,7 +177,7 @@ class Folder:
                 if not any((Path(made) / n).is_file() for n in (locate.CONFIG_NAME, LORA)):
                     raise InputError(f"the zip holds no {locate.CONFIG_NAME}; pack the folder an adapter was saved to")
                 if (Path(made) / locate.CONFIG_NAME).is_file():
-                    config_file.load_config(made)
+                    PeftConfig.from_pretrained(made)
                     locate.load_weights(made)
                 shutil.copytree(made, target)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:

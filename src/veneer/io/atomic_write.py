@@ -98,7 +98,7 @@ def hold_lock(path: Path, wait: float = WAIT) -> Iterator[None]:
     try:
         # A lock object of its own for each holder: threads of this process exclude one another as processes do.
         file.parent.mkdir(mode=0o700, exist_ok=True)
-        held = filelock.FileLock(file, timeout=wait, poll_interval=0.02).acquire()
+        held = filelock.FileLock(file).acquire(timeout=wait, poll_interval=0.02)
     except filelock.Timeout:
         raise TimeoutError(
             f"{path}: another process or thread has been writing into it for {wait:g} s; give each its own folder"

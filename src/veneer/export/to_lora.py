@@ -175,7 +175,7 @@ def refuse(site: AdaptedSite, adapter: str) -> None:
             f"{site.name}: its weights are sharded by {sharding.how(split)}; save the adapter and convert it in one process, with "
             "veneer convert"
         )
-    if site.backend is None or set(method.hooks) & {"post", "prompt", "prefix", "objective"}:
+    if site.backend is None or method.acts_on == "stacks" or "post" in method.hooks:
         raise TypeError(
             f"adapter {adapter!r} ({method.peft_name}) acts on activations and makes no change of a weight; no LoRA equals it"
         )

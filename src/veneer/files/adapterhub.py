@@ -367,7 +367,7 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
     method: Any = config
     for spot in spots.values():
         at = place(base, kind, spot, fusion, name)
-        for ours in dict.fromkeys(config.names.values()):
+        for ours in dict.fromkeys(t.name for t in config.tensors.values() if t.shared_by(config) != "adapter" and t.name):
             mine = f"{PREFIX}{spot.name}.{ours}"
             if fusion:
                 found[at + TAILS[ours]] = mine
@@ -377,12 +377,12 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
                 found[at + theirs] = mine
             if before and ours.startswith("adapter_norm_before."):
                 found[f"{at}adapter_down.0.{ours.rpartition('.')[2]}"] = mine if copies else ""
-    for key, ours in config.shared_names.items():
+    for key, one in config.shared_tensors().items():
         theirs = key if key.startswith("rule") else f"W_{key}"
         theirs = f"phm_{theirs}" if key.startswith("rule") else theirs
         if not method.phm_rank:
             theirs = theirs.removesuffix("_left") if theirs.startswith("W_") else theirs
-        found[f"shared_parameters.{name}.{theirs}"] = f"base_model.{ours}"
+        found[f"shared_parameters.{name}.{theirs}"] = f"base_model.{one.shared_key}"
     return found
 
 

@@ -101,7 +101,8 @@ class AdaptedSite(Site):
         """An adapter's whole tensors by attribute, each split as tensor parallelism splits the layer's weight."""
         if self.backend is None or not is_distributed(self.reference):
             return dict(values)
-        weight, axes = self.current_weight().detach(), entry.method.axes(self)
+        weight, method = self.current_weight().detach(), entry.method
         keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
         keep = {"in"} if self.lookup else set()  # ids are looked up in every process
-        return {a: tensor_parallel.distribute(t, weight, axes.get(keys[a], ()), keep) for a, t in values.items()}
+        axes = {attr: method.declared(key).axes_at(method, self) for attr, key in keys.items()}
+        return {a: tensor_parallel.distribute(t, weight, axes[a], keep) for a, t in values.items()}

@@ -102,11 +102,13 @@ class Runtime:
                 for name, value in copied.state_dict(keep_vars=True).items():
                     yield f"{prefix}{entry.key}.{name}", value
             elif entry.saved:
-                for key, attr in entry.trained:
-                    yield file_key(prefix, entry, key), site.owner._parameters[attr]  # type: ignore[misc]
-        if config.saves_shared:
-            for key, name in config.shared_names.items():
-                yield ("base_model." if prefix else "") + name, self.router.shared.get(adapter, key)
+                p = site.tensors(adapter)
+                for key, _ in (*entry.trained, *entry.frozen):
+                    if key in entry.names and entry.method.declared(key).saved_by(entry.method):
+                        yield file_key(prefix, entry, key), p[key]
+        for key, one in config.shared_tensors().items():
+            if one.saved_by(config):
+                yield ("base_model." if prefix else "") + one.shared_key, self.router.shared.get(adapter, key)
 
     def computes_its_file(self, adapter: str) -> bool:
         """Whether what is saved is computed from what is trained."""
@@ -174,7 +176,7 @@ class Runtime:
         taken: dict[str, str] = {}
         for item in chosen:
             for name in adapter_names([item]) if isinstance(item, CombinedExpr) else ():
-                if not self.configs[name].hooks or self.configs[name].enters:
+                if self.configs[name].acts_on in ("stacks", "copies"):
                     raise ValueError(
                         f"{item!r}: adapter {name!r} ({self.configs[name].peft_name}) makes no change to a layer's output "
                         "that could be added to another's; stack it instead: set_adapter([...])"

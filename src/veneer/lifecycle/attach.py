@@ -105,7 +105,7 @@ def _commit_plan(
         if place.whole is not None:
             place.whole.requires_grad_(trainable)
             layer._modules[copy_name(adapter)] = place.whole
-        follows = place.is_layer and place.entry.method.one_for_all and not site.lookup  # a tied head
+        follows = place.is_layer and place.entry.method.first_for_all and not site.lookup  # a tied head
         if follows or (place.whole is not None and layer._parameters):
             layer.__class__ = adapted_class(state.base, read=True)
         offload.keep_resident(site.owner)
@@ -114,7 +114,7 @@ def _commit_plan(
         runtime.layers[site.name] = layer
         sites.append(site)
     for key, tensor in plan.shared.items():
-        trained = key in plan.config.trained_shared
+        trained = plan.config.declared(key).trained
         runtime.router.shared.put(adapter, key, nn.Parameter(tensor, requires_grad=trainable) if trained else tensor)
         runtime.root._modules.setdefault("veneer_shared", runtime.router.shared)
     for module, param, value in plan.overrides.values():

@@ -71,16 +71,16 @@ class SiteFinder:
 
     def resolve_sites(self, config: Method, taken: Sequence[PlannedSite], copied: set[str]) -> list[PlannedSite]:
         """The sites that one config names."""
-        if config.enters:
+        if config.acts_on == "stacks":
             return self._of_stacks(config)
         named = config.sites_of(self.root, self.sublayers_of)
         if named is None:
             found = select.resolve(self.root, config, supported=layers.supported, skip=copied)
             places = [p for name in found.modules for p in self._of_module(name, config)]
             return places + self._of_parameters(found.parameters, config)
-        if config.whole_module:
+        if config.acts_on == "copies":
             return self._of_copies(named, config, taken)
-        if config.on_modules:
+        if config.acts_on == "modules":
             spots = named if isinstance(named, Mapping) else {}
             return [self._of_whole_module(n, config, spots.get(n)) for n in named]
         parameters = [n for n in named if self._is_parameter(n)]

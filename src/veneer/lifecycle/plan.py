@@ -77,7 +77,7 @@ class AdapterPlanner:
         shared: dict[str, Tensor] = {}
         parts = [config, *config.companions(self.root)]
         copied = {
-            n for part in parts if part.whole_module for n in part.sites_of(self.root, self.finder.sublayers_of) or ()
+            n for part in parts if part.acts_on == "copies" for n in part.sites_of(self.root, self.finder.sublayers_of) or ()
         }
         for part in parts:
             sites = self.finder.resolve_sites(part, planned, copied)
@@ -104,19 +104,18 @@ class AdapterPlanner:
             site.dtype = parameter_dtype(site, self.autocast)
             fresh = entry.method.init(site) if loader is None else entry.method.loaded(site)
             if first is not None:  # all sites use the first one's tensors
-                save = config.saves_every_site
-                self._assign_tensors(
-                    planned, {k: first.values[attr_of(first, k, self.adapter)] for k in fresh}, save=save
-                )
+                save = config.every_site_saves
+                values = {k: first.values[attr_of(first, k, self.adapter)] for k in fresh}
+                self._assign_tensors(planned, values, save=save)
                 if save and loader is not None:
-                    for key, _ in entry.trained:
+                    for key in fresh.keys() & entry.names.keys():
                         loader.left.pop(file_key(self.prefix, entry, key), None)
                 continue
             if loader is not None:
                 self._fill_from_file(planned, fresh, loader, home)
-            if config.one_for_all:
-                kept = entry.method.frozen
-                fresh = {k: t if k in kept else nn.Parameter(t) for k, t in fresh.items()}
+            if config.first_for_all:
+                trained = {k for k in fresh if config.declared(k).trained}
+                fresh = {k: nn.Parameter(t) if k in trained else t for k, t in fresh.items()}
                 first = planned
             self._assign_tensors(planned, fresh)
 
@@ -127,9 +126,10 @@ class AdapterPlanner:
             if key not in entry.names:
                 continue
             wanted = file_key(self.prefix, entry, key)
-            if wanted not in loader.left and key in entry.method.aliases:
-                other = wanted.removesuffix(entry.names[key]) + entry.method.aliases[key]
-                wanted = other if other in loader.left else wanted
+            if wanted not in loader.left:
+                path = wanted.removesuffix(entry.names[key])
+                others = (path + name for name in entry.method.declared(key).reads)
+                wanted = next((other for other in others if other in loader.left), wanted)
             found = loader.take(wanted, shape.shape)
             if found is not None:
                 device = found.device if home.type == "meta" else home  # onto a skeleton, values stay where they are
@@ -145,28 +145,31 @@ class AdapterPlanner:
     def _assign_tensors(self, place: PlannedSite, fresh: Mapping[str, Tensor], *, save: bool = True) -> None:
         """Give a place its tensors under the attribute names they get on the layer."""
         entry, method = place.entry, place.entry.method
-        entry.trained = tuple((k, attr_of(place, k, self.adapter)) for k in fresh if k not in method.frozen)
-        entry.frozen = tuple((k, attr_of(place, k, self.adapter)) for k in fresh if k in method.frozen)
-        entry.shared = tuple(method.shared_names)
+        attributes = {k: attr_of(place, k, self.adapter) for k in fresh}
+        entry.trained = tuple((k, a) for k, a in attributes.items() if method.declared(k).trained)
+        entry.frozen = tuple((k, a) for k, a in attributes.items() if not method.declared(k).trained)
+        entry.shared = tuple(method.shared_tensors())
         entry.saved = save
-        place.values = {attr_of(place, k, self.adapter): t for k, t in fresh.items()}
+        place.values = {attributes[k]: t for k, t in fresh.items()}
 
     def _init_shared(self, config: Method, sites: list[AdaptedSite]) -> dict[str, Tensor]:
         """Tensors shared between the sites: from the file where it has them, else drawn anew."""
-        if not config.shared_names:
+        shared = config.shared_tensors()
+        if not shared:
             return {}
+        names = {key: one.shared_key for key, one in shared.items()}
         home = sites[0].home
         drawn: dict[str, Tensor] = {}
         if self.loader is not None:
-            for key, name in config.shared_names.items():
+            for key, name in names.items():
                 found = self.loader.left.pop(f"base_model.{name}", self.loader.left.pop(name, None))
                 if found is not None:
                     drawn[key] = found
-            if len(drawn) == len(config.shared_names):
+            if len(drawn) == len(names):
                 return {k: t.to(device=home) for k, t in drawn.items()}
-            if config.saves_shared:
-                lacking = [f"base_model.{n}" for k, n in config.shared_names.items() if k not in drawn]
-                self.loader.report.missing += lacking
+            self.loader.report.missing += [
+                f"base_model.{n}" for k, n in names.items() if k not in drawn and shared[k].saved_by(config)
+            ]
         fresh = config.init_shared(sites)
         return {k: drawn.get(k, t).to(device="meta" if self.meta else home) for k, t in fresh.items()}
 
@@ -221,7 +224,7 @@ class AdapterPlanner:
             config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
         kept = getattr(config, "modules_to_save", None)
         for part in config.companions(self.root):
-            if part.whole_module:
+            if part.acts_on == "copies":
                 kept = [*getattr(part, "modules", []), *getattr(part, "optional", [])]
         if kept is not None:
             config.modules_to_save = kept  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from ..targets.blocks import SublayerOutput
 from .base import Method, OtherSublayers, Tensors
 from .checks import check_probability
 from .registry import method
+from .tensors import Trained
 
 DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
@@ -59,11 +60,12 @@ class AdapterFusionConfig(Method):
     train_adapters: bool = False
     modules_to_save: list[str] | None = None
 
-    names = {
-        "query": "fusion_query.weight", "query_bias": "fusion_query.bias",
-        "key": "fusion_key.weight", "key_bias": "fusion_key.bias", "value": "fusion_value.weight",
+    tensors = {
+        "query": Trained("fusion_query.weight"), "query_bias": Trained("fusion_query.bias"),
+        "key": Trained("fusion_key.weight"), "key_bias": Trained("fusion_key.bias"),
+        "value": Trained("fusion_value.weight"),
     }  # fmt: skip
-    on_modules = True
+    acts_on = "modules"
 
     def check(self) -> None:
         if self.dropout is not None:

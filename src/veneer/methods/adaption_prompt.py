@@ -20,6 +20,7 @@ from ..targets.suggest import suggest
 from .base import Method, OtherSublayers, Tensors
 from .checks import check_positive_int
 from .registry import method
+from .tensors import Trained
 
 # Attentions whose queries are those computed here (tests/parity/test_adaption_prompt.py): model type -> their module.
 SEPARATE = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma")
@@ -43,8 +44,8 @@ class AdaptionPromptConfig(Method):
     adapter_len: int | None = None
     adapter_layers: int | None = None
 
-    names = {"prompt": "adaption_prompt", "gate": "adaption_gate"}
-    on_modules = True
+    tensors = {"prompt": Trained("adaption_prompt"), "gate": Trained("adaption_gate")}
+    acts_on = "modules"
 
     def check(self) -> None:
         given = {n: v for n in ("adapter_len", "adapter_layers") if (v := getattr(self, n)) is not None}

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -25,9 +25,13 @@ from ..targets.defaults import pattern_value
 from ..targets.suggest import suggest
 from .config_file import config_from_dict, save_config
 from .peft_types import TASK_HEADS, PeftType, TaskType, import_methods
+from .tensors import Declared, declaration_of
 
 Tensors = Mapping[str, Tensor]
 OtherSublayers = Callable[[str], Mapping[str, "tuple[SublayerOutput, Method]"]]  # sub-layers of another adapter
+# Weights of layers; whole modules, whose output `post` maps; stacks of blocks, in front of which virtual tokens go; modules
+# that are trained as full copies.
+ActsOn = Literal["layers", "modules", "stacks", "copies"]
 REGISTRY: dict[str, type[Method]] = {}  # by peft_type; `registry.method` fills it
 
 
@@ -58,19 +62,14 @@ class Method:
 
     peft_name: ClassVar[str] = ""
     recipe: ClassVar[Mapping[str, Any]] = {}  # `veneer train`'s defaults: keys of a run, or of this config
-    names: ClassVar[Mapping[str, str]] = {}  # tensor -> its name in the file, below the module's path
-    aliases: ClassVar[Mapping[str, str]] = {}  # other names that files have for a tensor; read, never written
-    shared_names: ClassVar[Mapping[str, str]] = {}  # the same for state shared between sites
-    frozen: ClassVar[frozenset[str]] = frozenset()  # tensors that are neither trained nor saved
+    tensors: ClassVar[Mapping[str, Declared]] = {}  # every tensor it can have at a site; see `Declared`
+    components: ClassVar[tuple[str, ...]] = ()  # parts of the file's keys below a module that no tensor's name begins with
+    key_prefix: ClassVar[str] = ""  # what peft's names of its tensors begin with
     foreign: ClassVar[dict[str, Any]] = {}
     patterns: ClassVar[dict[str, str]] = {}
     hooks: ClassVar[tuple[str, ...]] = ()
     internal: ClassVar[bool] = False
-    whole_module: ClassVar[bool] = False  # the method is a trained copy of each of its modules
-    one_for_all: ClassVar[bool] = False  # every site of the adapter uses the first one's tensors
-    trained_shared: ClassVar[frozenset[str]] = frozenset()  # those of the shared tensors that are trained
-    on_modules: ClassVar[bool] = False  # its sites are whole modules, whose output `post` maps
-    enters: ClassVar[bool] = False  # its sites are the stacks into which virtual tokens go
+    acts_on: ClassVar[ActsOn] = "layers"  # the kind of its sites; `method` derives "stacks" from the hooks
     file_prefix: ClassVar[str] = "base_model.model."  # what the names of modules begin with in the file
     own_fields: ClassVar[frozenset[str]] = frozenset()  # fields that peft's config lacks; written where they are set
     extra_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that `objective` takes
@@ -117,14 +116,6 @@ class Method:
         """Return tensors that all sites of the adapter share; `p` holds them at every site."""
         return {}
 
-    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
-        """Which dimensions of a tensor are the layer's own: "in" or "out" for those, "" for others.
-
-        Where processes split the layer's weight along one of them, they split the tensor with it; tensors that are not
-        named are the same in every process.
-        """
-        return {}
-
     def delta(self, p: Tensors, site: Site) -> Operator | None:
         """Delta in W' = L (W R + Delta)."""
 
@@ -140,7 +131,7 @@ class Method:
     def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
         """What no linear operator can say: maps the site's input and output to its new output.
 
-        `x` is the input tensor of a layer; of a module (`on_modules`) it is all its arguments, by name. Where
+        `x` is the input tensor of a layer; of a module (`acts_on = "modules"`) it is all its arguments, by name. Where
         `sites_of` gave places in blocks, it also holds the residual stream, under the name `site.spot.residual`.
         """
         return y
@@ -169,11 +160,11 @@ class Method:
         return 0
 
     def loaded(self, site: Site) -> dict[str, Tensor]:
-        """The tensors of an adapter that comes from a file; those in `names` are taken from it."""
+        """The tensors of an adapter that comes from a file; those that have a name are taken from it."""
         return self.init(site)
 
     def exported(self, p: Tensors, site: Site) -> dict[str, Tensor] | None:
-        """What is written to the file where that is not what is trained, under the keys of `names`."""
+        """What is written to the file where that is not what is trained, under the keys of `tensors`."""
         return None
 
     def combine(
@@ -212,10 +203,6 @@ class Method:
         """Names of the other adapters of the model that this one needs."""
         return ()
 
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        """Tensor -> name in the file at this site; override where peft's name depends on the layer."""
-        return self.names
-
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str] | Mapping[str, Any] | None:
         """Names of the places to adapt when the method finds them itself, else None for `target_modules`.
 
@@ -244,17 +231,40 @@ class Method:
         """Return the config with what it leaves open filled in for a base model."""
         return self
 
-    @property
-    def saves_every_site(self) -> bool:
-        """Where all sites use one tensor, whether each writes it to the file under its own key."""
-        return True
-
-    @property
-    def saves_shared(self) -> bool:
-        """Whether state shared between sites is written to the file."""
-        return True
-
     # What is the same for all of them.
+
+    def declared(self, key: str) -> Declared:
+        """The declaration of one of its tensors.
+
+        Raises:
+            TypeError: a tensor that the method does not declare.
+        """
+        found = declaration_of(self.tensors, key)
+        if found is None:
+            raise TypeError(
+                f"{type(self).__name__} made a tensor {key!r} that it does not declare; its tensors are "
+                f"{', '.join(map(repr, self.tensors))}"
+            )
+        return found
+
+    def file_names(self, site: Site) -> dict[str, str]:
+        """Tensor -> its name in the file, below the module's path, of those at `site` that have one."""
+        own = {k: t.file_name(self, site) for k, t in self.tensors.items() if t.shared_by(self) != "adapter"}
+        return {k: name for k, name in own.items() if name is not None}
+
+    @property
+    def first_for_all(self) -> bool:
+        """Whether every site of the adapter uses the first one's tensors."""
+        return any(t.shared == "first" for t in self.tensors.values())
+
+    @property
+    def every_site_saves(self) -> bool:
+        """Where all sites use the first one's tensors, whether each writes them to the file under its own key."""
+        return all(t.saved_by(self) != "once" for t in self.tensors.values())
+
+    def shared_tensors(self) -> dict[str, Declared]:
+        """The tensors that all sites of the adapter share."""
+        return {k: t for k, t in self.tensors.items() if t.shared_by(self) == "adapter"}
 
     def init_bias(self, site: Site) -> dict[str, Tensor]:
         """A trained copy (out,) of the layer's bias, where the config's `bias` asks for one."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .checks import (
     check_probability,
 )
 from .registry import method
+from .tensors import Sharing, Trained
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": F.relu,
@@ -61,6 +63,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "parallel": COMMON | {"reduction_factor": 2, "parallel": True, "scaling": 4.0},
     "compacter": COMMON | {"places": BOTH, "reduction_factor": 32, "activation": "gelu", "phm_dim": 4},
 }
+
+
+def _sharing(config: BottleneckConfig, key: str) -> Sharing:
+    return "adapter" if config.shares(key) else ""
 
 
 @method("BOTTLENECK")
@@ -136,16 +142,21 @@ class BottleneckConfig(Method):
     modules_to_save: list[str] | None = None
 
     recipe = {"learning_rate": 2e-3, "warmup": 10}
-    names = {
-        "down": "adapter_down.weight", "down_bias": "adapter_down.bias",
-        "up": "adapter_up.weight", "up_bias": "adapter_up.bias", "scale": "adapter_scaling",
-        "gate": "adapter_gate.weight", "gate_bias": "adapter_gate.bias",
-        "before": "adapter_norm_before.weight", "before_bias": "adapter_norm_before.bias",
-        "after": "adapter_norm_after.weight", "after_bias": "adapter_norm_after.bias",
-        **{f"{side}_{part}": f"adapter_{side}.{part}" for side in ("down", "up")
-           for part in ("left", "right", "rule", "rule_left", "rule_right")},
+    tensors = {
+        "down": Trained("adapter_down.weight"), "down_bias": Trained("adapter_down.bias"),
+        "up": Trained("adapter_up.weight"), "up_bias": Trained("adapter_up.bias"), "scale": Trained("adapter_scaling"),
+        "gate": Trained("adapter_gate.weight"), "gate_bias": Trained("adapter_gate.bias"),
+        "before": Trained("adapter_norm_before.weight"), "before_bias": Trained("adapter_norm_before.bias"),
+        "after": Trained("adapter_norm_after.weight"), "after_bias": Trained("adapter_norm_after.bias"),
+        # Compacter: the first factors of the Kronecker products, one set a matrix or one for the adapter, and the second.
+        **{f"{side}_{part}": Trained(f"adapter_{side}.{part}") for side in ("down", "up")
+           for part in ("rule", "rule_left", "rule_right")},
+        **{part: Trained(f"phm_{part}", shared=partial(_sharing, key=part)) for part in ("rule", "rule_left", "rule_right")},
+        **{f"{side}_{part}": Trained(f"adapter_{side}.{part}", shared=partial(_sharing, key=f"{side}_{part}"),
+                                     shared_name=f"phm_{side}_{part}")
+           for side in ("down", "up") for part in ("left", "right")},
     }  # fmt: skip
-    on_modules = True
+    acts_on = "modules"
 
     @classmethod
     def recipe_for(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -248,20 +259,13 @@ class BottleneckConfig(Method):
 
     # Tensors.
 
-    @property
-    def shared_names(self) -> Mapping[str, str]:  # type: ignore[override]
+    def shares(self, key: str) -> bool:
+        """Whether all places use one tensor `key`."""
         if not self.phm_dim:
-            return {}
-        rule = ("rule_left", "rule_right") if self.phm_factorized_rule else ("rule",)
-        factors = [
-            f"{side}_{part}" for side in ("down", "up") for part in (("left", "right") if self.phm_rank else ("left",))
-        ]
-        keys = (rule if self.phm_shared_rule else ()) + (tuple(factors) if self.phm_shared_weights else ())
-        return {k: f"phm_{k}" for k in keys}
-
-    @property
-    def trained_shared(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset(self.shared_names)
+            return False
+        if key.startswith("rule"):
+            return self.phm_shared_rule and self.phm_factorized_rule == (key != "rule")
+        return self.phm_shared_weights and (bool(self.phm_rank) or key.endswith("left"))
 
     def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         sizes = {(self.fan_in(s), self.bottleneck(s), s.fan_out) for s in sites}
@@ -274,7 +278,7 @@ class BottleneckConfig(Method):
         drawn = self.rule("", torch.empty)
         for side, a, b in (("down", wide, narrow), ("up", narrow, out)):
             drawn |= self.factors(side, a, b, torch.empty)
-        return {k: drawn[k] for k in self.shared_names}
+        return {k: t for k, t in drawn.items() if self.shares(k)}
 
     def rule(self, prefix: str, empty: Any) -> dict[str, Tensor]:
         """The first factors A_1 ... A_n of a matrix, (n, n, n), or their rank-1 factors."""
@@ -322,7 +326,7 @@ class BottleneckConfig(Method):
             p |= {"before": site.ones(wide), "before_bias": site.zeros(wide)}
         if self.layer_norm in ("after", "both"):
             p |= {"after": site.ones(out), "after_bias": site.zeros(out)}
-        return {k: t for k, t in p.items() if k not in self.shared_names}
+        return {k: t for k, t in p.items() if not self.shares(k)}
 
     def matrix(self, side: str, rows: int, columns: int, site: Site) -> Tensor:
         """A plain matrix (columns, rows), as F.linear takes it."""

@@ -21,6 +21,7 @@ from .peft_types import TaskType
 from .prompt_learning import PromptLearningConfig
 from .prompt_tuning import words
 from .registry import method
+from .tensors import Constant, Trained
 
 SMALLEST = 1e-10  # how far a token that is not trained may move, as in peft
 
@@ -62,8 +63,10 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float = 0.1
     tokenizer_name_or_path: str | None = None
 
-    names = {"embedding": "prompt_embeddings"}
-    frozen = frozenset({"embedding"})
+    tensors = {
+        "embedding": Constant("prompt_embeddings", shared="first", saved="once"),
+        "delta": Trained(shared="first"),
+    }
     extra_inputs = ("input_type_mask",)
 
     def check(self) -> None:

@@ -16,6 +16,7 @@ from ..targets.select import matches
 from ..targets.suggest import suggest
 from .base import Method, OtherSublayers, Tensors
 from .registry import method
+from .tensors import Constant, Trained
 
 
 @method("MODULES_TO_SAVE", internal=True)
@@ -31,7 +32,7 @@ class ModulesToSave(Method):
     modules: list[str] = field(default_factory=list)
     optional: list[str] = field(default_factory=list)
 
-    whole_module = True
+    acts_on = "copies"
 
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         names = [n for n, _ in model.named_modules() if n and ":" not in n]
@@ -61,9 +62,16 @@ class TrainableTokensConfig(Method):
     wrapped: bool = field(default=False, init=False, repr=False)  # named by another config's field
     alone: bool = field(default=False, init=False, repr=False)  # other embeddings are named beside it
 
-    names = {"rows": "trainable_tokens_delta"}
-    frozen = frozenset({"index"})
-    one_for_all = True
+    tensors = {
+        "rows": Trained(
+            "trainable_tokens_delta",
+            name_at=lambda config, site: "token_adapter." * config.wrapped + "trainable_tokens_delta",
+            shared="first",
+            saved=lambda config: "once" if config.wrapped else True,
+        ),
+        "index": Constant(shared="first"),
+    }
+    components = ("token_adapter",)
 
     def check(self) -> None:
         taken = self.token_indices
@@ -103,13 +111,6 @@ class TrainableTokensConfig(Method):
         weight = modules[first[0]]._parameters.get("weight")
         tied = [n for n, m in modules.items() if n not in first and m._parameters.get("weight") is weight]
         return [*first, *tied]
-
-    @property
-    def saves_every_site(self) -> bool:
-        return not self.wrapped
-
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        return {"rows": f"token_adapter.{self.names['rows']}"} if self.wrapped else self.names
 
     def init(self, site: Site) -> dict[str, Tensor]:
         index = torch.tensor(self.token_indices, dtype=torch.long, device=site.home)  # (k,)
@@ -154,13 +155,11 @@ class TrainableTokensConfig(Method):
 class TrainedBias(Method):
     """Every bias of the model, as `bias="all"` of another config asks for; adapted layers see to their own."""
 
-    names = {"copy": "", "bias": "bias"}  # a bias that is a site of its own, a bias of a layer
+    # A bias that is a site of its own, or that of a layer.
+    tensors = {"copy": Trained(""), "bias": Trained("bias", name_at=lambda config, site: site.kind.bias)}
 
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         return [n for n, _ in model.named_parameters() if n == "bias" or n.endswith(".bias")]
-
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        return {**self.names, "bias": site.kind.bias}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         own = site.bias

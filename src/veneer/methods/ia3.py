@@ -18,6 +18,7 @@ from ..targets.defaults import default_feedforward, model_type
 from ..targets.select import matches
 from .base import Method, Tensors
 from .registry import method
+from .tensors import Trained
 
 
 @method("IA3")
@@ -42,7 +43,7 @@ class IA3Config(Method):
     modules_to_save: list[str] | None = None
     init_ia3_weights: bool = True
 
-    names = {"l": "ia3_l"}
+    tensors = {"l": Trained("ia3_l", axes=lambda config, site: ("", "in") if config.on_input(site) else ("out", ""))}
     recipe = {"learning_rate": 3e-2, "warmup": 10}
 
     def prepare(self, model: nn.Module) -> Method:
@@ -93,9 +94,6 @@ class IA3Config(Method):
         for vector, weight in zip(vectors[1:], weights[1:], strict=True):
             total = total + vector * weight
         return {"l": total}
-
-    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
-        return {"l": ("", "in") if self.on_input(site) else ("out", "")}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         n = site.fan_in if self.on_input(site) else site.fan_out

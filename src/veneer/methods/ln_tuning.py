@@ -19,6 +19,7 @@ from ..targets.defaults import default_targets, model_type
 from ..targets.select import resolve
 from .base import Method, OtherSublayers, Tensors
 from .registry import method
+from .tensors import Trained
 
 INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
 
@@ -42,7 +43,8 @@ class LNTuningConfig(Method):
     modules_to_save: list[str] | None = None
 
     recipe = {"learning_rate": 3e-3, "warmup": 10}
-    names = {"weight": "weight", "bias": "bias"}
+    tensors = {"weight": Trained("weight", parameter=""), "bias": Trained("bias")}
+    components = (INSIDE,)
 
     def check(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -79,9 +81,6 @@ class LNTuningConfig(Method):
                     own = [n for n, p in module._parameters.items() if p is not None and ":" not in n]
                     found |= {f"{below}.{n}": f"{key}.{n}" for n in own}
         return found
-
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        return {"weight": ""} if site.kind.by_parameter else self.names
 
     def init(self, site: Site) -> dict[str, Tensor]:
         own = site.bias

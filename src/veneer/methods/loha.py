@@ -18,9 +18,11 @@ from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_positive, check_positive_int, check_probability
 from .registry import method
+from .tensors import Trained
 
 
-@method("LOHA", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
+@method("LOHA",
+    prefix="hada_", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
 @dataclass
 class LoHaConfig(Method):
     """LoHa. Hyeon-Woo et al. 2021, arxiv.org/abs/2108.06098, prop. 1:  W' = W + (alpha / r) (X1 Y1) * (X2 Y2)
@@ -55,7 +57,7 @@ class LoHaConfig(Method):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
 
-    names = {key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+    tensors = {key: Trained(f"hada_{key}") for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 
     def check(self) -> None:
         check_positive_int(self, r=self.r)

@@ -27,6 +27,7 @@ from .base import Method, Tensors
 from .checks import check_one_of, check_positive, check_positive_int, check_probability
 from .registry import method
 from .task_arithmetic import Combination
+from .tensors import BIAS, Constant, Trained
 
 
 @method(
@@ -103,15 +104,15 @@ class LoraConfig(Method):
 
     combination: Combination | None = field(default=None, init=False, repr=False, compare=False)  # how it came about
 
-    names = {
-        "A": "lora_A.weight",
-        "B": "lora_B.weight",
-        "B_bias": "lora_B.bias",
-        "m": "lora_magnitude_vector",
-        "bias": "base_layer.bias",
+    tensors = {
+        "A": Trained("lora_A.weight", axes=("", "in"), embedding="lora_embedding_A"),
+        "B": Trained("lora_B.weight", axes=("out", ""), embedding="lora_embedding_B"),
+        "B_bias": Trained("lora_B.bias", axes=("out",)),
+        "m": Trained("lora_magnitude_vector", axes=("out",), reads=("lora_magnitude_vector.weight",)),
+        "bias": BIAS,
+        "A0": Constant(axes=("", "in")),
+        "B0": Constant(axes=("out", "")),
     }
-    aliases = {"m": "lora_magnitude_vector.weight"}
-    frozen = frozenset({"A0", "B0"})
     recipe = {"learning_rate": 2e-3, "warmup": 10, "target_modules": "all-linear", "lora_alpha": 16}
 
     def check(self) -> None:
@@ -144,15 +145,6 @@ class LoraConfig(Method):
     @property
     def scale(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        if site.lookup:
-            return {**self.names, "A": "lora_embedding_A", "B": "lora_embedding_B"}
-        return self.names
-
-    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
-        factors = {"A": ("", "in"), "B": ("out", ""), "A0": ("", "in"), "B0": ("out", "")}
-        return {**factors, "m": ("out",), "B_bias": ("out",), "bias": ("out",)}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         r, taps = self.r, (1,) * len(site.kernel)

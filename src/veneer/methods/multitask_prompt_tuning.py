@@ -15,8 +15,10 @@ from ..io.locate import read_tensors
 from ..layers.site import Site
 from .base import Tensors
 from .checks import check_one_of, check_positive_int
+from .prompt_learning import PROMPT
 from .prompt_tuning import PromptTuningConfig
 from .registry import method
+from .tensors import Trained
 
 SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
@@ -59,7 +61,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     num_tasks: int = 1
 
     recipe = {"learning_rate": 1e-2, "warmup": 10}
-    names = {"embedding": "prompt_embeddings", "cols": "prefix_task_cols", "rows": "prefix_task_rows"}
+    tensors = {
+        "embedding": PROMPT,
+        "cols": Trained("prefix_task_cols", shared="first", saved="once"),
+        "rows": Trained("prefix_task_rows", shared="first", saved="once"),
+    }
 
     def check_start(self) -> None:
         check_one_of(self, ("RANDOM", "TEXT", *SOURCES), prompt_tuning_init=self.prompt_tuning_init)
@@ -81,26 +87,31 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         p = super().init(site)
         p |= {k: site.normal(*shapes[k], std=0.02) for k in ("cols", "rows")}
         if self.prompt_tuning_init in SOURCES and not site.meta:
-            found = self.source()
+            found, names = self.source(), self.source_names
             for key, value in found.items():
                 if tuple(value.shape) != shapes[key]:
                     raise ValueError(
-                        f"{self.prompt_tuning_init_state_dict_path}: {self.names[key]} gives {tuple(value.shape)} with "
+                        f"{self.prompt_tuning_init_state_dict_path}: {names[key]} gives {tuple(value.shape)} with "
                         f"prompt_tuning_init={self.prompt_tuning_init!r}, and the config asks for {shapes[key]}; make "
                         "num_tasks 1 and num_virtual_tokens, num_ranks and token_dim the source's"
                     )
                 p[key] = site.computed(shapes[key], lambda value=value: value)  # type: ignore[misc]
         return p
 
+    @property
+    def source_names(self) -> dict[str, str]:
+        """Tensor -> its name in the file of a trained adapter."""
+        return {key: str(one.name) for key, one in self.tensors.items()}
+
     def source(self) -> dict[str, Tensor]:
         """The trained tensors that this adapter starts from."""
         path = str(self.prompt_tuning_init_state_dict_path)
-        found = read_tensors(path)
-        wanted = ["embedding"] if self.prompt_tuning_init == "ONLY_SOURCE_SHARED" else list(self.names)
-        missing = [self.names[k] for k in wanted if self.names[k] not in found]
+        found, names = read_tensors(path), self.source_names
+        wanted = ["embedding"] if self.prompt_tuning_init == "ONLY_SOURCE_SHARED" else list(names)
+        missing = [names[k] for k in wanted if names[k] not in found]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; give the file of a multitask prompt")
-        p = {k: found[self.names[k]] for k in wanted}
+        p = {k: found[names[k]] for k in wanted}
         for key in ("cols", "rows"):
             if key not in p:
                 continue

@@ -20,6 +20,7 @@ from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive, check_positive_int, check_probability
 from .registry import method
+from .tensors import BIAS, Trained
 
 
 @method("OFT")
@@ -68,7 +69,7 @@ class OFTConfig(Method):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
-    names = {"Q": "oft_R.weight", "bias": "base_layer.bias"}
+    tensors = {"Q": Trained("oft_R.weight", embedding="oft_embedding_R.weight"), "bias": BIAS}
 
     def check(self) -> None:
         if (self.r == 0) == (self.oft_block_size == 0):
@@ -80,9 +81,6 @@ class OFTConfig(Method):
         check_probability(self, module_dropout=self.module_dropout)
         check_positive(self, eps=self.eps)
         check_one_of(self, ("none", "all", "oft_only"), bias=self.bias)
-
-    def file_names(self, site: Site) -> Mapping[str, str]:
-        return {**self.names, "Q": "oft_embedding_R.weight"} if site.lookup else self.names
 
     def blocks(self, site: Site) -> tuple[int, int]:
         """Number of blocks and their size at `site`."""

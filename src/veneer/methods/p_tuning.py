@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive_int, check_probability
-from .prompt_learning import PromptLearningConfig
+from .prompt_learning import PROMPT, PromptLearningConfig
 from .registry import method
+from .tensors import Trained
 
 
 @method("P_TUNING")
@@ -49,7 +50,11 @@ class PromptEncoderConfig(PromptLearningConfig):
     virtual_tokens_in: str | None = None
 
     recipe = {"learning_rate": 5e-3, "warmup": 20}
-    names = {"embedding": "prompt_embeddings"}
+    tensors = {
+        "embedding": PROMPT,
+        "lstm_head.*": Trained(shared="first"),
+        "mlp_head.*": Trained(shared="first"),
+    }
     own_fields = frozenset({"virtual_tokens_in"})
 
     def check(self) -> None:

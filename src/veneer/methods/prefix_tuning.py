@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive_int
-from .prompt_learning import PromptLearningConfig, size
+from .prompt_learning import PROMPT, PromptLearningConfig, size
 from .registry import method
+from .tensors import Trained
 
 
 @method("PREFIX_TUNING")
@@ -50,7 +51,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: str | None = None
 
     recipe = {"learning_rate": 1e-2, "warmup": 10, "init_weights": "vocabulary"}
-    names = {"embedding": "prompt_embeddings"}
+    tensors = {"embedding": PROMPT, "transform.*": Trained(shared="first")}
 
     @classmethod
     def recipe_for(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,6 +11,9 @@ from ..layers.site import Site
 from .base import Method
 from .checks import check_one_of, check_positive_int
 from .peft_types import TaskType
+from .tensors import Trained
+
+PROMPT = Trained("prompt_embeddings", shared="first", saved="once")  # the table of the first stack, used by all
 
 
 @dataclass
@@ -24,8 +27,6 @@ class PromptLearningConfig(Method):
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
 
-    enters = True
-    one_for_all = True  # the tensors of the first stack
     file_prefix = "base_model."
 
     def check_where(self, where: str | None) -> None:
@@ -45,10 +46,6 @@ class PromptLearningConfig(Method):
     @property
     def is_prompt_learning(self) -> bool:
         return True
-
-    @property
-    def saves_every_site(self) -> bool:
-        return False
 
     @property
     def virtual_tokens(self) -> int:

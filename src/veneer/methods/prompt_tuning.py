@@ -16,7 +16,7 @@ from torch import Tensor
 from ..layers.site import Site
 from .base import Tensors
 from .checks import check_one_of
-from .prompt_learning import PromptLearningConfig
+from .prompt_learning import PROMPT, PromptLearningConfig
 from .registry import method
 
 
@@ -51,7 +51,7 @@ class PromptTuningConfig(PromptLearningConfig):
     virtual_tokens_in: str | None = None
 
     recipe = {"learning_rate": 1e-2, "warmup": 10, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    names = {"embedding": "prompt_embeddings"}
+    tensors = {"embedding": PROMPT}
     own_fields = frozenset({"virtual_tokens_in"})
 
     def check(self) -> None:

@@ -7,11 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..targets.suggest import suggest
-from .base import REGISTRY, Method
+from .base import REGISTRY, ActsOn, Method
 from .config_file import refuse_foreign
 from .peft_types import PUBLIC, import_methods
+from .tensors import check_declarations
 
-HOOKS = ("delta", "left", "right", "shift", "post", "prompt", "prefix", "objective")  # what a method may say at a site
+# What a method may say at each kind of site. At the others, nothing calls it.
+HOOKS_AT: Mapping[ActsOn, tuple[str, ...]] = {
+    "layers": ("delta", "left", "right", "shift", "post"),
+    "modules": ("post",),
+    "stacks": ("prompt", "prefix", "objective"),
+    "copies": (),
+}
+HOOKS = tuple(dict.fromkeys(hook for hooks in HOOKS_AT.values() for hook in hooks))
 
 
 def registry() -> dict[str, type[Method]]:
@@ -34,6 +42,7 @@ def method(
     *,
     foreign: Mapping[str, Any] | None = None,
     patterns: Mapping[str, str] | None = None,
+    prefix: str | None = None,
     internal: bool = False,
 ) -> Callable[[C], C]:
     """Register a dataclass as the method `peft_type`.
@@ -44,6 +53,7 @@ def method(
             They are accepted at their default, in a call and in a file, and refused at any other value.
         patterns: config field holding per-module values -> the field those values replace
             (`{"rank_pattern": "r"}`).
+        prefix: what the names of its tensors begin with in peft's tables; None for the lower-case `peft_type` and "_".
         internal: True for a companion that users name through another config's field.
     """
 
@@ -52,7 +62,10 @@ def method(
         cls.foreign = {**(foreign or {})}
         cls.patterns = {**(patterns or {})}
         cls.internal = internal
+        cls.key_prefix = f"{peft_type.lower()}_" if prefix is None else prefix
+        check_declarations(cls.__name__, cls.tensors, _defined(cls))
         cls.hooks = tuple(h for h in HOOKS if h in _defined(cls))
+        cls.acts_on = kind_of_site(cls)
         generated = cls.__init__
 
         def __init__(self: Method, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +84,28 @@ def method(
         return cls
 
     return register
+
+
+def kind_of_site(cls: type[Method]) -> ActsOn:
+    """Derive what a method acts on from the hooks that it defines.
+
+    Raises:
+        TypeError: no hook, or one that nothing calls beside the others.
+    """
+    hooks = cls.hooks
+    found: ActsOn = "stacks" if {"prompt", "prefix"} & set(hooks) else cls.acts_on
+    idle = [h for h in hooks if h not in HOOKS_AT[found]]
+    if found == "copies" and not hooks:
+        return found
+    if not hooks:
+        raise TypeError(f"{cls.__name__} defines none of {', '.join(HOOKS)}, so it would change nothing; define one")
+    if idle:
+        places = [f"{', '.join(h)} on {kind}" for kind, h in HOOKS_AT.items() if h]
+        raise TypeError(
+            f"{cls.__name__} acts on {found} and defines {', '.join(idle)}, which nothing calls there; there are "
+            f"{'; '.join(places)}. Leave it out, define a prompt or a prefix for a method on stacks, or set acts_on"
+        )
+    return found
 
 
 def _defined(cls: type) -> set[str]:

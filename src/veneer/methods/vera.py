@@ -20,9 +20,10 @@ from ..layers.site import Site
 from .base import Method, Tensors
 from .checks import check_one_of, check_positive_int, check_probability
 from .registry import method
+from .tensors import BIAS, Constant, Trained
 
 
-@method("VERA")
+@method("VERA", prefix="vera_lambda_")
 @dataclass
 class VeraConfig(Method):
     """VeRA. Kopiczko et al. 2023, arxiv.org/abs/2310.11454, eq. 2:  W' = W + diag(b) B diag(d) A
@@ -57,17 +58,18 @@ class VeraConfig(Method):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    names = {"b": "vera_lambda_b", "d": "vera_lambda_d", "bias": "base_layer.bias"}
-    shared_names = {"A": "vera_A", "B": "vera_B"}
+    tensors = {
+        "b": Trained("vera_lambda_b", axes=("out",)),
+        "d": Trained("vera_lambda_d"),
+        "A": Constant("vera_A", shared="adapter", saved=lambda config: config.save_projection),
+        "B": Constant("vera_B", shared="adapter", saved=lambda config: config.save_projection),
+        "bias": BIAS,
+    }
 
     def check(self) -> None:
         check_positive_int(self, r=self.r)
         check_probability(self, vera_dropout=self.vera_dropout)
         check_one_of(self, ("none", "all", "vera_only"), bias=self.bias)
-
-    @property
-    def saves_shared(self) -> bool:
-        return self.save_projection
 
     def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.projection_prng_key)
@@ -77,9 +79,6 @@ class VeraConfig(Method):
             bound = math.sqrt(6 / shape[1])  # Kaiming uniform, fan in, gain sqrt(2)
             drawn[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return drawn
-
-    def axes(self, site: Site) -> Mapping[str, tuple[str, ...]]:
-        return {"b": ("out",), "bias": ("out",)}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         if self.init_weights:

@@ -48,7 +48,7 @@ class _Prompts(type):
         return isinstance(config, Method) and bool(config.virtual_tokens)
 
     def __subclasscheck__(cls, config: type) -> bool:
-        return issubclass(config, Method) and config.enters
+        return issubclass(config, Method) and config.acts_on == "stacks"
 
 
 class PromptLearningConfig(metaclass=_Prompts):

@@ -67,7 +67,7 @@ def describe_method(cls: Any) -> MethodDescription:
         references=[r.strip() for r in "".join(references).splitlines() if r.strip()],
         text=own,
         fields=fields,
-        merges=not set(cls.hooks) & {"post", "prompt", "prefix"},
+        merges=cls.acts_on != "stacks" and "post" not in cls.hooks,
         adapts=_describe_place(cls),
         training=training_defaults(cls),
     )
@@ -76,9 +76,9 @@ def describe_method(cls: Any) -> MethodDescription:
 def _describe_place(cls: Any) -> str:
     """Where a method acts, as a sentence."""
     names = {f.name for f in dataclasses.fields(cls)}
-    if {"prompt", "prefix"} & set(cls.hooks):
+    if cls.acts_on == "stacks":
         return "The model's input: virtual tokens in front of each sequence."
-    if cls.on_modules:
+    if cls.acts_on == "modules":
         return "The output of sub-layers and other modules."
     if "target_modules" in names:
         bare = ", and bare parameters such as fused experts" if "target_parameters" in names else ""

@@ -24,8 +24,8 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
 
     made = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
     cls = None if peft_config is None else METHODS.get(str(peft_config.peft_type))
-    names = {n for m in ([cls] if cls is not None else METHODS.values()) for n in m.names.values()}
-    names |= {"lora_embedding_A", "lora_embedding_B"} if any(n.startswith("lora_") for n in names) else set()
+    methods = [cls] if cls is not None else METHODS.values()
+    names = {n for m in methods for t in m.tensors.values() for n in (t.name, t.embedding) if n is not None}
     for name in sorted(names, key=len, reverse=True):
         stem = name.removesuffix(".weight").replace(".", "_")
         made.append(WeightRenaming(rf"\.{re.escape(name)}$", f".{stem}:{adapter_name}"))

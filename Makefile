@@ -81,7 +81,8 @@ lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check src tests bench tools
 	$(BIN)/mypy
 
-architecture: $(VENV)/.test  ## write the parts of docs/architecture.md that are made from the code
+architecture: $(VENV)/.test  ## write what is made from the code: parts of docs/architecture.md, src/veneer/__init__.pyi
+	$(BIN)/python tools/public_names.py
 	$(BIN)/python tools/architecture.py
 
 structure: $(VENV)/.test  ## import circles, floors, sizes and style of src/veneer, against their bars

@@ -36,7 +36,18 @@ def inside(modules: set[str], *allowed: str) -> set[str]:
     return {m for m in modules if m.startswith("veneer.") and not m.startswith(allowed)}
 
 
-GENERAL = ("base", "registry", "peft_types", "checks", "config_file")  # files of methods/ that are not a method
+GENERAL = (
+    "base",
+    "hooks",
+    "config",
+    "fields",
+    "tensors",
+    "copies",
+    "registry",
+    "peft_types",
+    "checks",
+    "config_file",
+)  # files of methods/ that are not a method
 METHODS = {f"veneer.methods.{Path(f).stem}" for f in FILES if f.startswith("methods/")} - {
     f"veneer.methods.{name}" for name in (*GENERAL, "__init__")
 }

@@ -29,6 +29,7 @@ from models import MODELS, SIZES
 from small import llama
 from veneer import layers
 from veneer.targets import defaults, select
+from veneer.targets.query import TargetQuery
 
 FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "modules_to_save")
 NAMES = st.lists(st.sampled_from(["layers", "0", "1", "q_proj", "proj", "self_attn", "mlp"]), min_size=1, max_size=5)
@@ -36,11 +37,16 @@ SUFFIXES = st.lists(NAMES.map(lambda n: ".".join(n[:2])), min_size=1, max_size=3
 
 
 def config(**options: Any) -> Any:
+    """What peft reads."""
     return SimpleNamespace(**dict.fromkeys(FIELDS) | {"target_modules": None, "peft_type": "LORA"} | options)
 
 
+def query(**options: Any) -> TargetQuery:
+    return TargetQuery(**{"peft_type": "LORA"} | options)
+
+
 def found(model: nn.Module, skip: Any = frozenset(), **options: Any) -> select.Targets:
-    return select.resolve(model, config(**options), supported=layers.supported, skip=skip)
+    return select.resolve(model, query(**options), supported=layers.supported, skip=skip)
 
 
 def resolve(model: nn.Module, **options: Any) -> list[str]:
@@ -212,7 +218,7 @@ def test_any_choice_is_pefts(names: Any, spec: Any, exclude: Any, chosen: Any, p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ours = select.resolve(model, config(**options), supported=lambda _: True).modules
+            ours = select.resolve(model, query(**options), supported=lambda _: True).modules
         except ValueError as error:
             refused = str(error)
     leading = chosen is not None and pattern is None  # layers that stand first in the name: peft finds none of them
@@ -394,11 +400,11 @@ def test_all_linear_passes_over_what_cannot_be_adapted() -> None:
     assert resolve(model, target_modules="all-linear") == ["a", "b"]
     assert resolve(model, target_modules=["out_proj"]) == ["d.out_proj"]
     options = {"supported": lambda m: m is not model["b"]}
-    assert select.resolve(model, config(target_modules="all-linear"), **options).modules == ["a", "c"]
+    assert select.resolve(model, query(target_modules="all-linear"), **options).modules == ["a", "c"]
     with pytest.raises(
         ValueError, match=r"matches 'b', a Linear, which cannot be adapted; allowed are .* modules_to_save"
     ):
-        select.resolve(model, config(target_modules=["a", "b"]), **options)
+        select.resolve(model, query(target_modules=["a", "b"]), **options)
     with pytest.raises(ValueError, match="no linear layer that can be adapted; names in this model: none"):
         resolve(nn.Sequential(nn.ReLU()), target_modules="all-linear")
 

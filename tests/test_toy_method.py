@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..algebra.operators import Diagonal, Operator
 from ..layers.site import Site
-from .base import Method, Tensors
+from .base import Method
+from .hooks import Tensors
 from .registry import method
+from .tensors import Trained
 
 
 @method("TOY")
@@ -31,7 +33,7 @@ class ToyConfig(Method):
 
     target_modules: Any = None
 
-    names = {"t": "toy_t"}
+    tensors = {"t": Trained("toy_t")}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         return {"t": site.zeros(1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,15 +33,16 @@ class LazyMethodFlags(click.Command):
 
 def method_flags(taken: set[str | None]) -> list[click.Parameter]:
     """`--lora-alpha` and its like. Values are YAML, checked by the config itself."""
+    from ..methods.config_file import field_types
     from ..methods.registry import METHODS
 
     owners: dict[str, list[str]] = {}
     flags: dict[str, bool] = {}
     for peft_type, cls in METHODS.items():
-        for f in dataclasses.fields(cls):
-            if f.init and f.name not in (*COMMON, *taken):
-                owners.setdefault(f.name, []).append(peft_type.lower())
-                flags[f.name] = flags.get(f.name, True) and str(f.type) == "bool"
+        for name, kind in field_types(cls).items():
+            if name not in (*COMMON, *taken):
+                owners.setdefault(name, []).append(peft_type.lower())
+                flags[name] = flags.get(name, True) and kind is bool
     made: list[click.Parameter] = []
     for name, methods in owners.items():
         option = f"--{name.replace('_', '-')}"

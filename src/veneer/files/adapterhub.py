@@ -367,7 +367,9 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
     method: Any = config
     for spot in spots.values():
         at = place(base, kind, spot, fusion, name)
-        for ours in dict.fromkeys(t.name for t in config.tensors.values() if t.shared_by(config) != "adapter" and t.name):
+        for ours in dict.fromkeys(
+            t.name for t in config.tensors.values() if t.shared_by(config) != "adapter" and t.name
+        ):
             mine = f"{PREFIX}{spot.name}.{ours}"
             if fusion:
                 found[at + TAILS[ours]] = mine

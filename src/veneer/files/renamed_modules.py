@@ -7,6 +7,7 @@ The same renamings hold for what was trained on those modules.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..lifecycle.keys import PREFIX
+from ..methods.registry import registry
 
 
 def translated(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Mapping[str, Tensor], dict[str, str]]:
@@ -46,14 +48,23 @@ def translated(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Mapping
     return found, moved
 
 
-OWN = ("lora_", "hada_", "ia3_", "oft_", "vera_", "base_layer")  # how what belongs to an adapter begins
+@functools.cache
+def own_components() -> frozenset[str]:
+    """First components of the names that methods give their tensors below a module: "lora_A", "adapter_down"."""
+    names = {n.partition(".")[0] for cls in registry().values() for t in cls.tensors.values() for n in t.names}
+    return frozenset(names | {c for cls in registry().values() for c in cls.components}) - {"weight", "bias"}
 
 
 def module_of(key: str) -> str | None:
-    """The path of the module that a key is of, or None where it is of none."""
+    """The path of the module that a key is of, or None if it is of none.
+
+    What no method names as its own is a parameter: of a module that is trained whole, or a bias.
+    """
+    if not key.startswith(PREFIX):
+        return None
     parts = key.removeprefix(PREFIX).split(".")
-    first = next((n for n, part in enumerate(parts) if part.startswith(OWN)), None)
-    return ".".join(parts[:first]) if first and key.startswith(PREFIX) else None
+    first = next((n for n, part in enumerate(parts) if part in own_components()), len(parts) - 1)
+    return ".".join(parts[:first]) or None
 
 
 def placed(path: str, modules: set[str]) -> str | None:

@@ -75,7 +75,7 @@ class SiteFinder:
             return self._of_stacks(config)
         named = config.sites_of(self.root, self.sublayers_of)
         if named is None:
-            found = select.resolve(self.root, config, supported=layers.supported, skip=copied)
+            found = select.resolve(self.root, config.target_query(), supported=layers.supported, skip=copied)
             places = [p for name in found.modules for p in self._of_module(name, config)]
             return places + self._of_parameters(found.parameters, config)
         if config.acts_on == "copies":

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..injection.entries import AdaptedSite
 from ..methods.base import Method
+from ..methods.fields import SavedModules, TargetFields, TransposedField
 from ..prompts.objective import ModelObjective
 from ..targets import defaults, select
 from .find_sites import PlannedSite, SiteFinder
@@ -77,7 +79,10 @@ class AdapterPlanner:
         shared: dict[str, Tensor] = {}
         parts = [config, *config.companions(self.root)]
         copied = {
-            n for part in parts if part.acts_on == "copies" for n in part.sites_of(self.root, self.finder.sublayers_of) or ()
+            n
+            for part in parts
+            if part.acts_on == "copies"
+            for n in part.sites_of(self.root, self.finder.sublayers_of) or ()
         }
         for part in parts:
             sites = self.finder.resolve_sites(part, planned, copied)
@@ -209,25 +214,21 @@ class AdapterPlanner:
     def _with_resolved_targets(self, config: Method, plan: Sequence[PlannedSite]) -> Method:
         """Fill in what the file has to say: resolved targets, copied modules, transposed layers."""
         mine = [p for p in plan if type(p.entry.method) is type(config)]
-        if hasattr(config, "target_modules") and config.sites_of(self.root, self.finder.sublayers_of) is None:
+        if isinstance(config, TargetFields) and config.sites_of(self.root, self.finder.sublayers_of) is None:
             wanted = config.target_modules
-            if wanted is None and (default := select.wanted(self.root, config)[0]) is not None:
+            if wanted is None and (default := select.wanted(self.root, config.target_query())[0]) is not None:
                 config = config.replace(target_modules=default)
             elif isinstance(wanted, str) and wanted.lower() == select.ALL_LINEAR:
                 names = [p.site.name for p in mine if p.is_layer]
                 config = config.replace(target_modules=short_names(names, self.root))
-        elif getattr(config, "target_modules", "") is None:
+        elif isinstance(config, TargetFields) and config.target_modules is None:
             config = config.replace(
                 target_modules=defaults.default_targets(config.peft_name, defaults.model_type(self.root))
             )
-        if hasattr(config, "fan_in_fan_out"):
+        if isinstance(config, TransposedField):
             config.fan_in_fan_out = any(p.site.kind.name == "Conv1D" for p in mine)
-        kept = getattr(config, "modules_to_save", None)
-        for part in config.companions(self.root):
-            if part.acts_on == "copies":
-                kept = [*getattr(part, "modules", []), *getattr(part, "optional", [])]
-        if kept is not None:
-            config.modules_to_save = kept  # type: ignore[attr-defined]
+        if isinstance(config, SavedModules) and (kept := [*chain(*config.copied_modules())]):
+            config.modules_to_save = kept
         return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ..layers.site import Site
 from ..targets.blocks import SublayerOutput
-from .base import Method, OtherSublayers, Tensors
+from .base import Method, OtherSublayers
 from .checks import check_probability
+from .fields import SavedModules
+from .hooks import Tensors
 from .registry import method
 from .tensors import Trained
 
@@ -26,7 +28,7 @@ DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "
 
 @method("ADAPTER_FUSION", foreign={"temperature": False})
 @dataclass
-class AdapterFusionConfig(Method):
+class AdapterFusionConfig(SavedModules, Method):
     """AdapterFusion. Pfeiffer et al. 2021, arxiv.org/abs/2005.00247, section 3.2:  softmax(Q z . K u_i) V u_i + a
 
     u_i are the outputs of bottleneck adapters that are on the model already, z and a the input and the residual of the
@@ -44,7 +46,6 @@ class AdapterFusionConfig(Method):
         regularization: whether `interop.adapterhub.fusion_regularization` keeps V near the identity.
         dropout: probability of dropping a score while training; None for the base model's attention dropout.
         train_adapters: whether gradients reach the fused adapters too.
-        modules_to_save: modules trained as full copies and saved with the adapter.
     """
 
     adapter_names: list[str] = field(default_factory=list)
@@ -58,7 +59,6 @@ class AdapterFusionConfig(Method):
     regularization: bool = True
     dropout: float | None = None
     train_adapters: bool = False
-    modules_to_save: list[str] | None = None
 
     tensors = {
         "query": Trained("fusion_query.weight"), "query_bias": Trained("fusion_query.bias"),
@@ -77,7 +77,7 @@ class AdapterFusionConfig(Method):
                 f"AdapterFusionConfig(adapter_names={self.adapter_names!r}): must be a list of different names"
             )
 
-    def prepare(self, model: nn.Module) -> Method:
+    def prepare(self, model: nn.Module) -> Self:
         if len(self.adapter_names) < 2:
             raise ValueError(
                 f"AdapterFusionConfig(adapter_names={self.adapter_names!r}): name two adapters or more that are on the model"
@@ -87,8 +87,7 @@ class AdapterFusionConfig(Method):
         config = getattr(model, "config", None)
         found = (getattr(config, name, None) for name in DROPOUTS)
         rate = next((float(r) for r in found if isinstance(r, (int, float))), 0.0)
-        changed: Method = self.replace(dropout=rate)
-        return changed
+        return self.replace(dropout=rate)
 
     @property
     def uses(self) -> Collection[str]:

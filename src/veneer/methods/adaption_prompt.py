@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..layers.site import Site
 from ..targets.defaults import model_type
 from ..targets.suggest import suggest
-from .base import Method, OtherSublayers, Tensors
+from .base import Method, OtherSublayers
 from .checks import check_positive_int
+from .hooks import Tensors
 from .registry import method
 from .tensors import Trained
 
@@ -55,7 +56,7 @@ class AdaptionPromptConfig(Method):
                 f"AdaptionPromptConfig(target_modules={self.target_modules!r}): must be one name, such as 'self_attn'"
             )
 
-    def prepare(self, model: nn.Module) -> Method:
+    def prepare(self, model: nn.Module) -> Self:
         for name in ("adapter_len", "adapter_layers"):
             if getattr(self, name) is None:
                 raise ValueError(
@@ -67,8 +68,7 @@ class AdaptionPromptConfig(Method):
                 f"AdaptionPromptConfig: the queries of model type {kind!r} cannot be computed"
                 f"{suggest(kind or '', ATTENTIONS)}; there are {', '.join(ATTENTIONS)}; use PrefixTuningConfig instead"
             )
-        changed: Method = self.replace(target_modules=self.target_modules or ATTENTIONS[kind])
-        return changed
+        return self.replace(target_modules=self.target_modules or ATTENTIONS[kind])
 
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
         named = dict(model.named_modules())

@@ -8,31 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ..targets.select import resolve
 from .base import OtherSublayers
+from .fields import TargetFields
 from .full_copy import TrainedBias
 from .registry import method
 
 
 @method("BITFIT")
 @dataclass
-class BitFitConfig(TrainedBias):
+class BitFitConfig(TargetFields, TrainedBias):
     """BitFit. Ben Zaken et al. 2021, arxiv.org/abs/2106.10199, section 3:  y = W x + b', with b' a trained copy of b
 
     Args:
         target_modules: modules whose biases are trained: names (suffixes) or a regular expression; None for every
             bias of the model.
-        exclude_modules: names or a regular expression to leave out.
-        modules_to_save: modules trained as full copies and saved with the adapter.
     """
-
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: list[str] | None = None
 
     recipe = {"learning_rate": 3e-3, "warmup": 10}
 
@@ -41,7 +35,9 @@ class BitFitConfig(TrainedBias):
         if not owners:
             raise ValueError(f"BitFitConfig: {type(model).__name__} has no bias to train; use another method")
         every = self if self.target_modules is not None else self.replace(target_modules=set(owners))
-        chosen = resolve(model, every, supported=lambda m: bool(biases(m)), allowed="modules with a bias of their own")
+        chosen = resolve(
+            model, every.target_query(), supported=lambda m: bool(biases(m)), allowed="modules with a bias of their own"
+        )
         return [f"{n}.{b}" if n else b for n in chosen.modules for b in owners[n]]
 
 

@@ -24,13 +24,15 @@ from ..layers.site import Site
 from ..targets.blocks import SublayerOutput, find_sublayers, sublayer_at
 from ..targets.select import matches
 from ..targets.suggest import show, suggest
-from .base import Method, OtherSublayers, Tensors
+from .base import Method, OtherSublayers
 from .checks import (
     check_one_of,
     check_positive,
     check_positive_int,  # fmt: skip
     check_probability,
 )
+from .fields import TargetFields
+from .hooks import Tensors
 from .registry import method
 from .tensors import Sharing, Trained
 
@@ -71,7 +73,7 @@ def _sharing(config: BottleneckConfig, key: str) -> Sharing:
 
 @method("BOTTLENECK")
 @dataclass
-class BottleneckConfig(Method):
+class BottleneckConfig(TargetFields, Method):
     """Bottleneck adapters. Houlsby et al. 2019, arxiv.org/abs/1902.00751:  h <- a + s W_up act(W_down z)
 
     h is a sub-layer's output, r the residual stream it is added to, N the norm behind the sum where the block has one
@@ -85,8 +87,7 @@ class BottleneckConfig(Method):
             feed-forward; "compacter": as houlsby, with hypercomplex matrices.
         places: of "attention", "cross_attention", "feed_forward", those whose output is adapted.
         target_modules: names (suffixes), or a regular expression, of modules whose output is adapted instead. Those
-            that are no sub-layer of a block take z = a = their output, or their own input if `parallel`.
-        exclude_modules: names or a regular expression to leave out.
+            that are not a sub-layer of a block take z = a = their output, or their own input if `parallel`.
         leave_out: indices of blocks without adapters, counted through the encoder and then the decoder.
         reduction_factor: width of h divided by the width of the bottleneck; a number, or a mapping from a block's
             index (or "default") to one.
@@ -111,13 +112,10 @@ class BottleneckConfig(Method):
         phm_bias: whether hypercomplex matrices come with a bias.
         init_weights: "identity" changes nothing at the start; "bert" (normal, std 0.02), "houlsby" (truncated normal, std
             0.01) and "mam_adapter" (as identity) are the starts of AdapterHub's library.
-        modules_to_save: modules trained as full copies and saved with the adapter.
     """
 
     kind: str = "pfeiffer"
     places: list[str] | None = None
-    target_modules: Any = None
-    exclude_modules: Any = None
     leave_out: list[int] = field(default_factory=list)
     reduction_factor: float | dict[str, float] | None = None
     width: int | dict[str, int] | None = None
@@ -139,7 +137,6 @@ class BottleneckConfig(Method):
     phm_shared_weights: bool = False
     phm_bias: bool = True
     init_weights: str = "identity"
-    modules_to_save: list[str] | None = None
 
     recipe = {"learning_rate": 2e-3, "warmup": 10}
     tensors = {

@@ -7,7 +7,8 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from ..io.atomic_write import hold_lock, pending_path, save_bytes
 from ..io.locate import CONFIG_NAME, folder_to_write
@@ -59,7 +60,7 @@ def config_from_dict(
             f"{where}: this is a config of {name!r} ({cls.__name__}), not of {expected.peft_name!r} "
             f"({expected.__name__}); use PeftConfig.from_pretrained to read any method"
         )
-    fields = {f.name: str(f.type) for f in dataclasses.fields(cls) if f.init}
+    fields = field_types(cls)
     known, unknown = {}, []
     for key, value in values.items():
         if key in fields:
@@ -101,16 +102,19 @@ def refuse_foreign(cls: type[FileConfig], name: str, value: Any) -> None:
 
 
 SIZES = 1 << 16  # the largest rank, number of virtual tokens or width that a file may ask memory for
-NUMBERS = ("seed", "key", "token_id")  # in the names of whole numbers that are no sizes
-PLAIN: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+NUMBERS = ("seed", "key", "token_id")  # in the names of whole numbers that are not sizes
 
 
-def check_value(annotation: str, value: Any, where: str) -> None:
-    """Raise ValueError where a field of a config file holds what its type does not allow, or a size beyond reason."""
-    if annotation == "Any":  # names of modules, which are held as a set
-        annotation = "list[str] | str | None"
-    if not any(allows(kind.strip(), value) for kind in annotation.split("|")) and "Combination" not in annotation:
-        raise ValueError(f"{where}={str(value)[:80]!r}: must be of the type {annotation.replace('None', 'null')}")
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field of a config class that its file may have."""
+    types = get_type_hints(cls)
+    return {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def check_value(kind: Any, value: Any, where: str) -> None:
+    """Raise ValueError if a field of a config file holds what its type does not allow, or a size beyond reason."""
+    if not allows(kind, value):
+        raise ValueError(f"{where}={str(value)[:80]!r}: must be of the type {describe_type(kind)}")
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
     for held in (h for pair in pairs for h in pair):
         if type(held) is int and abs(held) > SIZES and not any(n in where.rpartition(" ")[2] for n in NUMBERS):
@@ -121,18 +125,29 @@ def check_value(annotation: str, value: Any, where: str) -> None:
             )
 
 
-def allows(kind: str, value: Any) -> bool:
-    """Whether a type, as a config's class writes it, has this value of JSON's."""
-    if kind.startswith(("list[", "dict[")):
-        inner = kind[5:-1].rpartition(", ")[2]
-        if kind.startswith("list["):
-            return isinstance(value, list) and all(allows(inner, v) for v in value)
-        return isinstance(value, dict) and all(
-            isinstance(v, list) if inner.startswith("list") else allows(inner, v) for v in value.values()
-        )
-    if isinstance(value, bool) and kind not in ("bool", "Any"):
-        return False
-    return isinstance(value, PLAIN.get(kind, object))
+def allows(kind: Any, value: Any) -> bool:
+    """Whether a type has this value of JSON's, in which sets are lists and keys are strings."""
+    inner = get_args(kind)
+    if kind is Any:
+        return True
+    if isinstance(kind, UnionType):
+        return any(allows(one, value) for one in inner)
+    if get_origin(kind) in (list, set):
+        return isinstance(value, list) and all(allows(inner[0], v) for v in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(allows(inner[1], v) for v in value.values())
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in JSON's words."""
+    if isinstance(kind, UnionType):
+        return " | ".join(dict.fromkeys(map(describe_type, get_args(kind))))
+    if kind is type(None):
+        return "null"
+    return str(kind).replace("set[", "list[") if get_args(kind) else str(kind.__name__)
 
 
 def save_config(config: FileConfig, folder: str | os.PathLike[str], **changes: Any) -> None:

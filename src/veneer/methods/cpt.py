@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.site import Site
-from .base import Tensors
 from .checks import check_one_of
+from .hooks import Tensors
 from .peft_types import TaskType
 from .prompt_learning import PromptLearningConfig
 from .prompt_tuning import words

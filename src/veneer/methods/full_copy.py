@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from ..algebra.operators import Operator
 from ..algebra.rows import SelectedRows
 from ..layers.site import Site
+from ..targets.query import Names, as_names
 from ..targets.select import matches
 from ..targets.suggest import suggest
-from .base import Method, OtherSublayers, Tensors
+from .base import Method, OtherSublayers
+from .copies import combine_copies, copy_delta, init_copy
+from .fields import bias_shift
+from .hooks import Tensors
 from .registry import method
 from .tensors import Constant, Trained
 
@@ -56,7 +60,7 @@ class TrainableTokensConfig(Method):
     """
 
     token_indices: list[int] = field(default_factory=list)
-    target_modules: Any = None
+    target_modules: Names = None
     init_weights: bool = True
 
     wrapped: bool = field(default=False, init=False, repr=False)  # named by another config's field
@@ -73,6 +77,9 @@ class TrainableTokensConfig(Method):
     }
     components = ("token_adapter",)
 
+    def normalize(self) -> None:
+        self.target_modules = as_names(self.target_modules)
+
     def check(self) -> None:
         taken = self.token_indices
         bad = [i for i in taken if isinstance(i, bool) or not isinstance(i, int) or i < 0]
@@ -82,8 +89,8 @@ class TrainableTokensConfig(Method):
     @classmethod
     def for_rows(cls, model: nn.Module, rows: list[int] | Mapping[str, list[int]]) -> list[Method]:
         """The configs that `trainable_token_indices=rows` stands for, one an embedding."""
-        table = rows if isinstance(rows, Mapping) else {None: rows}
         made: list[Method] = []
+        table = rows if isinstance(rows, Mapping) else dict.fromkeys([None], rows)
         for name, indices in table.items():
             config = cls(token_indices=list(indices), target_modules=name)
             config.wrapped, config.alone = True, len(table) > 1
@@ -133,21 +140,19 @@ class TrainableTokensConfig(Method):
             p["index"], change, site.fan_in if site.lookup else site.fan_out, "in" if site.lookup else "out"
         )
 
-    def combine(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
-    ) -> dict[str, Tensor]:
+    def combine(self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
         """The base's rows plus the weighted sum of what the adapters change them by."""
         place = {row: i for i, row in enumerate(self.token_indices)}
         index = torch.tensor(self.token_indices, device=parts[0][1]["rows"].device)
         rows = self.base_rows(site, index).to(parts[0][1]["rows"])  # (k, width)
         for (other, p), weight in zip(parts, weights, strict=True):
-            where = [place[row] for row in other.token_indices]  # type: ignore[attr-defined]
+            where = [place[row] for row in other.token_indices]
             rows[where] += (p["rows"] - self.base_rows(site, p["index"]).to(p["rows"])) * weight
         return {"rows": rows}
 
-    def combined(self, others: Sequence[Method], **options: Any) -> Method:
-        rows = [i for c in (self, *others) for i in c.token_indices]  # type: ignore[attr-defined]
-        return super().combined(others, **options).replace(token_indices=list(dict.fromkeys(rows)))  # type: ignore[no-any-return]
+    def combined(self, others: Sequence[Self], **options: Any) -> Self:
+        rows = [i for c in (self, *others) for i in c.token_indices]
+        return super().combined(others, **options).replace(token_indices=list(dict.fromkeys(rows)))
 
 
 @method("TRAINED_BIAS", internal=True)
@@ -164,19 +169,17 @@ class TrainedBias(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         own = site.bias
         if own is None:
-            return {"copy": self.init_copy(site)}
+            return {"copy": init_copy(site)}
         return {"bias": site.computed(tuple(own.shape), lambda: own)}
 
-    def combine(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
-    ) -> dict[str, Tensor]:
+    def combine(self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
         """The base's bias plus the weighted sum of what the adapters change it by."""
         key = "bias" if "bias" in parts[0][1] else "copy"
         own: Any = site.bias if key == "bias" else site.stored()
-        return {key: self.weighted_copy(own, [p[key] for _, p in parts], weights)}
+        return {key: combine_copies(own, [p[key] for _, p in parts], weights)}
 
     def delta(self, p: Tensors, site: Site) -> Operator | None:
-        return self.copy_delta(p["copy"], site) if "copy" in p else None
+        return copy_delta(p["copy"], site) if "copy" in p else None
 
     def shift(self, p: Tensors, site: Site) -> Tensor | None:
-        return self.bias_shift(p, site)
+        return bias_shift(p, site)

@@ -6,54 +6,53 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..algebra.operators import Diagonal, Operator
 from ..layers.site import Site
 from ..targets.defaults import default_feedforward, model_type
+from ..targets.query import Names, as_names
 from ..targets.select import matches
-from .base import Method, Tensors
+from .base import Method
+from .fields import TargetFields, TransposedField, union_of
+from .hooks import Tensors
 from .registry import method
 from .tensors import Trained
 
 
 @method("IA3")
 @dataclass
-class IA3Config(Method):
+class IA3Config(TargetFields, TransposedField, Method):
     """(IA)^3. Liu et al. 2022, arxiv.org/abs/2205.05638, section 3.3:  y = l * (W x + b), or W (l * x)
 
     Args:
-        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
-        exclude_modules: names or a regular expression to leave out.
         feedforward_modules: those of the targets whose input is rescaled instead of their output; None for the
             architecture's default.
-        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
-        modules_to_save: modules trained as full copies and saved with the adapter.
         init_ia3_weights: True starts at ones, False at random.
     """
 
-    target_modules: Any = None
-    exclude_modules: Any = None
-    feedforward_modules: Any = None
-    fan_in_fan_out: bool = False
-    modules_to_save: list[str] | None = None
+    feedforward_modules: Names = None
     init_ia3_weights: bool = True
 
     tensors = {"l": Trained("ia3_l", axes=lambda config, site: ("", "in") if config.on_input(site) else ("out", ""))}
     recipe = {"learning_rate": 3e-2, "warmup": 10}
 
-    def prepare(self, model: nn.Module) -> Method:
+    def normalize(self) -> None:
+        super().normalize()
+        self.feedforward_modules = as_names(self.feedforward_modules)
+
+    def prepare(self, model: nn.Module) -> Self:
         targets, inner = self.target_modules, self.feedforward_modules
         if inner is not None:
-            lost = sorted(inner - targets) if isinstance(inner, set) and isinstance(targets, set) else []
-            if lost and not self.from_file:
+            both = isinstance(inner, set) and isinstance(targets, set)
+            if both and (lost := sorted(set(inner).difference(targets or ()))) and not self.from_file:
                 raise ValueError(
-                    f"IA3Config: feedforward_modules names {lost}, which are not in target_modules={sorted(targets)!r}; "
-                    "it says which of the targets are rescaled at their input"
+                    f"IA3Config: feedforward_modules names {lost}, which are not in "
+                    f"target_modules={sorted(targets or ())!r}; it says which of the targets are rescaled at their input"
                 )
             return self
         found = default_feedforward(model_type(model))
@@ -67,22 +66,19 @@ class IA3Config(Method):
             chosen = {
                 t for t in targets if t.endswith(tuple(chosen))
             }  # peft reads no more than a subset of the targets
-        changed: Method = self.replace(feedforward_modules=chosen)
-        return changed
+        return self.replace(feedforward_modules=chosen)
 
     def on_input(self, site: Site) -> bool:
         inner = self.feedforward_modules
         if isinstance(inner, str):
             return matches(site.name, inner)
-        return site.name.endswith(tuple(inner))  # by the letters, as peft: "o" means "wo" too
+        return site.name.endswith(tuple(inner or ()))  # by the letters, as peft: "o" means "wo" too
 
-    def combined(self, others: Sequence[Method], **options: Any) -> Method:
-        inner = self.union("feedforward_modules", others)
-        return super().combined(others, **options).replace(feedforward_modules=inner)  # type: ignore[no-any-return]
+    def combined(self, others: Sequence[Self], **options: Any) -> Self:
+        inner = union_of("feedforward_modules", [c.feedforward_modules for c in (self, *others)])
+        return super().combined(others, **options).replace(feedforward_modules=inner)
 
-    def combine(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
-    ) -> dict[str, Tensor]:
+    def combine(self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
         """The weighted sum of the vectors, l = w_1 l_1 + w_2 l_2 + ...; an adapter that is not here counts for nothing."""
         vectors = [p["l"] for _, p in parts]
         if len({v.shape for v in vectors}) > 1:

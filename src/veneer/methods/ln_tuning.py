@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -17,7 +17,10 @@ from ..layers import supported
 from ..layers.site import Site
 from ..targets.defaults import default_targets, model_type
 from ..targets.select import resolve
-from .base import Method, OtherSublayers, Tensors
+from .base import Method, OtherSublayers
+from .copies import combine_copies, copy_delta, init_copy
+from .fields import TargetFields, bias_shift
+from .hooks import Tensors
 from .registry import method
 from .tensors import Trained
 
@@ -26,21 +29,15 @@ INSIDE = "ln_tuning_layers"  # below a module, where peft keeps its copy
 
 @method("LN_TUNING")
 @dataclass
-class LNTuningConfig(Method):
+class LNTuningConfig(TargetFields, Method):
     """LN tuning. Zhao et al. 2023, arxiv.org/abs/2312.11420, section 3:  y = g' * norm(x) + b', g' and b' trained
 
     Any normalisation, whatever its class; and, as in peft, any other module, of which every parameter is then trained.
 
     Args:
         target_modules: names (suffixes) or a regular expression; None for the architecture's default, or every
-            normalisation where it has none.
-        exclude_modules: names or a regular expression to leave out.
-        modules_to_save: modules trained as full copies and saved with the adapter.
+            normalisation if it has none.
     """
-
-    target_modules: Any = None
-    exclude_modules: Any = None
-    modules_to_save: list[str] | None = None
 
     recipe = {"learning_rate": 3e-3, "warmup": 10}
     tensors = {"weight": Trained("weight", parameter=""), "bias": Trained("bias")}
@@ -59,7 +56,9 @@ class LNTuningConfig(Method):
         every = self
         if self.target_modules is None and default_targets(self.peft_name, model_type(model)) is None:
             every = self.replace(target_modules={n for n, m in modules.items() if is_norm(m)})
-        chosen = resolve(model, every, supported=holds_floats, allowed="modules with floating-point parameters").modules
+        chosen = resolve(
+            model, every.target_query(), supported=holds_floats, allowed="modules with floating-point parameters"
+        ).modules
         found: dict[str, str] = {}
         for name in chosen:
             if outer := next((o for o in chosen if name.startswith(f"{o}.")), None):
@@ -85,20 +84,18 @@ class LNTuningConfig(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         own = site.bias
         bias = {} if own is None else {"bias": site.computed(tuple(own.shape), lambda: own)}
-        return {"weight": self.init_copy(site), **bias}
+        return {"weight": init_copy(site), **bias}
 
-    def combine(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
-    ) -> dict[str, Tensor]:
+    def combine(self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
         """The base's scales and offsets plus the weighted sums of what the adapters change them by."""
         start: dict[str, Any] = {"weight": site.stored(), "bias": site.bias}
-        return {k: self.weighted_copy(start[k], [p[k] for _, p in parts], weights) for k in parts[0][1]}
+        return {k: combine_copies(start[k], [p[k] for _, p in parts], weights) for k in parts[0][1]}
 
     def delta(self, p: Tensors, site: Site) -> Operator:
-        return self.copy_delta(p["weight"], site)
+        return copy_delta(p["weight"], site)
 
     def shift(self, p: Tensors, site: Site) -> Tensor | None:
-        return self.bias_shift(p, site)
+        return bias_shift(p, site)
 
 
 def holds_floats(module: nn.Module) -> bool:

@@ -6,8 +6,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,47 +14,34 @@ from torch import Tensor
 from ..algebra.hadamard import Hadamard
 from ..algebra.operators import Operator
 from ..layers.site import Site
-from .base import Method, Tensors
+from .base import Method
 from .checks import check_positive, check_positive_int, check_probability
+from .fields import LayerFields, PatternFields
+from .hooks import Tensors
 from .registry import method
 from .tensors import Trained
 
 
-@method("LOHA",
-    prefix="hada_", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
+@method("LOHA", prefix="hada_", patterns={"rank_pattern": "r", "alpha_pattern": "alpha"})
 @dataclass
-class LoHaConfig(Method):
+class LoHaConfig(LayerFields, PatternFields, Method):
     """LoHa. Hyeon-Woo et al. 2021, arxiv.org/abs/2108.06098, prop. 1:  W' = W + (alpha / r) (X1 Y1) * (X2 Y2)
 
     Args:
-        rank_pattern: module name or regular expression -> r there.
-        alpha_pattern: module name or regular expression -> alpha there.
         r: rank of each of the two factors.
         alpha: alpha in the scale alpha / r.
         rank_dropout: probability of dropping an output row of the delta while training.
         module_dropout: probability of leaving the adapter out of a layer in a training step.
         use_effective_conv2d: for kernels above 1, the tensor form of prop. 3 with a core over the kernel.
-        target_modules: names (suffixes), a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression to leave out.
         init_weights: True starts at the identity, False at random.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the list those indices count.
-        modules_to_save: modules trained as full copies and saved with the adapter.
     """
 
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
-    target_modules: Any = None
-    exclude_modules: Any = None
     init_weights: bool = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
 
     tensors = {key: Trained(f"hada_{key}") for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 

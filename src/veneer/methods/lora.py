@@ -14,17 +14,20 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algebra.low_rank import Factored, best_rank, fitted, low_rank
 from ..algebra.operators import Diagonal, Operator, plain_precision
 from ..algebra.sums import Sum
 from ..layers.site import Site
-from .base import Method, Tensors
+from .base import Method
 from .checks import check_one_of, check_positive, check_positive_int, check_probability
+from .fields import BiasField, LayerFields, PatternFields, TransposedField, require_same
+from .full_copy import TrainableTokensConfig
+from .hooks import Tensors
 from .registry import method
 from .task_arithmetic import Combination
 from .tensors import BIAS, Constant, Trained
@@ -54,25 +57,16 @@ from .tensors import BIAS, Constant, Trained
     },
 )
 @dataclass
-class LoraConfig(Method):
+class LoraConfig(LayerFields, BiasField, PatternFields, TransposedField, Method):
     """LoRA. Hu et al. 2021, arxiv.org/abs/2106.09685, eq. 3:  W' = W + (alpha / r) B A
 
     Args:
         r: rank.
-        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
-        exclude_modules: names or a regular expression to leave out.
         lora_alpha: alpha in the scale alpha / r.
         lora_dropout: probability of dropping an entry of the adapter's input while training.
-        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
-        bias: "none", "lora_only" (train the biases of adapted layers) or "all" (train every bias).
         use_rslora: scale alpha / sqrt(r) instead.
-        modules_to_save: modules trained as full copies and saved with the adapter.
         init_lora_weights: True (A Kaiming uniform, B zero), False (both random), "gaussian" (A normal with
             standard deviation 1 / r), "pissa", "pissa_niter_<n>" or "olora".
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the list those indices count, such as "layers".
-        rank_pattern: module name or regular expression -> r there.
-        alpha_pattern: module name or regular expression -> lora_alpha there.
         trainable_token_indices: rows of the embedding to train in full; a list, or {module: list}.
         use_dora: DoRA, eq. 5: W' = m (W + scale B A) / ||W + scale B A||, row by row, the norm held constant in
             the gradient (section 4.3).
@@ -84,19 +78,10 @@ class LoraConfig(Method):
     """
 
     r: int = 8
-    target_modules: Any = None
-    exclude_modules: Any = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
     lora_bias: bool = False
@@ -245,6 +230,9 @@ class LoraConfig(Method):
             shift = low if shift is None else shift + low
         return shift
 
+    def companions(self, model: nn.Module) -> list[Method]:
+        return super().companions(model) + TrainableTokensConfig.for_rows(model, self.trainable_token_indices or {})
+
     # Weighted combinations.
 
     @property
@@ -253,9 +241,9 @@ class LoraConfig(Method):
         r = max([self.r, *(self.rank_pattern or {}).values()])
         return 2 * r if isinstance(self.init_lora_weights, str) and self.init_lora_weights != "gaussian" else r
 
-    def combined(self, others: Sequence[Method], **options: Any) -> Method:
+    def combined(self, others: Sequence[Self], **options: Any) -> Self:
         """One rank for all layers and a scale of 1; `options` are `Combination`'s."""
-        configs: list[Any] = [self, *others]
+        configs = [self, *others]
         how = Combination(**options)
         if not others:
             how = Combination("linear")
@@ -277,9 +265,9 @@ class LoraConfig(Method):
         else:
             r = ranks[0]
         for name in ("layers_to_transform", "layers_pattern"):
-            self.same(name, others)
+            require_same(name, [vars(c)[name] for c in configs])
         biases = {c.bias for c in configs}
-        made: Any = (
+        made = (
             super()
             .combined(others)
             .replace(
@@ -296,19 +284,17 @@ class LoraConfig(Method):
             )
         )
         made.combination = how
-        return made  # type: ignore[no-any-return]
+        return made
 
-    def combine(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
-    ) -> dict[str, Tensor]:
+    def combine(self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site) -> dict[str, Tensor]:
         """See `PeftModel.add_weighted_adapter`; each adapter brings its own scale."""
         how = self.combination or Combination()
         wide = torch.promote_types(parts[0][1]["A"].dtype, torch.float32)
         pairs, factors = [], []  # of each adapter: B (n, out / n, k) and A (n, k, in), and the factor before B A
         for (other, p), weight in zip(parts, weights, strict=True):
-            B, A = other.stacked(p, site, wide)  # type: ignore[attr-defined]
+            B, A = other.stacked(p, site, wide)
             pairs.append((B, A))
-            factors.append(weight * other.scale)  # type: ignore[attr-defined]
+            factors.append(weight * other.scale)
         r = self.r // (max(1, site.groups))
         if how.combination_type == "cat" or (how.combination_type == "svd" and how.svd_clamp is None):
             # The weights go to A, as peft has it.
@@ -316,7 +302,7 @@ class LoraConfig(Method):
             A = torch.cat([A * f for (_, A), f in zip(pairs, factors, strict=True)], -2)
             B, A = fitted(B, A, r) if how.combination_type == "cat" else low_rank(B, A, r, how.svd_driver)[:2]
         elif how.by_svd:
-            scales = [m.scale for m, _ in parts]  # type: ignore[attr-defined]
+            scales = [m.scale for m, _ in parts]
             total = how.merged(
                 [B @ A * s for (B, A), s in zip(pairs, scales, strict=True)], weights
             )  # (n, out / n, in)
@@ -355,11 +341,11 @@ class LoraConfig(Method):
         return {"A": A.reshape(-1, *shape), "B": B.reshape(site.fan_out, -1, *taps)}
 
     def combined_biases(
-        self, parts: Sequence[tuple[Method, Tensors]], weights: Sequence[float], site: Site
+        self, parts: Sequence[tuple[Self, Tensors]], weights: Sequence[float], site: Site
     ) -> dict[str, Tensor]:
         """The weighted sums of what trained biases and `lora_bias` add to the output."""
         found = {}
-        pairs: list[tuple[Any, Tensors, float]] = [(m, p, w) for (m, p), w in zip(parts, weights, strict=True)]
+        pairs = [(m, p, w) for (m, p), w in zip(parts, weights, strict=True)]
         if self.lora_bias:
             added = [p["B_bias"] * (m.scale * w) for m, p, w in pairs if "B_bias" in p]  # (out,) each
             found["B_bias"] = torch.stack(added).sum(0) if added else torch.zeros(site.fan_out)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..io.locate import read_tensors
 from ..layers.site import Site
-from .base import Tensors
 from .checks import check_one_of, check_positive_int
+from .hooks import Tensors
 from .prompt_learning import PROMPT
 from .prompt_tuning import PromptTuningConfig
 from .registry import method

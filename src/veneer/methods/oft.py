@@ -7,9 +7,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +15,17 @@ from torch import Tensor
 from ..algebra.block_diagonal import BlockDiagonal
 from ..algebra.operators import Operator
 from ..layers.site import Site
-from .base import Method, Tensors
+from .base import Method
 from .checks import check_one_of, check_positive, check_positive_int, check_probability
+from .fields import BiasField, LayerFields, TransposedField
+from .hooks import Tensors
 from .registry import method
 from .tensors import BIAS, Trained
 
 
 @method("OFT")
 @dataclass
-class OFTConfig(Method):
+class OFTConfig(LayerFields, BiasField, TransposedField, Method):
     """OFT. Qiu et al. 2023, arxiv.org/abs/2306.07280, eq. 3:  W' = W R^T, R = blkdiag((I + Q)(I - Q)^-1), Q = -Q^T
 
     Give either `oft_block_size` or `r`, and 0 for the other.
@@ -34,14 +34,7 @@ class OFTConfig(Method):
         r: number of blocks, or 0.
         oft_block_size: size of a block, or 0.
         module_dropout: probability, for each block, of being the identity in a training step.
-        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
-        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
-        bias: "none", "oft_only" (train the biases of adapted layers) or "all" (train every bias).
-        exclude_modules: names or a regular expression to leave out.
         init_weights: True starts at the identity, False at random.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the list those indices count.
-        modules_to_save: modules trained as full copies and saved with the adapter.
         coft: keep each rotation within `eps` of the identity (COFT, eq. 8).
         eps: radius of that ball.
         block_share: one block, repeated.
@@ -55,14 +48,7 @@ class OFTConfig(Method):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = 0.0
-    target_modules: Any = None
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: Any = None
     init_weights: bool = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False

@@ -7,14 +7,15 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.site import Site
-from .base import Method, Tensors
 from .checks import check_one_of, check_positive_int, check_probability
+from .hooks import Tensors
 from .prompt_learning import PROMPT, PromptLearningConfig
 from .registry import method
 from .tensors import Trained
@@ -68,11 +69,10 @@ class PromptEncoderConfig(PromptLearningConfig):
             check_positive_int(self, encoder_hidden_size=self.encoder_hidden_size)
         check_probability(self, encoder_dropout=self.encoder_dropout)
 
-    def prepare(self, model: nn.Module) -> Method:
+    def prepare(self, model: nn.Module) -> Self:
         prepared = super().prepare(model)
-        hidden = self.encoder_hidden_size or prepared.token_dim  # type: ignore[attr-defined]
-        filled: Method = prepared.replace(encoder_hidden_size=hidden)
-        return filled
+        hidden = self.encoder_hidden_size or prepared.token_dim
+        return prepared.replace(encoder_hidden_size=hidden)
 
     def init(self, site: Site) -> dict[str, Tensor]:
         width, hidden = self.token_dim or site.fan_out, self.encoder_hidden_size or site.fan_out

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.site import Site
-from .base import Method, Tensors
 from .checks import check_one_of, check_positive_int
+from .hooks import Tensors
 from .prompt_learning import PROMPT, PromptLearningConfig, size
 from .registry import method
 from .tensors import Trained
@@ -75,11 +75,10 @@ class PrefixTuningConfig(PromptLearningConfig):
                 f"{self.num_attention_heads}"
             )
 
-    def prepare(self, model: nn.Module) -> Method:
+    def prepare(self, model: nn.Module) -> Self:
         prepared = super().prepare(model)
-        hidden = self.encoder_hidden_size or prepared.token_dim  # type: ignore[attr-defined]
-        filled: Method = prepared.replace(encoder_hidden_size=hidden)
-        return filled
+        hidden = self.encoder_hidden_size or prepared.token_dim
+        return prepared.replace(encoder_hidden_size=hidden)
 
     def layers_of(self, model: nn.Module, config: Any) -> int:
         names = ("num_hidden_layers", "num_layers", "n_layer")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from ..layers.site import Site
 from .base import Method
 from .checks import check_one_of, check_positive_int
+from .fields import SavedModules
 from .peft_types import TaskType
 from .tensors import Trained
 
@@ -17,7 +18,7 @@ PROMPT = Trained("prompt_embeddings", shared="first", saved="once")  # the table
 
 
 @dataclass
-class PromptLearningConfig(Method):
+class PromptLearningConfig(SavedModules, Method):
     """Base of the configs whose virtual tokens stand in front of a sequence."""
 
     num_virtual_tokens: int = 20
@@ -25,7 +26,6 @@ class PromptLearningConfig(Method):
     num_transformer_submodules: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
-    modules_to_save: list[str] | None = None
 
     file_prefix = "base_model."
 
@@ -65,7 +65,7 @@ class PromptLearningConfig(Method):
         """Rows of the trained table: the virtual tokens of every stack that may have some."""
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
 
-    def prepare(self, model: nn.Module) -> Method:
+    def prepare(self, model: nn.Module) -> Self:
         config = sizes_of(model)
         changed: dict[str, Any] = {}
         if self.num_transformer_submodules is None:
@@ -75,8 +75,7 @@ class PromptLearningConfig(Method):
         if self.num_attention_heads is None or self.token_dim is None:
             heads, width = self.shape_of(model, config)
             changed |= {"num_attention_heads": self.num_attention_heads or heads, "token_dim": self.token_dim or width}
-        prepared: Method = self.replace(**changed)
-        return prepared
+        return self.replace(**changed)
 
     def layers_of(self, model: nn.Module, config: Any) -> int:
         return size(self, model, config, "num_layers", "num_hidden_layers", "num_layers", "n_layer")

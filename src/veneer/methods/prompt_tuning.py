@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..layers.site import Site
-from .base import Tensors
 from .checks import check_one_of
+from .hooks import Tensors
 from .prompt_learning import PROMPT, PromptLearningConfig
 from .registry import method
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..targets.suggest import suggest
-from .base import REGISTRY, ActsOn, Method
+from .base import ActsOn, Method
+from .config import REGISTRY
 from .config_file import refuse_foreign
 from .peft_types import PUBLIC, import_methods
 from .tensors import check_declarations
@@ -109,4 +110,4 @@ def kind_of_site(cls: type[Method]) -> ActsOn:
 
 
 def _defined(cls: type) -> set[str]:
-    return {name for base in cls.__mro__ if base not in (Method, object) for name in vars(base)}
+    return {name for base in cls.__mro__ if base not in Method.__mro__ for name in vars(base)}

@@ -7,9 +7,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,47 +16,38 @@ from torch import Tensor
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Operator
 from ..layers.site import Site
-from .base import Method, Tensors
+from .base import Method
 from .checks import check_one_of, check_positive_int, check_probability
+from .fields import BiasField, LayerFields, TransposedField
+from .hooks import Tensors
 from .registry import method
 from .tensors import BIAS, Constant, Trained
 
 
 @method("VERA", prefix="vera_lambda_")
 @dataclass
-class VeraConfig(Method):
+class VeraConfig(LayerFields, BiasField, TransposedField, Method):
     """VeRA. Kopiczko et al. 2023, arxiv.org/abs/2310.11454, eq. 2:  W' = W + diag(b) B diag(d) A
 
     A (r, widest input) and B (widest output, r) are frozen, drawn once for the adapter; each site uses a slice.
 
     Args:
         r: rank.
-        target_modules: names (suffixes), a regular expression, or "all-linear"; None for the architecture's default.
         projection_prng_key: seed of A and B.
         save_projection: write A and B to the file; False relies on the seed when loading.
         vera_dropout: probability of dropping an entry of the adapter's input while training.
         d_initial: starting value of d.
-        fan_in_fan_out: accepted for peft's files; the layer kind knows how its weight is stored.
-        bias: "none", "vera_only" (train the biases of adapted layers) or "all" (train every bias).
-        modules_to_save: modules trained as full copies and saved with the adapter.
         init_weights: True starts at the identity, False at random.
-        layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the list those indices count.
     """
 
     r: int = 256
-    target_modules: Any = None
     projection_prng_key: int = 0
     save_projection: bool = True
     vera_dropout: float = 0.0
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    modules_to_save: list[str] | None = None
     init_weights: bool = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
+    own_fields = frozenset({"exclude_modules"})
     tensors = {
         "b": Trained("vera_lambda_b", axes=("out",)),
         "d": Trained("vera_lambda_d"),

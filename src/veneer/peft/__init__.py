@@ -40,16 +40,6 @@ _HOMES = {
         "PEFT_TYPE_TO_TUNER_MAPPING",
         "get_peft_config",
     ),
-    "veneer.peft.tuners.tuners_utils": (
-        "AdaptionPromptModel",
-        "IA3Model",
-        "LNTuningModel",
-        "LoHaModel",
-        "LoraModel",
-        "OFTModel",
-        "TrainableTokensModel",
-        "VeraModel",
-    ),
     "veneer.peft.utils.other": ("cast_mixed_precision_params", "shift_tokens_right"),
     "veneer.peft.config": (
         "MultitaskPromptTuningInit",
@@ -70,6 +60,8 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module 'peft' has no attribute {name!r}")
+    if name in tuner_models():
+        return tuner_models()[name]
     return getattr(veneer, name) if name in there() else not_yet(name)
 
 
@@ -77,12 +69,18 @@ def __dir__() -> list[str]:
     return [*__all__, "disable", "enable", "enabled"]
 
 
+def tuner_models() -> dict[str, Any]:
+    """`LoraModel` and its like, one for each method that adapts layers or modules."""
+    found: dict[str, Any] = importlib.import_module("veneer.peft.tuners.tuners_utils").MODELS
+    return found
+
+
 @cache
 def there() -> frozenset[str]:
     """Those of peft's public names that work."""
     import veneer
 
-    return frozenset(n for n in __all__ if n in _NAMES or hasattr(veneer, n))
+    return frozenset(n for n in __all__ if n in _NAMES or n in tuner_models() or hasattr(veneer, n))
 
 
 @cache

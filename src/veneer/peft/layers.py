@@ -7,6 +7,7 @@ Veneer stands in, these names are on that mixin. A base layer's own attributes c
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..layers.shallow_copy import shallow_copy
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.detach import delete_adapter
 from ..lifecycle.merge import merge_adapters, merge_again, unmerge_adapters
+from ..methods.registry import METHODS
 
 
 def state_of(layer: nn.Module) -> AdaptedState:
@@ -101,35 +103,42 @@ class Factor:
 
 
 class Table(Mapping[str, Any]):
-    """One of a layer's tensors for each adapter that has it, as peft's ModuleDict or ParameterDict."""
+    """One of a layer's tensors for each adapter that has it, as peft's ModuleDict or ParameterDict.
 
-    def __init__(self, layer: nn.Module, key: str, bare: bool) -> None:
-        self._layer, self._key, self._bare = layer, key, bare
+    Its keys in the file begin with `name`: `lora_B.weight` and `lora_B.bias` are one small layer, `ia3_l` one tensor.
+    """
 
-    def _attribute(self, name: str, key: str) -> str | None:
-        _, entry = entries(self._layer)[name]
-        own: dict[str, str] = dict((*entry.trained, *entry.frozen))
-        return own.get(key)
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self._layer, self._name = layer, name
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise KeyError(name)
-        site, _ = entries(self._layer)[name]
-        attribute = self._attribute(name, self._key)
-        assert attribute is not None
-        if self._bare:
-            return site.owner._parameters[attribute]
-        return Factor(site.owner, attribute, self._attribute(name, "B_bias") if self._key == "B" else None)
+    def _attributes(self, adapter: str) -> dict[str, str]:
+        """Part of the small layer ("weight", "bias"; "" for a bare tensor) -> attribute of the layer."""
+        _, entry = entries(self._layer)[adapter]
+        found = {}
+        for key, attribute in (*entry.trained, *entry.frozen):
+            head, _, part = entry.names.get(key, "").partition(".")
+            if head == self._name:
+                in_layer = f"{head}.weight" in entry.method.declared(key).reads
+                found["weight" if in_layer else part] = attribute
+        return found
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        attribute = self._attribute(name, self._key)
-        if attribute is None or not isinstance(value, Tensor):
-            raise KeyError(f"{name}: only tensors that are there can be replaced; add adapters to the model")
-        owner = entries(self._layer)[name][0].owner
+    def __getitem__(self, adapter: str) -> Any:
+        if adapter not in self:
+            raise KeyError(adapter)
+        site, own = entries(self._layer)[adapter][0], self._attributes(adapter)
+        if "" in own:
+            return site.owner._parameters[own[""]]
+        return Factor(site.owner, own["weight"], own.get("bias"))
+
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        own = self._attributes(adapter)
+        if not own or not isinstance(value, Tensor):
+            raise KeyError(f"{adapter}: only tensors that are there can be replaced; add adapters to the model")
+        owner, attribute = entries(self._layer)[adapter][0].owner, own[""] if "" in own else own["weight"]
         owner._parameters[attribute] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
     def __iter__(self) -> Iterator[str]:
-        return (n for n in entries(self._layer) if self._attribute(n, self._key) is not None)
+        return (name for name in entries(self._layer) if self._attributes(name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -197,30 +206,6 @@ class View:
     @property
     def use_dora(self: Any) -> dict[str, bool]:
         return {n: e.method.use_dora for n, (_, e) in entries(self).items() if hasattr(e.method, "use_dora")}
-
-    @property
-    def lora_A(self: Any) -> Table:
-        return Table(self, "A", bare=False)
-
-    @property
-    def lora_B(self: Any) -> Table:
-        return Table(self, "B", bare=False)
-
-    @property
-    def lora_embedding_A(self: Any) -> Table:
-        return Table(self, "A", bare=True)
-
-    @property
-    def lora_embedding_B(self: Any) -> Table:
-        return Table(self, "B", bare=True)
-
-    @property
-    def lora_magnitude_vector(self: Any) -> Table:
-        return Table(self, "m", bare=False)
-
-    @property
-    def ia3_l(self: Any) -> Table:
-        return Table(self, "l", bare=True)
 
     @property
     def active_adapters(self: Any) -> list[str]:
@@ -325,21 +310,29 @@ class Seen:
         return self if layer is None else self.compute(layer)
 
 
-SHOWN = {
-    name: Seen(value.fget) if isinstance(value, property) else value
-    for name, value in vars(View).items()
-    if not name.startswith("__")
-}
+def table_names() -> set[str]:
+    """Names of the tables on layers, from the names that methods give their tensors: `lora_A`, `ia3_l`."""
+    layered = [cls for cls in METHODS.values() if cls.acts_on == "layers"]
+    tensors = [t for cls in layered for t in cls.tensors.values() if t.shared == ""]
+    heads = {name.partition(".")[0] for t in tensors for name in (t.name, t.embedding) if name}
+    return heads - {"weight", "bias", "base_layer"}  # the layer's own
+
+
+@functools.cache
+def shown() -> dict[str, Any]:
+    """Every name that is put on adapted layers."""
+    own = {n: Seen(v.fget) if isinstance(v, property) else v for n, v in vars(View).items() if not n.startswith("__")}
+    return {name: Seen(functools.partial(Table, name=name)) for name in table_names()} | own
 
 
 def show() -> None:
     """Put the names on adapted layers."""
-    for name, value in SHOWN.items():
+    for name, value in shown().items():
         setattr(Adapted, name, value)
 
 
 def hide() -> None:
     """Take them off again."""
-    for name in SHOWN:
+    for name in shown():
         if name in Adapted.__dict__:
             delattr(Adapted, name)

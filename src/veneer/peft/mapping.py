@@ -18,8 +18,7 @@ __all__ = [
 ]
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, type[Method]] = dict(METHODS)
-PEFT_TYPE_TO_PREFIX_MAPPING = {"IA3": "ia3_", "LORA": "lora_", "LOHA": "hada_", "OFT": "oft_", "VERA": "vera_lambda_",
-                               "LN_TUNING": "ln_tuning_", "TRAINABLE_TOKENS": "trainable_tokens_"}  # fmt: skip
+PEFT_TYPE_TO_PREFIX_MAPPING = {name: cls.key_prefix for name, cls in METHODS.items()}
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> Method:

@@ -9,7 +9,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from ..methods.base import Method
+from ..methods.config_file import describe_type, field_types
 from .run import training_defaults
+
+BASES = Method.__mro__  # their fields are every config's, and are not a method's to describe
 
 PAPER = re.compile(r"^(?P<title>.+?)\. (?P<paper>.*?\d{4}, arxiv\.org/abs/[\d.]+\d.*?)(?:: +(?P<equation>\S.*))?$")
 
@@ -52,12 +56,16 @@ def describe_method(cls: Any) -> MethodDescription:
     found = PAPER.match(first)
     line = module.partition("\n")[0]
     summary = line.partition(": ")[2] if found else first
-    own = re.split(r"^(?:Args|Raises|References):", rest, maxsplit=1, flags=re.MULTILINE)[0].strip()
+    text = re.split(r"^(?:Args|Raises|References):", rest, maxsplit=1, flags=re.MULTILINE)[0].strip()
     references = re.split(r"^References:\n", module, maxsplit=1, flags=re.MULTILINE)[1:]
-    texts = read_args(doc.splitlines())
+    # A field that several methods share is described in the class that declares it; its own class may say more.
+    docs = [inspect.cleandoc(vars(base).get("__doc__") or "") for base in reversed(cls.__mro__) if base not in BASES]
+    texts = {name: text for doc in docs for name, text in read_args(doc.splitlines()).items()}
+    own = sorted(dataclasses.fields(cls), key=lambda f: f.kw_only is True)  # the shared ones last
+    types = field_types(cls)
     fields = [
-        (f.name, str(f.type), repr(_default_of(f)), texts[f.name])
-        for f in dataclasses.fields(cls) if f.init and f.name in texts
+        (f.name, describe_type(types[f.name]), repr(_default_of(f)), texts[f.name])
+        for f in own if f.init and f.name in texts
     ]  # fmt: skip
     return MethodDescription(
         title=found["title"] if found else cls.__name__.removesuffix("Config"),
@@ -65,7 +73,7 @@ def describe_method(cls: Any) -> MethodDescription:
         paper=found["paper"] if found else "",
         equation=(found["equation"] or "") if found else "",
         references=[r.strip() for r in "".join(references).splitlines() if r.strip()],
-        text=own,
+        text=text,
         fields=fields,
         merges=cls.acts_on != "stacks" and "post" not in cls.hooks,
         adapts=_describe_place(cls),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -32,6 +31,7 @@ from ..lifecycle.keys import PREFIX
 from ..lifecycle.plan import check_name
 from ..methods.base import PeftConfig
 from ..targets import select, suggest
+from ..targets.query import TargetQuery, as_names
 from .slotted_layer import A_NAME, B_NAME, COUNT, INDEX, Slotted
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ class Slots:
         self.held: dict[str, int] = {}  # adapter -> slot
         self.chosen: tuple[str | None, ...] | None = None  # of each row; one for all; None for none
         self.now: int | Batch | None = None  # the same, as slots
-        spec = SimpleNamespace(target_modules=target_modules, peft_type=None)
-        named = select.resolve(self.root, spec, supported=slottable, allowed="linear layers").modules
+        query = TargetQuery(target_modules=as_names(target_modules), asked_by="reserve_slots")
+        named = select.resolve(self.root, query, supported=slottable, allowed="linear layers").modules
         self.parts: dict[str, Part] = {}
         start, weight = 0, None
         for name in named:

@@ -8,12 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ..backends import bare_of, linear_of, unknown, unread
 from .defaults import default_targets, model_type
+from .query import TargetQuery
 from .regex import BoundedPattern, compile_pattern
 from .suggest import plain, show, suggest
 
@@ -41,21 +41,20 @@ class Targets:
 
 def resolve(
     model: nn.Module,
-    config: Any,
+    query: TargetQuery,
     *,
     supported: Callable[[nn.Module], bool],
     skip: Collection[str] = frozenset(),
     allowed: str = KINDS,
 ) -> Targets:
-    """Find the modules and parameters that `config` names in `model`.
+    """Find the modules and parameters that `query` names in `model`.
 
     Names are chosen as peft 0.21.2 chooses them, except that a choice which comes to nothing is an error, and that
     "all-linear" leaves out routers (see `all_linear`).
 
     Args:
         model: the base model.
-        config: anything with `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`,
-            `target_parameters`, `modules_to_save`, `peft_type` and `task_type`; a missing attribute counts as None.
+        query: what the config says of its targets.
         supported: whether a module can be adapted. A named module that cannot is an error; "all-linear" passes
             over it.
         skip: names of modules to leave out, with everything below them.
@@ -67,13 +66,13 @@ def resolve(
         TypeError: a field is neither a string nor a collection of strings; a match is a quantized layer that no
             backend reads.
     """
-    spec, source = wanted(model, config)
+    spec, source = wanted(model, query)
     modules = {n: m for n, m in model.named_modules() if n and ":" not in n}  # ":" marks what an adapter added
     hidden: set[str] = set()
     for name in modules if skip else ():  # a parent comes before its children
         if name in skip or name.rpartition(".")[0] in hidden:
             hidden.add(name)
-    parameters = find_parameters(model, getattr(config, "target_parameters", None), hidden)
+    parameters = find_parameters(model, query.target_parameters, hidden)
     if spec is None or (not spec and parameters):
         return Targets([], parameters, source)
 
@@ -83,7 +82,7 @@ def resolve(
     exact: Collection[str] = ()
     lost: list[str] = []
     if spec == ALL_LINEAR:
-        named = all_linear(model, modules, task=getattr(config, "task_type", None), supported=supported)
+        named = all_linear(model, modules, task=query.task_type, supported=supported)
     elif isinstance(spec, str):
         pattern = compile_pattern(spec, "target_modules")
         named = [n for n in modules if pattern.fullmatch(n)]
@@ -98,9 +97,9 @@ def resolve(
         text = hints(lost, modules, parameter_names(model))
         warnings.warn(f"target_modules: no module is named {text}", stacklevel=3)
 
-    kept = in_layers(named, config, spec, exact)
-    kept = excluded(kept, said, getattr(config, "exclude_modules", None), modules)
-    kept = not_copied(kept, said, getattr(config, "modules_to_save", None), hidden)
+    kept = in_layers(named, query, spec, exact)
+    kept = excluded(kept, said, query.exclude_modules, modules)
+    kept = not_copied(kept, said, query.modules_to_save, hidden)
     for name in kept:
         if not supported(modules[name]):
             packed = unread(modules[name])
@@ -114,7 +113,7 @@ def resolve(
     return Targets(kept, parameters, source)
 
 
-def wanted(model: nn.Module, config: Any) -> tuple[str | Collection[str] | None, str]:
+def wanted(model: nn.Module, query: TargetQuery) -> tuple[str | Collection[str] | None, str]:
     """The config's target_modules, or the architecture's default, and where it came from.
 
     None stands for no module, which only `target_parameters` allows. Where `target_parameters` is given, target_modules
@@ -124,8 +123,8 @@ def wanted(model: nn.Module, config: Any) -> tuple[str | Collection[str] | None,
         ValueError: an empty list, or no default.
         TypeError: neither a string nor a collection of strings.
     """
-    spec = getattr(config, "target_modules", None)
-    parameters = getattr(config, "target_parameters", None)
+    spec = query.target_modules
+    parameters = query.target_parameters
     if isinstance(spec, str):
         return (ALL_LINEAR, ALL_LINEAR) if spec.lower() == ALL_LINEAR else (spec, "regex")
     if spec is not None:
@@ -133,7 +132,7 @@ def wanted(model: nn.Module, config: Any) -> tuple[str | Collection[str] | None,
         if not spec and not parameters:
             raise ValueError('target_modules=[]: name at least one module, or use target_modules="all-linear"')
         return spec, "suffixes"
-    kind, method = model_type(model), plain(getattr(config, "peft_type", None)) or ""
+    kind, method = model_type(model), plain(query.peft_type) or ""
     default = default_targets(method, kind, more=not parameters)
     if default is not None:
         return default, f"defaults for {kind}"
@@ -142,7 +141,7 @@ def wanted(model: nn.Module, config: Any) -> tuple[str | Collection[str] | None,
     leaves = {n.rpartition(".")[2]: m for n, m in model.named_modules()}
     linear = [n for n, m in leaves.items() if isinstance(m, linear_kinds()) and not n.isdigit()]
     raise ValueError(
-        f"target_modules=None: {method or type(config).__name__} has no default for model type {kind!r}; name the "
+        f"target_modules=None: {method or query.asked_by} has no default for model type {kind!r}; name the "
         f'modules, such as target_modules={linear[:2] or ["q_proj", "v_proj"]!r}, or use target_modules="all-linear"'
     )
 
@@ -273,7 +272,7 @@ def parameter_names(model: nn.Module, hidden: Collection[str] = ()) -> list[str]
 
 
 def in_layers(
-    names: list[str], config: Any, spec: str | Collection[str] = (), exact: Collection[str] = ()
+    names: list[str], query: TargetQuery, spec: str | Collection[str] = (), exact: Collection[str] = ()
 ) -> list[str]:
     """Those of `names` in the layers that `layers_to_transform` counts, and those in `exact`.
 
@@ -285,7 +284,7 @@ def in_layers(
     Raises:
         ValueError: an index that no name has; a pattern without indices; a regular expression in target_modules.
     """
-    chosen, pattern = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
+    chosen, pattern = query.layers_to_transform, query.layers_pattern
     if chosen is None:
         if pattern:
             raise ValueError(f"layers_pattern={pattern!r} needs layers_to_transform to say which layers")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...methods.base import Method
+from ...methods.registry import METHODS
 from ...model.peft_model import BaseTuner as _Holder
 from ...model.peft_model import PeftModel
 from ..layers import entries, is_layer
@@ -52,18 +53,22 @@ def tuner_of(name: str, method: str | None) -> Any:
 
 
 BaseTuner = tuner_of("BaseTuner", None)
-LoraModel = tuner_of("LoraModel", "LORA")
-IA3Model = tuner_of("IA3Model", "IA3")
-LoHaModel = tuner_of("LoHaModel", "LOHA")
-OFTModel = tuner_of("OFTModel", "OFT")
-VeraModel = tuner_of("VeraModel", "VERA")
-LNTuningModel = tuner_of("LNTuningModel", "LN_TUNING")
-TrainableTokensModel = tuner_of("TrainableTokensModel", "TRAINABLE_TOKENS")
-AdaptionPromptModel = tuner_of("AdaptionPromptModel", "ADAPTION_PROMPT")
+
+
+def stem_of(cls: type[Method]) -> str:
+    """What the names of a method's classes begin with: `LoHa` of `LoHaConfig`."""
+    return cls.__name__.removesuffix("Config")
+
 
 TUNERS = {
-    cls.method: cls
-    for cls in (
-        LoraModel, IA3Model, LoHaModel, OFTModel, VeraModel, LNTuningModel, TrainableTokensModel, AdaptionPromptModel
-    )
-}  # fmt: skip
+    name: tuner_of(f"{stem_of(cls)}Model", name)
+    for name, cls in METHODS.items()
+    if cls.acts_on in ("layers", "modules")
+}
+MODELS = {f"{stem_of(METHODS[name])}Model": tuner for name, tuner in TUNERS.items()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in MODELS:
+        return MODELS[name]
+    raise AttributeError(f"module 'peft.tuners.tuners_utils' has no attribute {name!r}")

@@ -1,3 +1,0 @@
-"""peft.tuners.lora.config."""
-
-from ....methods.lora import LoraConfig as LoraConfig

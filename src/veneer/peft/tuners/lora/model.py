@@ -1,3 +1,0 @@
-"""peft.tuners.lora.model."""
-
-from ..tuners_utils import LoraModel as LoraModel

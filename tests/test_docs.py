@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from veneer.cli.app import COMMON
+from veneer.methods.base import Method
 from veneer.methods.registry import METHODS  # type: ignore[attr-defined]
 from veneer.recipes.describe_method import describe_method, read_args
 from veneer.recipes.recipe import build_run
@@ -34,7 +35,8 @@ PAGES = hooks().pages()
 def test_page(name: str) -> None:
     cls, page = METHODS[name], PAGES[f"methods/{name.lower()}.md"]
     fields = {f.name for f in dataclasses.fields(cls) if f.init} - set(COMMON)
-    texts = read_args(inspect.cleandoc(cls.__doc__ or "").splitlines())
+    docs = [inspect.cleandoc(vars(base).get("__doc__") or "") for base in cls.__mro__ if base not in Method.__mro__]
+    texts = {name: text for doc in reversed(docs) for name, text in read_args(doc.splitlines()).items()}
     assert set(texts) == fields, "fields without a text, or texts without a field"
     assert all(texts.values())
     assert all(f"\n| `{f}` |" in page for f in fields)
@@ -91,3 +93,11 @@ def test_architecture_is_current() -> None:
     )
     walks = [part.partition("\n")[2].strip() for part in done.stdout.split("# ") if part]
     assert len(walks) == 2 and all(walk in page for walk in walks)
+
+
+def test_public_names_are_current() -> None:
+    """`make architecture` writes them anew."""
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "tools" / "public_names.py"))
+    assert made["STUB"].read_text("utf-8") == made["make_stub"]()

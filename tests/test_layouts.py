@@ -26,6 +26,7 @@ import veneer
 from small import llama, lora, scramble
 from veneer.io import locate
 from veneer.io.fingerprint import BaseMismatchWarning
+from veneer.methods.registry import METHODS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(2, 12)[None]  # (1, 10)
@@ -73,6 +74,62 @@ def test_a_file_of_release_4_goes_where_the_modules_are_now(strict: bool, tmp_pa
     assert torch.equal(loaded(input_ids=IDS).logits, wanted)
     loaded.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / locate.WEIGHTS_NAME).keys() == new.keys()
+
+
+# Configs of the methods on layers and modules whose files name the modules that they act on. What has no name of its own there
+# (biases, norms, whole copies) is moved too.
+LLAVA_CONFIGS = {
+    "IA3": {"target_modules": ["q_proj", "v_proj"], "feedforward_modules": []},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "layer_norm1"]},
+    "BITFIT": {"target_modules": ["layer_norm1", "fc1"]},
+    "BOTTLENECK": {"reduction_factor": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5], "target_modules": "embed_tokens"},
+}
+NAMED_BY_MODULE = sorted(
+    n
+    for n, c in METHODS.items()
+    if c.acts_on in ("layers", "modules") and n not in ("ADAPTION_PROMPT", "ADAPTER_FUSION")
+)
+
+
+@pytest.mark.parametrize("name", NAMED_BY_MODULE)
+def test_every_method_goes_where_the_modules_are_now(name: str, tmp_path: Path) -> None:
+    make, targets, paths = CASES["llava"]
+    config = METHODS[name](**LLAVA_CONFIGS.get(name, {"target_modules": targets}))
+    model = veneer.get_peft_model(make(), config)
+    scramble(model)
+    wanted = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    new, old = load_file(tmp_path / locate.WEIGHTS_NAME), {}
+    for key, tensor in new.items():
+        for now, then in paths.items():
+            key = key.replace(f"base_model.model.{now}", f"base_model.model.{then}")
+        old[key] = tensor
+    own = [k for k, t in model.base_model.model.named_parameters() if t.requires_grad]
+    assert own and len(old.keys() & new.keys()) < len(new)  # shared tensors stand below no module
+    save_file(old, tmp_path / locate.WEIGHTS_NAME)
+    with pytest.warns(UserWarning, match="of a layout of another release"):
+        loaded = veneer.PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, wanted)
+
+
+def test_a_head_that_is_trained_whole_goes_along(tmp_path: Path) -> None:
+    make, targets, paths = CASES["llava"]
+    copied = ["multi_modal_projector.linear_1", "language_model.norm"]
+    model = veneer.get_peft_model(make(), veneer.LoraConfig(r=2, target_modules=targets, modules_to_save=copied))
+    scramble(model)
+    wanted = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    old = {}
+    for key, tensor in load_file(tmp_path / locate.WEIGHTS_NAME).items():
+        for now, then in paths.items():
+            key = key.replace(f"base_model.model.{now}", f"base_model.model.{then}")
+        old[key] = tensor
+    assert "base_model.model.language_model.model.norm.weight" in old
+    save_file(old, tmp_path / locate.WEIGHTS_NAME)
+    with pytest.warns(UserWarning, match="of a layout of another release"):
+        loaded = veneer.PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(loaded(input_ids=IDS).logits, wanted)
 
 
 def test_files_of_today_are_left_alone(tmp_path: Path) -> None:

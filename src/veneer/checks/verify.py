@@ -254,7 +254,7 @@ def untouched(model: PeftModel) -> Check:
 
 def named(model: PeftModel, adapter: str) -> dict[str, Any]:
     """Fields that a saved config is given where it lacks them."""
-    from ..model.peft_model import base_name
+    from ..model.persistence import base_name
 
     if model.peft_config[adapter].base_model_name_or_path is not None:
         return {}

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,33 @@ def load(
         ValueError: no such files, another model type, or a setting that Veneer does not have.
         AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
     """
-    base = adapter_files.base_of(model)
+    runtime = _runtime_for(model)
+    found = read(runtime, folder, adapter_names, **hub)
+    report: LoadReport = attach_watched(
+        runtime,
+        adapter_name or found.name,
+        found.config.replace(inference_mode=not is_trainable),
+        tensors=found.tensors,
+        strict=strict,
+        trainable=is_trainable,
+        autocast=autocast_adapter_dtype,
+    )
+    return report
+
+
+class HubAdapter(NamedTuple):
+    """An adapter of AdapterHub's library: its name in the file, and its config and tensors as they are here."""
+
+    name: str
+    config: Method
+    tensors: dict[str, Tensor]
+
+
+def read(
+    runtime: Runtime, folder: str | os.PathLike[str], adapter_names: Sequence[str] | None = None, **hub: Any
+) -> HubAdapter:
+    """Read a bottleneck adapter or a fusion; arguments and errors are those of `load`. Nothing is attached."""
+    base = runtime.root
     subfolder = hub.pop("subfolder", None)
     fusion = locate.find_file(folder, CONFIG, subfolder, **hub) is None
     path = locate.find_file(folder, FUSION_CONFIG if fusion else CONFIG, subfolder, **hub)
@@ -135,15 +161,12 @@ def load(
     if values.get("model_type") not in (kind, None):
         raise ValueError(f"{path}: made for model type {values['model_type']!r}; this model is a {kind!r}")
     config = fusion_from(values, str(path), adapter_names) if fusion else config_from(values["config"], str(path))
-    config = config.replace(inference_mode=not is_trainable)
     names = FUSION_WEIGHTS if fusion else WEIGHTS
     found = [p for n in names if (p := locate.find_file(folder, n, subfolder, **hub)) is not None]
     if not found:
         raise ValueError(f"{os.fspath(folder)!r} holds neither {names[0]} nor {names[1]}")
     theirs = locate.read_tensors(found[0])
-    prepared = config if fusion else config.prepare(base)
-    runtime = _runtime_for(model)
-    wanted = keys(runtime, prepared, values["name"], fusion)
+    wanted = keys(runtime, config if fusion else config.prepare(base), values["name"], fusion)
     prefix = f"{getattr(base, 'base_model_prefix', '')}."  # also of a file from a model with a head
     ours: dict[str, Tensor] = {}
     for key, value in theirs.items():
@@ -155,16 +178,7 @@ def load(
             ours[key] = value  # reported as unexpected
         elif wanted[key]:
             ours[wanted[key]] = value
-    report: LoadReport = attach_watched(
-        runtime,
-        adapter_name or str(values["name"]),
-        config,
-        tensors=ours,
-        strict=strict,
-        trainable=is_trainable,
-        autocast=autocast_adapter_dtype,
-    )
-    return report
+    return HubAdapter(str(values["name"]), config, ours)
 
 
 def _runtime_for(model: nn.Module) -> Runtime:

@@ -9,31 +9,40 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..lifecycle.keys import PREFIX
+from ..methods.base import Method
 from ..methods.registry import registry
 
 
-def translated(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+def strange_paths(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Paths that keys of an adapter's tensors name, and that no module or parameter of the model has."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    return sorted({path for key in tensors if (path := module_of(key)) is not None and path not in known})
+
+
+def translated(
+    tensors: Mapping[str, Tensor], model: nn.Module, strange: Sequence[str]
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """An adapter's tensors under the paths that its modules have here.
 
     Args:
         tensors: by their keys in the file.
         model: the base model.
+        strange: the paths that are not there, of `strange_paths`.
 
     Returns:
-        The tensors, and old path -> new path of the modules that had another one; nothing where all keys fit as they are, or
-        where a renaming would not lead to a module that is there.
+        The tensors, and old path -> new path of the modules that had another one; nothing if no renaming leads to a module
+        that is there.
     """
     modules = {name for name, _ in model.named_modules()}
-    strange = {path for key in tensors if (path := module_of(key)) is not None and path not in modules}
-    renamings = list(tables(model)) if strange else []
+    renamings = list(tables(model))
     moved: dict[str, str] = {}
-    for path in sorted(strange) if renamings else ():
+    for path in strange if renamings else ():
         new = placed(renamed(path, renamings), modules)
         if new is not None:
             moved[path] = new
@@ -46,6 +55,22 @@ def translated(tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Mapping
     if len(found) < len(tensors):
         return tensors, {}  # two keys would become one: then it is another layout
     return found, moved
+
+
+def with_new_names(config: Method, moved: Mapping[str, str]) -> Method:
+    """The config with the new paths of the modules that it names by more than their last component."""
+    changes: dict[str, Any] = {}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = vars(config).get(field)
+        if given and not isinstance(given, str):
+            changes[field] = list(dict.fromkeys(new for name in given for new in _new_names(name, moved)))
+    return config.replace(**{k: v for k, v in changes.items() if set(v) != set(vars(config)[k])})
+
+
+def _new_names(name: str, moved: Mapping[str, str]) -> list[str]:
+    """The paths that the modules named by a suffix of their old path have now; the suffix, if it still means them."""
+    meant = {new for old, new in moved.items() if f".{old}".endswith(f".{name}")}
+    return [name] if all(f".{new}".endswith(f".{name}") for new in meant) else sorted(meant)
 
 
 @functools.cache

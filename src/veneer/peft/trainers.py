@@ -31,7 +31,7 @@ def add_adapter(self: PeftModel, adapter_name: str, peft_config: Method, *args: 
 
 def show() -> None:
     """Let models take it, while Veneer stands in."""
-    PeftModel.add_adapter = add_adapter  # type: ignore[method-assign]
+    PeftModel.add_adapter = add_adapter  # type: ignore[method-assign, assignment]
 
 
 def hide() -> None:

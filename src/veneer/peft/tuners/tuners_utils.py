@@ -8,7 +8,7 @@ from torch import nn
 
 from ...methods.base import Method
 from ...methods.registry import METHODS
-from ...model.peft_model import BaseTuner as _Holder
+from ...model.facade import BaseTuner as _Holder
 from ...model.peft_model import PeftModel
 from ..layers import entries, is_layer
 

@@ -190,15 +190,31 @@ def until(page: Any, selector: str, text: str, seconds: int = 60) -> str:
     raise AssertionError(f"{text!r} did not come: {said}")
 
 
-def give(page: Any, upload: Any, path: Path) -> None:
-    """Upload a file; again, where the page was not ready to take it."""
+def give(page: Any, upload: Any, *paths: Path) -> None:
+    """Upload files; again, if the page was not ready to take them."""
     for _ in range(5):
-        upload.set_input_files(str(path))
+        if upload.count():  # gone once they are taken
+            upload.set_input_files([str(p) for p in paths])
         for _ in range(20):
-            if page.get_by_text(path.name).first.is_visible():
+            if page.get_by_text(paths[-1].name).first.is_visible():
                 return
             page.wait_for_timeout(500)
-    raise AssertionError(f"{path.name} was not taken")
+    raise AssertionError(f"{paths[-1].name} was not taken")
+
+
+def clear(upload: Any, button: Any) -> None:
+    """Take a file away; again, if the page was being drawn and lost the click."""
+    from playwright.sync_api import TimeoutError as NotYet
+
+    for _ in range(10):
+        try:
+            button.click(timeout=3000)
+            upload.first.wait_for(state="attached", timeout=3000)
+            return
+        except NotYet:
+            if upload.count():
+                return
+    raise AssertionError("the file cannot be taken away")
 
 
 def train(page: Any, name: str, steps: int, rate: str, state: str = "is finished") -> str:
@@ -231,7 +247,7 @@ def test_a_training_clicked_through(tmp_path: Path) -> None:
         assert "'question'" in said and "\n" not in said.strip()
         assert page.get_by_label("Steps", exact=True).first.input_value() == "5"  # nothing that was typed is lost
 
-        page.get_by_label("Remove").or_(page.get_by_label("Clear")).first.click()
+        clear(upload, page.get_by_label("Remove").or_(page.get_by_label("Clear")).first)
         give(page, upload, tmp_path / "pairs.jsonl")
         train(page, "first", 300, "2e-2")
         page.locator("#loss canvas, #loss svg").first.wait_for()
@@ -313,13 +329,11 @@ def test_dreambooth_clicked_through(tmp_path: Path) -> None:
         page.get_by_label("Steps between samples").fill("4")
         page.get_by_label("Denoising steps").fill("2")
         upload = page.locator("#pictures input[type=file]")
-        upload.set_input_files([str(pictures[0]), str(tmp_path / "broken.png")])
-        page.get_by_text("broken.png").wait_for()
+        give(page, upload, pictures[0], tmp_path / "broken.png")
         page.locator("#booth-start").click()
         page.get_by_text("broken.png is no image that can be read").wait_for()
-        page.get_by_label("Clear").last.click()
-        upload.set_input_files([str(p) for p in pictures])
-        page.get_by_text("0.png").first.wait_for()
+        clear(upload, page.get_by_label("Clear").last)
+        give(page, upload, *pictures)
         page.locator("#booth-start").click()
         until(page, "#booth-state", "is finished", 120)
         page.locator("#samples img").first.wait_for()

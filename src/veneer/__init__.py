@@ -32,6 +32,7 @@ _HOMES = {
     "planning": "plan",
     "training.findings": "WatchError WatchWarning",
     "training.kbit": "prepare_model_for_kbit_training",
+    "training.penalties": "penalty",
     "training.watch": "watch",
 }
 _NAMES = {name: f"veneer.{home}" for home, names in _HOMES.items() for name in names.split()}

@@ -50,6 +50,7 @@ from .planning import plan as plan
 from .training.findings import WatchError as WatchError
 from .training.findings import WatchWarning as WatchWarning
 from .training.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .training.penalties import penalty as penalty
 from .training.watch import watch as watch
 
 __version__: str

@@ -49,6 +49,8 @@ def test_training(case: str, name: str, tmp_path: Path) -> None:
             optimizer.step()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
+        if case == "coft":  # peft pulls a rotation back at the next forward, Veneer after the step
+            pairs.runner(name)(model)
         model.save_pretrained(str(tmp_path / library.__name__))
         files.append(load_file(tmp_path / library.__name__ / "adapter_model.safetensors"))
     assert (curves[0] - curves[1]).abs().max() <= 1e-4

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
         ds_status: Any
         ds_shape: torch.Size
+        ds_tensor: Tensor
+        ds_process_group: dist.ProcessGroup
 
 
 ENGINE = "_external_params"  # attribute that deepspeed.initialize sets on every module under ZeRO-3
@@ -101,6 +103,17 @@ def fill(own: Tensor, value: Tensor) -> None:
         value = distribute_tensor(value.to(own.dtype).to(own.device), mesh, places, src_data_rank=None)
     with torch.no_grad():
         own.copy_(value)
+
+
+def fill_partition(own: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a parameter of ZeRO's, whatever state of being gathered it is in."""
+    with torch.no_grad():
+        if is_partitioned(own):
+            part = own.ds_tensor.data.view(-1)  # this rank's, padded at the end
+            mine = value.reshape(-1)[part.numel() * dist.get_rank(own.ds_process_group) :][: part.numel()]
+            part[: mine.numel()].copy_(mine)
+        if own.shape == value.shape:
+            own.copy_(value)
 
 
 def writes(tensors: Iterable[Tensor]) -> bool:

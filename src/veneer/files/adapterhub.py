@@ -24,6 +24,7 @@ from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..targets.blocks import SublayerOutput, nearest_config
+from ..training.penalties import penalty
 from ..training.watch import attach_watched
 from . import adapter_files
 from .adapter_files import base_of
@@ -236,18 +237,11 @@ def save(
 
 
 def fusion_regularization(model: nn.Module, adapter_name: str) -> Tensor:
-    """0.01 sum |V - I|^2 over the value matrices of a fusion, to be added to the loss (Pfeiffer et al. 2021, appendix).
+    """0.01 sum |V - I|^2 over the value matrices of a fusion, to be added to the loss; see `veneer.penalty`.
 
-    Zero where the fusion's config says no `regularization` or has no values.
+    Zero if the fusion's config has no `regularization` or no values.
     """
-    runtime = adapter_files.attached(model)
-    config: Any = runtime.config_of(adapter_name)
-    total = torch.zeros(())
-    for key, value in runtime.named_tensors(adapter_name):
-        if config.regularization and key.endswith("fusion_value.weight"):
-            eye = torch.eye(value.shape[0], device=value.device, dtype=value.dtype)
-            total = total.to(value.device) + 0.01 * (value - eye).square().sum()
-    return total
+    return penalty(model, adapter_name)
 
 
 # Configs.

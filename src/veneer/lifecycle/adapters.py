@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..injection.entries import AdaptedSite, copy_name
@@ -39,6 +40,8 @@ class Runtime:
         sites: site name -> site.
         places: adapter name -> the sites it has, in the model's order.
         on_unload: called before the base model is restored, to release what else was put on it.
+        on_read: called before an adapter's tensors are read to be saved, to finish what a step began.
+        steps: adapter name -> how many steps of an optimizer its method has acted on, (); of methods with `step`.
         base: fingerprint of the base model from before anything was attached, or None.
     """
 
@@ -52,6 +55,8 @@ class Runtime:
         self.layers: dict[str, nn.Module] = {}  # site name -> the layer taken over for it
         self.places: dict[str, list[AdaptedSite]] = {}
         self.on_unload: list[Callable[[], None]] = []  # called before the base model is restored
+        self.on_read: list[Callable[[], None]] = []
+        self.steps: dict[str, Tensor] = {}
         self.base: fingerprint.Fingerprint | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,6 +93,8 @@ class Runtime:
 
     def named_tensors(self, adapter: str, prefix: str = PREFIX) -> Iterator[tuple[str, Tensor]]:
         """The adapter's saved tensors with their keys in the file."""
+        for finish in self.on_read:
+            finish()
         config = self.config_of(adapter)
         prefix = prefix_of(config, prefix)
         for site in self.places[adapter]:
@@ -110,6 +117,10 @@ class Runtime:
             if one.saved_by(config):
                 yield ("base_model." if prefix else "") + one.shared_key, self.router.shared.get(adapter, key)
 
+    def steps_of(self, adapter: str) -> Tensor:
+        """How many steps of an optimizer an adapter's method has acted on, ()."""
+        return self.steps.setdefault(adapter, torch.zeros((), dtype=torch.long))
+
     def computes_its_file(self, adapter: str) -> bool:
         """Whether what is saved is computed from what is trained."""
         for site in self.places[adapter]:
@@ -120,7 +131,11 @@ class Runtime:
 
     def training_state(self, adapter: str) -> dict[str, Tensor]:
         """What is trained, the live Parameters, by the adapter's own names; a checkpoint needs it to go on."""
+        for finish in self.on_read:
+            finish()
         found: dict[str, Tensor] = {}
+        if "step" in self.config_of(adapter).training_hooks:
+            found["|steps"] = self.steps_of(adapter)
         for site in self.places[adapter]:
             entry = site.entries[adapter]
             if site.kind.whole:

@@ -39,6 +39,7 @@ def delete_adapter(runtime: Runtime, adapter: str) -> None:
     regroup_layers(runtime, sites)
     runtime.router.shared.drop(adapter)
     del runtime.configs[adapter]
+    runtime.steps.pop(adapter, None)
     runtime.router.set(tuple(i for i in runtime.router.chosen if adapter not in adapter_names([i])))
     if not runtime.router.active and runtime.configs:
         runtime.router.set((next(iter(runtime.configs)),))

@@ -43,7 +43,7 @@ class AdapterFusionConfig(SavedModules, Method):
         residual_before: a is added to each u_i instead of to the sum.
         value_before_softmax: V acts on each u_i; False: on their weighted sum.
         value_initialized: V starts at the identity; False: at random.
-        regularization: whether `interop.adapterhub.fusion_regularization` keeps V near the identity.
+        regularization: whether a penalty on the loss keeps V near the identity.
         dropout: probability of dropping a score while training; None for the base model's attention dropout.
         train_adapters: whether gradients reach the fused adapters too.
     """
@@ -124,6 +124,15 @@ class AdapterFusionConfig(SavedModules, Method):
             start = site.computed((n, n), lambda: torch.full((n, n), 1e-6).fill_diagonal_(1.0))
             p["value"] = start if self.value_initialized else site.normal(n, n, std=0.02)
         return p
+
+    @property
+    def training_hooks(self) -> tuple[str, ...]:
+        return self.steered if self.regularization and self.value else ()
+
+    def penalty(self, p: Tensors, site: Site) -> Tensor | None:
+        """0.01 sum |V - I|^2, which keeps the values near the identity (Pfeiffer et al. 2021, appendix)."""
+        eye = torch.eye(site.fan_out, device=p["value"].device, dtype=p["value"].dtype)
+        return 0.01 * (p["value"] - eye).square().sum()
 
     def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
         fused: list[tuple[Any, Tensors]] = []

@@ -52,6 +52,7 @@ class Method(Config, Hooks):
     file_prefix: ClassVar[str] = "base_model.model."  # what the names of modules begin with in the file
     acts_on: ClassVar[ActsOn] = "layers"  # the kind of its sites; `method` derives "stacks" from the hooks
     hooks: ClassVar[tuple[str, ...]] = ()  # those that the class defines; set by `method`
+    steered: ClassVar[tuple[str, ...]] = ()  # the training hooks that the class defines; set by `method`
     extra_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that `objective` takes
 
     # Where it acts.
@@ -99,6 +100,11 @@ class Method(Config, Hooks):
         heads = list(TASK_HEADS.get(self.task_type or "", ()))  # of these a model has one or none
         saved = self.modules_to_save if isinstance(self, SavedModules) else None
         return [m for m in saved or [] if m not in heads], heads
+
+    @property
+    def training_hooks(self) -> tuple[str, ...]:
+        """The training hooks that act with this config: project, penalty, constrain, step."""
+        return self.steered
 
     @property
     def uses(self) -> Collection[str]:

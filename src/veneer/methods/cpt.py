@@ -118,14 +118,13 @@ class CPTConfig(PromptLearningConfig):
         return delta * (eps / torch.maximum(norm, eps))[:, None]
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
-        delta = p["delta"]
-        if torch.is_grad_enabled() and site.owner.training:
-            with torch.no_grad():
-                delta.copy_(self.moved(p))  # projected gradient descent: the next step starts inside the ball
-        else:
-            delta = delta + (self.moved(p) - delta).detach()
+        # Projected gradient descent: the value is within the balls, where `constrain` keeps it, and the gradient passes.
+        delta = p["delta"] - p["delta"].detach() + self.moved(p).detach()
         trained = (self.kinds(delta.device) % 4 != 0)[:, None]  # labels stay where they are
         return p["embedding"] + torch.where(trained, delta, delta.detach())
+
+    def constrain(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        return {"delta": self.moved(p)}
 
     def exported(self, p: Tensors, site: Site) -> dict[str, Tensor]:
         return {"embedding": p["embedding"] + self.moved(p)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,15 @@ from ..algebra.operators import Operator
 from ..layers.site import Site
 
 Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AtSite:
+    """A method's share of one site after a step: its tensors, to be changed in place, and gradients of the trained ones."""
+
+    site: Site
+    tensors: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 class Hooks:
@@ -66,3 +76,22 @@ class Hooks:
     def objective(self, logits: Tensor, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The training loss, from logits (batch, T + tokens, vocabulary) and labels (batch, tokens)."""
         raise NotImplementedError
+
+    # While it is trained: called around the steps of the optimizer that holds its tensors, with whole values.
+
+    def project(self, grads: Tensors, p: Tensors, site: Site) -> dict[str, Tensor]:
+        """The gradients to use in place of `grads` (those of its trained tensors here), of those that change."""
+        return {}
+
+    def penalty(self, p: Tensors, site: Site) -> Tensor | None:
+        """A scalar added to the loss: its gradient is added before the step, unless the loop added `veneer.penalty`."""
+
+    def constrain(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        """The nearest allowed values of its trained tensors after a step, of those that change."""
+        return {}
+
+    def step(self, t: int, places: Sequence[AtSite]) -> None:
+        """Act after the optimizer's t-th step (from 1), on all sites together; `t` is saved with checkpoints.
+
+        Tensors are changed in place; what is to be kept between steps is a declared constant.
+        """

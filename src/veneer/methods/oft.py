@@ -93,9 +93,8 @@ class OFTConfig(LayerFields, BiasField, TransposedField, Method):
         """Blkdiag of R^T, from the entries of Q above the diagonal."""
         n, b = self.blocks(site)
         upper = p["Q"]  # (blocks, b (b - 1) / 2)
-        if self.coft:
-            with torch.no_grad():
-                upper.copy_(self.project(upper))
+        if self.coft:  # the value is the constrained one, the gradient passes as it is; `constrain` keeps them the same
+            upper = upper - upper.detach() + self.in_ball(upper).detach()
         rows, columns = torch.triu_indices(b, b, 1, device=upper.device)
         Q = upper.new_zeros(upper.shape[0], b, b).index_put((torch.arange(upper.shape[0], device=upper.device)[:, None],
                                                              rows, columns), upper)  # fmt: skip
@@ -121,7 +120,14 @@ class OFTConfig(LayerFields, BiasField, TransposedField, Method):
             R = R + (power if k == last else 2 * power)
         return R
 
-    def project(self, upper: Tensor) -> Tensor:
+    @property
+    def training_hooks(self) -> tuple[str, ...]:
+        return self.steered if self.coft else ()
+
+    def constrain(self, p: Tensors, site: Site) -> dict[str, Tensor]:
+        return {"Q": self.in_ball(p["Q"])}
+
+    def in_ball(self, upper: Tensor) -> Tensor:
         """COFT: pull a block's Q back onto the ball of radius eps / sqrt(blocks)."""
         radius = self.eps / upper.shape[0] ** 0.5
         norm = (2 * upper.square().sum(1, keepdim=True)).sqrt()  # Frobenius norm of the skew matrix, (blocks, 1)

@@ -20,6 +20,7 @@ HOOKS_AT: Mapping[ActsOn, tuple[str, ...]] = {
     "stacks": ("prompt", "prefix", "objective"),
     "copies": (),
 }
+TRAINING_HOOKS = ("project", "penalty", "constrain", "step")  # of any method, around the optimizer's steps
 HOOKS = tuple(dict.fromkeys(hook for hooks in HOOKS_AT.values() for hook in hooks))
 
 
@@ -66,6 +67,7 @@ def method(
         cls.key_prefix = f"{peft_type.lower()}_" if prefix is None else prefix
         check_declarations(cls.__name__, cls.tensors, _defined(cls))
         cls.hooks = tuple(h for h in HOOKS if h in _defined(cls))
+        cls.steered = tuple(h for h in TRAINING_HOOKS if h in _defined(cls))
         cls.acts_on = kind_of_site(cls)
         generated = cls.__init__
 

@@ -104,8 +104,19 @@ def type_like(value: Tensor, held: Any) -> Any:
     return value.clone().to(held) if isinstance(held, Tensor) else type(held or 0)(value.item())
 
 
+def read_master(parameter: Tensor) -> Tensor:
+    """The whole float32 copy that ZeRO keeps of a parameter; a collective."""
+    found: Tensor = sys.modules["deepspeed.utils"].safe_get_full_fp32_param(parameter)
+    return found
+
+
+def write_master(parameter: Tensor, value: Tensor) -> None:
+    """Set it; every process calls it with the same value."""
+    sys.modules["deepspeed.utils"].safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+
 def put_master(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Set the float32 copies that ZeRO keeps of parameters to whole values."""
     for name, parameter in parameters.items():
         if by_deepspeed(parameter):
-            sys.modules["deepspeed.utils"].safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
+            write_master(parameter, values[name])

@@ -33,6 +33,7 @@ from ..methods.base import Method
 from .findings import Finding, WatchError, WatchWarning
 from .optimizers import by_deepspeed, innermost
 from .replay import Call, Seen, floats, rerun_forward
+from .steps import drive_steps
 
 STEPS = 2  # of the optimizer that are looked at
 NAMED = 3  # parameters that a message names
@@ -799,11 +800,12 @@ def look_once(root: nn.Module) -> None:
 def attach_watched(
     runtime: Runtime, adapter: str, config: Method, *, trainable: bool = True, **options: Any
 ) -> LoadReport:
-    """Attach an adapter; on a quantized base its first backward is checked, as kernels there may cut the gradient.
+    """Attach an adapter and let its training hooks act; on a quantized base its first backward is checked.
 
     Arguments and errors are those of `attach_adapter`.
     """
     report = attach_adapter(runtime, adapter, config, trainable=trainable, **options)
+    drive_steps(runtime, adapter)
     if trainable and any(site.backend is not None and site.backend.packed for site in runtime.places[adapter]):
         look_once(runtime.root)
     return report

@@ -21,7 +21,8 @@ from models import IDS, MODELS
 from small import llama, scramble
 from test_cli import SMALL, made  # noqa: F401
 from veneer.cli.app import app
-from veneer.training.watch import Watch, spread
+from veneer.training.trained import spread_positions
+from veneer.training.watch import Watch
 
 LINEAR = "all-linear"
 
@@ -608,7 +609,7 @@ def test_forwards_without_gradients_between_are_let_be() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 16, 17, 28311552, 2**33 + 1])
 def test_entries_that_are_compared_are_there(size: int) -> None:
-    where = spread(size).tolist()
+    where = spread_positions(size).tolist()
     assert where[0] == 0 and where[-1] == size - 1 and len(set(where)) == min(size, 16)
 
 

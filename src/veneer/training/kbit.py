@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..backends import backends, bare_of, prepare_for_gradients
-from .watch import look_once
+from .watch import watch_next_backward
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -62,7 +62,7 @@ def prepare_model_for_kbit_training(
     if hasattr(root, "enable_input_require_grads"):
         root.enable_input_require_grads()
     prepare_for_gradients(root)
-    look_once(root)
+    watch_next_backward(root)
     return model
 
 

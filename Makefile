@@ -54,13 +54,15 @@ demo: $(VENV)/.demo  ## fine-tune a real model and use the result in a new proce
 	done
 
 test: $(VENV)/.test  ## run the tests, on two processes
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not product" tests
 
 soak: $(VENV)/.test  ## long and hostile runs at full size, up to 30 minutes; writes bench/results/soak.md
 	PYTHONPATH=tests $(BIN)/python -m soak
 
-slow: $(VENV)/.test  ## the tests that `make test` leaves out: real models, trained for minutes
-	$(BIN)/python -m pytest -n 2 -m slow tests
+slow: WHAT ?= slow or product
+slow: PART ?= 1/1
+slow: $(VENV)/.test  ## the tests that `make test` leaves out: real models trained for minutes, whole products; PART=2/8 for a part
+	$(BIN)/python -m pytest -n 2 -m "$(WHAT)" --part $(PART) tests
 
 bench: $(VENV)/.test  ## check parity, then measure; writes bench/results
 	$(BIN)/python -m bench --headline

@@ -317,6 +317,8 @@ def test_shared_tensors_are_trained_once_and_dropped() -> None:
     model = adapted("bert", "compacter", phm_shared_weights=True)
     names = [n for n, p in model.named_parameters() if p.requires_grad and "veneer_shared" in n]
     assert len(names) == 5  # the rule and two factors of two matrices
+    own = [n for n, p in model.named_parameters() if p.requires_grad and "veneer_shared" not in n]
+    assert {n.rpartition(".")[2] for n in own} == {"adapter_down_bias:default", "adapter_up_bias:default"}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() for p in model.runtime.parameters("default")) == trained
     before = dict(model.named_parameters())[names[0]].detach().clone()

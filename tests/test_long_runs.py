@@ -11,7 +11,7 @@ import veneer
 from soak import concurrency, long_runs
 from veneer.injection import router
 from veneer.lifecycle.adapters import Runtime
-from veneer.model import peft_model
+from veneer.model import controls
 
 EVERY = [*concurrency.SCENARIOS, *long_runs.SCENARIOS]
 
@@ -38,19 +38,19 @@ def test_a_choice_that_all_threads_share_is_seen(monkeypatch: Any) -> None:
 
 
 def test_an_adapter_that_is_kept_is_seen(monkeypatch: Any) -> None:
-    kept, delete = [], peft_model.delete_adapter
+    kept, delete = [], controls.delete_adapter
 
     def keeping(self: Runtime, adapter: str) -> None:
         kept.append(list(self.parameters(adapter)))
         delete(self, adapter)
 
-    monkeypatch.setattr(peft_model, "delete_adapter", keeping)
+    monkeypatch.setattr(controls, "delete_adapter", keeping)
     figures = long_runs.loads(8)
     assert not figures["ok"] and figures["objects left"]["tensors"] > 8
 
 
 def test_a_bit_that_changes_is_seen(monkeypatch: Any) -> None:
-    unmerge = peft_model.unmerge_adapters
+    unmerge = controls.unmerge_adapters
 
     def rounding(self: Runtime, *args: Any) -> Any:
         made = unmerge(self, *args)
@@ -58,7 +58,7 @@ def test_a_bit_that_changes_is_seen(monkeypatch: Any) -> None:
             self.root.lm_head.weight[0, 0] += 0.01  # type: ignore[union-attr, index, operator]
         return made
 
-    monkeypatch.setattr(peft_model, "unmerge_adapters", rounding)
+    monkeypatch.setattr(controls, "unmerge_adapters", rounding)
     monkeypatch.setattr(long_runs, "STORES", ("bf16",))
     assert not long_runs.merges(2)["ok"]
 

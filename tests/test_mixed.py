@@ -17,13 +17,13 @@ import veneer
 from models import IDS, MODELS
 from small import llama, scramble
 from veneer.injection.interceptors import SplitRows
-from veneer.kernels import mixed
+from veneer.kernels import mixed, routed
 
 BASE = "__base__"
 NAMES = ("a", "b", "c")
 ROWS = ["b", BASE, "a", "b", "c", "a"]
 MIXED = torch.cat([IDS, (IDS * 5 + 2) % 60 + 3, (IDS * 11 + 1) % 60 + 3])  # (6, 12)
-WAYS = [*mixed.STRATEGIES, None]
+WAYS = [*routed.STRATEGIES, None]
 ways = pytest.mark.parametrize("way", WAYS, ids=str)
 
 
@@ -44,7 +44,7 @@ def loops(monkeypatch: Any) -> list[str]:
 
 
 def forced(way: str | None) -> Any:
-    return nullcontext() if way is None else mixed.only(way)
+    return nullcontext() if way is None else routed.only(way)
 
 
 def three(base: nn.Module, **options: Any) -> Any:
@@ -420,7 +420,7 @@ def test_names() -> None:
         call(model, MIXED, adapter_names=["aa"] * 6)
     with pytest.raises(ValueError, match="for 2 rows, but the batch has 6"):
         call(model, MIXED, adapter_names=["a", "b"])
-    with pytest.raises(ValueError, match="must be one of dense, gather, grouped"), mixed.only("fast"):
+    with pytest.raises(ValueError, match="must be one of dense, gather, grouped"), routed.only("fast"):
         pass
     with torch.no_grad():
         torch.testing.assert_close(call(model, MIXED, adapter_names=[BASE] * 6), alone(model, [BASE] * 6, MIXED))
@@ -457,8 +457,8 @@ def test_routed_add(way: str | None, dtype: torch.dtype) -> None:
         inputs = (y, x, A, B)
         expected = torch.autograd.grad(weigh(want), inputs)
         with forced(way):
-            got = mixed.routed_add(y, x, A, B, scales, slots)
-            quiet = mixed.routed_add(*(t.detach() for t in inputs), scales, slots.int())
+            got = routed.routed_add(y, x, A, B, scales, slots)
+            quiet = routed.routed_add(*(t.detach() for t in inputs), scales, slots.int())
         found = torch.autograd.grad(weigh(got), inputs)
         close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.05}
         for one, two in zip((got, quiet, *found), (want, want, *expected), strict=True):
@@ -470,16 +470,16 @@ def test_routed_add(way: str | None, dtype: torch.dtype) -> None:
 def test_routed_add_refuses() -> None:
     y, x, A, B, scales = torch.ones(3, 4), torch.ones(3, 5), torch.ones(2, 2, 5), torch.ones(2, 4, 2), torch.ones(2)
     with pytest.raises(ValueError, match="slots 0 to 2; must be from 0 to 1, or -1"):
-        mixed.routed_add(y, x, A, B, scales, torch.tensor([0, 1, 2]))
+        routed.routed_add(y, x, A, B, scales, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"B \(2, 2, 4\).*must be"):
-        mixed.routed_add(y, x, A, B.mT, scales, torch.tensor([0, 1, 1]))
-    assert mixed.routed_add(y[:0], x[:0], A, B, scales, torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
+        routed.routed_add(y, x, A, B.mT, scales, torch.tensor([0, 1, 1]))
+    assert routed.routed_add(y[:0], x[:0], A, B, scales, torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
 
 
 def test_shapes_choose_the_strategy() -> None:
     def chosen(rows: int, tokens: int, adapters: int, width: int, dtype: torch.dtype = torch.float32) -> str:
-        batch = mixed.Batch(torch.randperm(rows) % adapters, adapters)
-        return mixed.choose(batch, tokens, 8, width, width, dtype, torch.device("cpu"))
+        batch = routed.Batch(torch.randperm(rows) % adapters, adapters)
+        return routed.choose(batch, tokens, 8, width, width, dtype, torch.device("cpu"))
 
     assert chosen(32, 16, 32, 512) == "gather"  # many tokens, many adapters
     assert chosen(512, 1, 2, 512) == "dense"  # few adapters

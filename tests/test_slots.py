@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import veneer
 from models import MODELS
 from small import llama, scramble
-from veneer.kernels import mixed
+from veneer.kernels import routed
 from veneer.serving.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from veneer.serving.slots import reserve_slots, slots_of
 
@@ -140,13 +140,13 @@ def test_other_architectures(arch: str, tmp_path: Path) -> None:
     assert not any("_veneer" in m.__dict__ for m in base.modules())
 
 
-@pytest.mark.parametrize("way", [*mixed.STRATEGIES])
+@pytest.mark.parametrize("way", [*routed.STRATEGIES])
 def test_rows_beams_and_gradients(source: Any, way: str) -> None:
     model, slots = reserved()
     for name in "abc":
         slots.load(name, source[1] / name)
     rows = ["c", BASE, "a"]
-    with mixed.only(way), slots.rows(rows):
+    with routed.only(way), slots.rows(rows):
         close(out(model), wanted(source, rows))
         x = model.get_input_embeddings()(IDS).requires_grad_()
         model(inputs_embeds=x).logits.sum().backward()

@@ -262,7 +262,8 @@ class BottleneckConfig(TargetFields, Method):
             return False
         if key.startswith("rule"):
             return self.phm_shared_rule and self.phm_factorized_rule == (key != "rule")
-        return self.phm_shared_weights and (bool(self.phm_rank) or key.endswith("left"))
+        factors = ("_left", "_right") if self.phm_rank else ("_left",)
+        return self.phm_shared_weights and key.endswith(factors) and "rule" not in key
 
     def init_shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         sizes = {(self.fan_in(s), self.bottleneck(s), s.fan_out) for s in sites}

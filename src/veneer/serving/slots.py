@@ -24,7 +24,7 @@ from ..injection.class_swap import adapt_class, restore_class
 from ..injection.dispatch import AdaptedState
 from ..injection.entries import term_of
 from ..io import locate
-from ..kernels.mixed import Batch
+from ..kernels.routed import Batch
 from ..lifecycle.adapters import ATTRIBUTE
 from ..lifecycle.attach import freeze_base
 from ..lifecycle.keys import PREFIX

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..injection.dispatch import AdaptedState
-from ..kernels import mixed
+from ..kernels import routed
 
 # On each layer: (S + 1, R, in) and (S + 1, R, out), scales in B, the last slot zero.
 A_NAME, B_NAME = "A:slots", "B:slots"
@@ -25,7 +25,7 @@ class SlotTables(Protocol):
     """The slots of a model: the module with their buffers, and which slots the rows of a call have."""
 
     root: nn.Module
-    now: int | mixed.Batch | None
+    now: int | routed.Batch | None
 
 
 class Slotted(AdaptedState):
@@ -58,7 +58,7 @@ class Slotted(AdaptedState):
         return added(y, x, A, B, self.slots.now)
 
 
-def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | mixed.Batch | None) -> Tensor:
+def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | routed.Batch | None) -> Tensor:
     """Y (..., out) for x (..., in) as it is, with one slot for all rows, or with one for each. All in one dtype."""
     if now is None:
         return y
@@ -72,11 +72,11 @@ def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | mixed.Batch | N
             f"slots.rows named {now.rows} rows, and a layer sees {x.shape[0]}; name as many as the batch has"
         )
     z, flat = x.reshape(now.rows, -1, K), y.reshape(now.rows, -1, N)
-    strategy = mixed.choose(now, z.shape[1], A.shape[1], K, N, x.dtype, x.device)
-    wide = mixed.table_dtype(strategy, x.dtype, x.device)
+    strategy = routed.choose(now, z.shape[1], A.shape[1], K, N, x.dtype, x.device)
+    wide = routed.table_dtype(strategy, x.dtype, x.device)
     if A.dtype != wide:  # products of float32 make up for the cast
         A, B = A.to(wide), B.to(wide)
-    return mixed.ADD[strategy](flat, z, A, B, now).view(y.shape)
+    return routed.ADD[strategy](flat, z, A, B, now).view(y.shape)
 
 
 def by_tensor(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, count: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def by_tensor(y: Tensor, x: Tensor, A: Tensor, B: Tensor, index: Tensor, count: 
     n, K, S, R = x.shape[0], x.shape[-1], A.shape[0] - 1, A.shape[1]
     slot = index[torch.arange(n, device=x.device) * count // n]  # (n,)
     z = x.reshape(n, -1, K)  # (n, T, in)
-    cost = mixed.COSTS["cpu" if x.device.type == "cpu" else "cuda", 2 if x.element_size() == 2 else 4]
+    cost = routed.COSTS["cpu" if x.device.type == "cpu" else "cuda", 2 if x.element_size() == 2 else 4]
     if z.shape[1] * S <= cost.rate * cost.copy:  # multiplying by all slots costs less than copying one for each row
         own = (slot[:, None] == torch.arange(S, device=x.device)).to(x.dtype)  # (n, S)
         h = F.linear(z, A[:S].reshape(S * R, K)).view(n, -1, S, R) * own[:, None, :, None]  # (n, T, S, R)

@@ -337,7 +337,7 @@ def test_folders_named_after_methods_are_one_place(package) -> None:
 
 
 def test_lines_to_read(package, tmp_path: Path) -> None:
-    source = package({**METHODS, "methods/base.py": "x = 1\n" * 100, "algebra/operators.py": "x = 1\n" * 50})
+    source = package({**METHODS, "methods/hooks.py": "x = 1\n" * 100, "algebra/operators.py": "x = 1\n" * 50})
     (tmp_path / "CONTRIBUTING.md").write_text(
         "# Contributing\n\n## Add a method\n\none\n\ntwo\n\n## Add a layer\n\nthree\n"
     )
@@ -348,7 +348,7 @@ def test_lines_to_read(package, tmp_path: Path) -> None:
     figure = measure(source)["read"]
     loha = len(dedent(METHODS["methods/loha.py"]).splitlines())
     assert figure.value == 100 + 50 + loha + 5 + (2 + 3) and figure.holds
-    assert figure.places[0] == "  100 methods/base.py"
+    assert figure.places[0] == "  100 methods/hooks.py"
 
 
 # Style

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..algebra.operators import Diagonal, Operator
+from ..algebra.operators import Diagonal
+from ..algebra.operator import Operator
 from ..layers.site import Site
 from .base import Method
 from .fields import TargetFields

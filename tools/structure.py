@@ -39,12 +39,13 @@ from source_tree import PACKAGE, Function, Source, last_name
 LONG_FILE = 500
 DIRECTIVE = re.compile(r"#\s*(type:|noqa|fmt:|mypy:|ruff:|pragma)")
 
-# What the author of a method reads: the contracts of a method and of an operator, the method nearest to LoKr, its row in the
+# What the author of a method reads: the hooks, the declaration of tensors and the contract of an operator, the method nearest to LoKr, its row in the
 # table of the tests and the section of CONTRIBUTING.md. The first file that exists counts, whole. (The 1,430 is
 # method.py, operators.py, methods/loha.py and the whole of tests/table.py before the rebuilding.)
 EXAMPLE = "loha"
 READINGS: tuple[tuple[str, ...], ...] = (
-    ("methods/base.py", "method.py"),
+    ("methods/hooks.py", "method.py"),
+    ("methods/tensors.py",),
     ("algebra/operator.py", "algebra/operators.py", "operators.py"),
     (f"methods/{EXAMPLE}.py",),
 )

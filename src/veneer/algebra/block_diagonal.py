@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operators import Operator
+from .operator import Operator
 
 
 class BlockDiagonal(Operator):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .low_rank import Factored
-from .operators import Operator, piece, plain_precision
+from .operator import Operator
+from .operators import piece, plain_precision
 from .protocols import AutogradContext
 
 

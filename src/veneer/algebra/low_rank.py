@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block_diagonal import ungroup
-from .operators import PIECE, Operator, along, piece
+from .operator import Operator
+from .operators import PIECE, along, piece
 
 
 class Factored(Operator):

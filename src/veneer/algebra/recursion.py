@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from .operators import Operator
+from .operator import Operator
 
 X = TypeVar("X")  # the input of a layer, as a semantics sees it
 Y = TypeVar("Y")  # its output

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import Operator
+from .operator import Operator
 
 
 class SelectedRows(Operator):

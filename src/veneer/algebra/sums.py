@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .low_rank import Factored
-from .operators import Operator
+from .operator import Operator
 
 
 class Sum(Operator):

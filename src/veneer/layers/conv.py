@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..algebra.block_diagonal import regroup, ungroup
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Diagonal, Operator, along
+from ..algebra.operator import Operator
+from ..algebra.operators import Diagonal, along
 from ..algebra.recursion import Terms, walk_terms
 from ..algebra.sums import Sum
 from .geometry import Geometry, Weight

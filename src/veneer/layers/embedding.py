@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Diagonal, Operator
+from ..algebra.operator import Operator
+from ..algebra.operators import Diagonal
 from ..algebra.recursion import Post, Semantics, Terms, evaluate, walk_terms
 from ..algebra.rows import SelectedRows
 from ..algebra.sums import Sum

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..algebra.recursion import Post, Semantics, Terms, evaluate
 from ..algebra.sums import Sum
 from .geometry import Weight

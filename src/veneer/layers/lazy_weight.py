@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ..algebra.low_rank import Factored
 from ..algebra.modes import ready
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..algebra.recursion import Semantics, Terms, evaluate, walk_terms
 from ..algebra.sums import terms as parts_of
 from ..backends.deferred import READ, Deferred

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..algebra.recursion import Terms
 from ..backends import bare_of
 from ..distributed import sharding

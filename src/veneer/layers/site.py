@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..algebra.starts import START
 from ..backends.base import held
 from ..distributed import offload
 from ..distributed.sharding import gathered
+from .factories import TensorFactory
 from .geometry import ResidualTap
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class MergeBackup:
     groups: int = 1
 
 
-class Site:
+class Site(TensorFactory):
     """One adapted place: a layer's weight or a bare parameter.
 
     Methods read its geometry and make their tensors with its factories; nothing here knows a method.
@@ -61,8 +62,6 @@ class Site:
         self.norm: nn.Module | None = None  # the norm behind the residual's sum there
         self.original: MergeBackup | None = None  # while adapters are merged
         self.squares = Kept()  # of the weight's rows
-        self.device: torch.device | None = None
-        self.dtype = torch.float32
 
     @property
     def low_rank_factor(self) -> float:
@@ -170,43 +169,6 @@ class Site:
             found = (offload.execution_device(m) for m in self.near.modules())
             device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
-
-    # Factories of fresh tensors. On the meta device, used when a file brings the values, they cost nothing.
-
-    @property
-    def meta(self) -> bool:
-        return self.device is not None and self.device.type == "meta"
-
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
-
-    def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
-
-    def ones(self, *shape: int) -> Tensor:
-        return torch.ones(shape, device=self.device, dtype=self.dtype)
-
-    def full(self, value: float, *shape: int) -> Tensor:
-        return torch.full(shape, value, device=self.device, dtype=self.dtype)
-
-    def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        t = self.empty(*shape)
-        return t if self.meta else t.normal_(0.0, std)
-
-    def uniform(self, *shape: int, bound: float) -> Tensor:
-        t = self.empty(*shape)
-        return t if self.meta else t.uniform_(-bound, bound)
-
-    def kaiming_uniform(self, *shape: int, a: float = math.sqrt(5)) -> Tensor:
-        t = self.empty(*shape)
-        return t if self.meta else nn.init.kaiming_uniform_(t, a=a)
-
-    def computed(self, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
-        """`make()` cast to the adapter's dtype, or only its shape where a file brings the values."""
-        if self.meta:
-            return self.empty(*shape)
-        made = gathered(make().detach()).reshape(shape)
-        return made.to(device=self.device, dtype=self.dtype, copy=True).contiguous()  # never the base's storage
 
     def start(self, how: str, r: int, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
         """Starting factors (B, A) computed from the base weight, scale * B A being their share of it."""

@@ -200,8 +200,6 @@ class BottleneckConfig(TargetFields, Method):
                 check_positive_int(self, **{what: getattr(self, what)})
         check_one_of(self, INITS, init_weights=self.init_weights)
 
-    # Places.
-
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Mapping[str, SublayerOutput]:
         spots = {s.name: s for s in find_sublayers(model)}
         if self.target_modules is not None:
@@ -273,32 +271,10 @@ class BottleneckConfig(TargetFields, Method):
                 "width, or phm_shared_weights=False"
             )
         wide, narrow, out = next(iter(sizes))
-        drawn = self.rule("", torch.empty)
+        drawn = draw_rule(self, "", torch.empty)
         for side, a, b in (("down", wide, narrow), ("up", narrow, out)):
-            drawn |= self.factors(side, a, b, torch.empty)
+            drawn |= draw_factors(self, side, a, b, torch.empty)
         return {k: t for k, t in drawn.items() if self.shares(k)}
-
-    def rule(self, prefix: str, empty: Any) -> dict[str, Tensor]:
-        """The first factors A_1 ... A_n of a matrix, (n, n, n), or their rank-1 factors."""
-        n = self.phm_dim or 0
-        shapes = {"rule_left": (n, n, 1), "rule_right": (n, 1, n)} if self.phm_factorized_rule else {"rule": (n, n, n)}
-        std = n**-0.25 if self.phm_factorized_rule else n**-0.5
-        return {prefix + k: drawn(empty(*shape), std) for k, shape in shapes.items()}
-
-    def factors(self, side: str, rows: int, columns: int, empty: Any) -> dict[str, Tensor]:
-        """The second factors B_1 ... B_n, (n, rows / n, columns / n), or their factors of rank `phm_rank`."""
-        n, r = self.phm_dim or 1, self.phm_rank
-        if rows % n or columns % n:
-            raise ValueError(
-                f"BottleneckConfig(phm_dim={n}): must divide both sides of a matrix of {rows} x {columns}; change "
-                "phm_dim or the width"
-            )
-        a, b = rows // n, columns // n
-        small = 1.0 if side == "down" else 0.0 if self.init_weights in ("identity", "mam_adapter") else 0.01
-        if not r:
-            return {f"{side}_left": drawn(empty(n, a, b), small * rows**-0.5)}
-        left, right = drawn(empty(n, a, r), rows**-0.5), drawn(empty(n, r, b), small * r**-0.5)
-        return {f"{side}_left": left, f"{side}_right": right}
 
     def init(self, site: Site) -> dict[str, Tensor]:
         wide, narrow, out = self.fan_in(site), self.bottleneck(site), site.fan_out
@@ -310,10 +286,10 @@ class BottleneckConfig(TargetFields, Method):
         p: dict[str, Tensor] = {}
         for side, a, b in (("down", wide, narrow), ("up", narrow, out)):
             if self.phm_dim:
-                p |= self.factors(side, a, b, site.empty)
-                p |= {} if self.phm_shared_rule else self.rule(f"{side}_", site.empty)
+                p |= draw_factors(self, side, a, b, site.empty)
+                p |= {} if self.phm_shared_rule else draw_rule(self, f"{side}_", site.empty)
             else:
-                p[side] = self.matrix(side, a, b, site)
+                p[side] = draw_matrix(self, side, a, b, site)
             if self.phm_bias or not self.phm_dim:
                 p[f"{side}_bias"] = site.zeros(b)
         if isinstance(self.scaling, str):
@@ -325,15 +301,6 @@ class BottleneckConfig(TargetFields, Method):
         if self.layer_norm in ("after", "both"):
             p |= {"after": site.ones(out), "after_bias": site.zeros(out)}
         return {k: t for k, t in p.items() if not self.shares(k)}
-
-    def matrix(self, side: str, rows: int, columns: int, site: Site) -> Tensor:
-        """A plain matrix (columns, rows), as F.linear takes it."""
-        if self.init_weights == "bert":
-            return site.normal(columns, rows, std=0.02)
-        if self.init_weights == "houlsby":
-            t = site.empty(columns, rows)
-            return t if site.meta else nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02)
-        return site.zeros(columns, rows) if side == "up" else site.kaiming_uniform(columns, rows)
 
     # The forward.
 
@@ -372,8 +339,8 @@ class BottleneckConfig(TargetFields, Method):
         inner = z
         if "before" in p:
             inner = norm(z, p["before"], p["before_bias"])
-        inner = ACTIVATIONS[str(self.activation)](self.times(p, "down", inner))  # (..., bottleneck)
-        u = self.times(p, "up", inner)  # (..., width)
+        inner = ACTIVATIONS[str(self.activation)](multiply(self, p, "down", inner))  # (..., bottleneck)
+        u = multiply(self, p, "up", inner)  # (..., width)
         if self.stochastic_depth and site.owner.training:
             kept = torch.rand(u.shape[0], *(1,) * (u.ndim - 1), device=u.device) >= self.stochastic_depth
             u = u * kept.to(u.dtype) / (1 - self.stochastic_depth)
@@ -406,22 +373,61 @@ class BottleneckConfig(TargetFields, Method):
             return out
         return out - r  # the block adds r, which is in u already
 
-    def times(self, p: Tensors, side: str, x: Tensor) -> Tensor:
-        """X (..., in) times the matrix of one side, (..., out)."""
-        bias = p[f"{side}_bias"].to(x.dtype) if f"{side}_bias" in p else None
-        if not self.phm_dim:
-            return F.linear(x, p[side].to(x.dtype), bias)
-        return F.linear(x, kronecker_sum(self.rule_of(p, side), self.second(p, side)).T.to(x.dtype), bias)
 
-    def rule_of(self, p: Tensors, side: str) -> Tensor:
-        at = "" if self.phm_shared_rule else f"{side}_"
-        if self.phm_factorized_rule:
-            return torch.bmm(p[f"{at}rule_left"], p[f"{at}rule_right"])  # (n, n, n)
-        return p[f"{at}rule"]
+def draw_rule(config: BottleneckConfig, prefix: str, empty: Any) -> dict[str, Tensor]:
+    """The first factors A_1 ... A_n of a matrix, (n, n, n), or their rank-1 factors."""
+    n = config.phm_dim or 0
+    shapes = {"rule_left": (n, n, 1), "rule_right": (n, 1, n)} if config.phm_factorized_rule else {"rule": (n, n, n)}
+    std = n**-0.25 if config.phm_factorized_rule else n**-0.5
+    return {prefix + k: drawn(empty(*shape), std) for k, shape in shapes.items()}
 
-    def second(self, p: Tensors, side: str) -> Tensor:
-        left = p[f"{side}_left"]
-        return torch.bmm(left, p[f"{side}_right"]) if self.phm_rank else left  # (n, rows / n, columns / n)
+
+def draw_factors(config: BottleneckConfig, side: str, rows: int, columns: int, empty: Any) -> dict[str, Tensor]:
+    """The second factors B_1 ... B_n, (n, rows / n, columns / n), or their factors of rank `phm_rank`."""
+    n, r = config.phm_dim or 1, config.phm_rank
+    if rows % n or columns % n:
+        raise ValueError(
+            f"BottleneckConfig(phm_dim={n}): must divide both sides of a matrix of {rows} x {columns}; change "
+            "phm_dim or the width"
+        )
+    a, b = rows // n, columns // n
+    small = 1.0 if side == "down" else 0.0 if config.init_weights in ("identity", "mam_adapter") else 0.01
+    if not r:
+        return {f"{side}_left": drawn(empty(n, a, b), small * rows**-0.5)}
+    left, right = drawn(empty(n, a, r), rows**-0.5), drawn(empty(n, r, b), small * r**-0.5)
+    return {f"{side}_left": left, f"{side}_right": right}
+
+
+def draw_matrix(config: BottleneckConfig, side: str, rows: int, columns: int, site: Site) -> Tensor:
+    """A plain matrix (columns, rows), as F.linear takes it."""
+    if config.init_weights == "bert":
+        return site.normal(columns, rows, std=0.02)
+    if config.init_weights == "houlsby":
+        t = site.empty(columns, rows)
+        return t if site.meta else nn.init.trunc_normal_(t, std=0.01, a=-0.02, b=0.02)
+    return site.zeros(columns, rows) if side == "up" else site.kaiming_uniform(columns, rows)
+
+
+def multiply(config: BottleneckConfig, p: Tensors, side: str, x: Tensor) -> Tensor:
+    """X (..., in) times the matrix of one side, (..., out)."""
+    bias = p[f"{side}_bias"].to(x.dtype) if f"{side}_bias" in p else None
+    if not config.phm_dim:
+        return F.linear(x, p[side].to(x.dtype), bias)
+    return F.linear(
+        x, kronecker_sum(first_factors(config, p, side), second_factors(config, p, side)).T.to(x.dtype), bias
+    )
+
+
+def first_factors(config: BottleneckConfig, p: Tensors, side: str) -> Tensor:
+    at = "" if config.phm_shared_rule else f"{side}_"
+    if config.phm_factorized_rule:
+        return torch.bmm(p[f"{at}rule_left"], p[f"{at}rule_right"])  # (n, n, n)
+    return p[f"{at}rule"]
+
+
+def second_factors(config: BottleneckConfig, p: Tensors, side: str) -> Tensor:
+    left = p[f"{side}_left"]
+    return torch.bmm(left, p[f"{side}_right"]) if config.phm_rank else left  # (n, rows / n, columns / n)
 
 
 def kronecker_sum(first: Tensor, second: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.operators import Dense, Operator
+from ..algebra.operator import Operator
+from ..algebra.operators import Dense
 from ..layers.site import Site
 
 

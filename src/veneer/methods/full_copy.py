@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..algebra.rows import SelectedRows
 from ..layers.site import Site
 from ..targets.query import Names, as_names

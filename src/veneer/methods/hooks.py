@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..layers.site import Site
 
 Tensors = Mapping[str, Tensor]

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..algebra.operators import Diagonal, Operator
+from ..algebra.operator import Operator
+from ..algebra.operators import Diagonal
 from ..layers.site import Site
 from ..targets.defaults import default_feedforward, model_type
 from ..targets.query import Names, as_names

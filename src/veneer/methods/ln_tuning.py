@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..layers import supported
 from ..layers.site import Site
 from ..targets.defaults import default_targets, model_type

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.hadamard import Hadamard
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..layers.site import Site
 from .base import Method
 from .checks import check_positive, check_positive_int, check_probability

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.low_rank import Factored, best_rank, fitted, low_rank
-from ..algebra.operators import Diagonal, Operator, plain_precision
+from ..algebra.operator import Operator
+from ..algebra.operators import Diagonal, plain_precision
 from ..algebra.sums import Sum
 from ..layers.site import Site
 from .base import Method

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.block_diagonal import BlockDiagonal
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..layers.site import Site
 from .base import Method
 from .checks import check_one_of, check_positive, check_positive_int, check_probability

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..targets.suggest import suggest
@@ -11,7 +11,7 @@ from .base import ActsOn, Method
 from .config import REGISTRY
 from .config_file import refuse_foreign
 from .peft_types import PUBLIC, import_methods
-from .tensors import check_declarations
+from .tensors import Constant, Declared, Trained
 
 # What a method may say at each kind of site. At the others, nothing calls it.
 HOOKS_AT: Mapping[ActsOn, tuple[str, ...]] = {
@@ -113,3 +113,23 @@ def kind_of_site(cls: type[Method]) -> ActsOn:
 
 def _defined(cls: type) -> set[str]:
     return {name for base in cls.__mro__ if base not in Method.__mro__ for name in vars(base)}
+
+
+def check_declarations(cls_name: str, tensors: Mapping[str, Declared], defined: Iterable[str]) -> None:
+    """Raise TypeError for tensors that could not be saved or made, given the names that a method's class defines."""
+    for key, one in tensors.items():
+        if not isinstance(one, (Trained, Constant)):
+            raise TypeError(f"{cls_name}.tensors[{key!r}] is {one!r}; declare it as Trained(...) or Constant(...)")
+    first = [key for key, one in tensors.items() if one.shared == "first"]
+    if first and len(first) < len(tensors):
+        raise TypeError(f"{cls_name}.tensors: either all tensors are shared='first' or none; here only {first} are")
+    for key, one in tensors.items():
+        if one.trained and one.name is None and one.name_at is None and "exported" not in defined:
+            raise TypeError(
+                f"{cls_name}.tensors[{key!r}] is trained, has no name in the file and would be lost; give it a name, or "
+                "define exported(), which returns what the file holds"
+            )
+        if one.shared not in ("", "first") and "init_shared" not in defined:
+            raise TypeError(
+                f"{cls_name}.tensors[{key!r}] is shared by the adapter, and nothing makes it; define init_shared()"
+            )

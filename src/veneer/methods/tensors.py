@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -98,23 +98,3 @@ def declaration_of(tensors: Mapping[str, Declared], key: str) -> Declared | None
     if found is None:
         found = next((d for pattern, d in tensors.items() if "*" in pattern and fnmatch.fnmatch(key, pattern)), None)
     return found
-
-
-def check_declarations(cls_name: str, tensors: Mapping[str, Declared], defined: Iterable[str]) -> None:
-    """Raise TypeError for tensors that could not be saved or made, given the names that a method's class defines."""
-    for key, one in tensors.items():
-        if not isinstance(one, (Trained, Constant)):
-            raise TypeError(f"{cls_name}.tensors[{key!r}] is {one!r}; declare it as Trained(...) or Constant(...)")
-    first = [key for key, one in tensors.items() if one.shared == "first"]
-    if first and len(first) < len(tensors):
-        raise TypeError(f"{cls_name}.tensors: either all tensors are shared='first' or none; here only {first} are")
-    for key, one in tensors.items():
-        if one.trained and one.name is None and one.name_at is None and "exported" not in defined:
-            raise TypeError(
-                f"{cls_name}.tensors[{key!r}] is trained, has no name in the file and would be lost; give it a name, or "
-                "define exported(), which returns what the file holds"
-            )
-        if one.shared not in ("", "first") and "init_shared" not in defined:
-            raise TypeError(
-                f"{cls_name}.tensors[{key!r}] is shared by the adapter, and nothing makes it; define init_shared()"
-            )

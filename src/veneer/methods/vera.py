@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.low_rank import Factored
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..layers.site import Site
 from .base import Method
 from .checks import check_one_of, check_positive_int, check_probability

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..algebra.operators import Operator
+from ..algebra.operator import Operator
 from ..injection.class_swap import Adapted
 from ..injection.dispatch import AdaptedState
 from ..injection.entries import AdaptedSite, AdapterAtSite, copy_name, term_of
@@ -246,6 +246,19 @@ class View:
         if adapter_name in runtime(self).configs:
             delete_adapter(runtime(self), adapter_name)
 
+    @property
+    def modules_to_save(self: Any) -> dict[str, nn.Module]:
+        """Adapter -> its full copy of this module."""
+        return {n.removeprefix(copy_name("")): m for n, m in self._modules.items() if n.startswith(copy_name(""))}
+
+    @property
+    def original_module(self: Any) -> nn.Module:
+        return shallow_copy(self)
+
+
+class ScaledView(View):
+    """The names for scales, merging and changes of the weight."""
+
     def set_scale(self: Any, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
             self.scaling[adapter] = scale * start(self, adapter)
@@ -278,15 +291,6 @@ class View:
             raise TypeError(f"{site.name}: {entry.method.peft_name} changes the weight by more than a sum")
         weight = site.weight()
         return site.kind.restored(site, site.kind.delta_matrix(site, op, weight)).detach()
-
-    @property
-    def modules_to_save(self: Any) -> dict[str, nn.Module]:
-        """Adapter -> its full copy of this module."""
-        return {n.removeprefix(copy_name("")): m for n, m in self._modules.items() if n.startswith(copy_name(""))}
-
-    @property
-    def original_module(self: Any) -> nn.Module:
-        return shallow_copy(self)
 
 
 def own_parameters(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -321,7 +325,12 @@ def table_names() -> set[str]:
 @functools.cache
 def shown() -> dict[str, Any]:
     """Every name that is put on adapted layers."""
-    own = {n: Seen(v.fget) if isinstance(v, property) else v for n, v in vars(View).items() if not n.startswith("__")}
+    own = {
+        n: Seen(v.fget) if isinstance(v, property) else v
+        for cls in (View, ScaledView)
+        for n, v in vars(cls).items()
+        if not n.startswith("__")
+    }
     return {name: Seen(functools.partial(Table, name=name)) for name in table_names()} | own
 
 

@@ -89,7 +89,7 @@ def gpu_kernels(quick: bool) -> list[Figure]:
     device = gpu()
     if device is None:
         return []
-    if not kernels.available(torch.zeros(1, device=device)):
+    if not kernels.is_available(torch.zeros(1, device=device)):
         print("      triton is not installed: nothing is measured")
         return []
     return kernel_figures(TOKENS, 4096, 14336, device, 5 if quick else 25)
@@ -125,15 +125,15 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
             worst.add(relative(one.float(), other.float()), f"tensor {i}")
         require([worst.figure(f"{name} against PyTorch, relative", NEAR)])
 
-    same("shrink", (kernels.shrink(x, A),), (F.linear(x, A16),))
-    yield "shrink", partial(kernels.shrink, x, A), partial(F.linear, x, A16)
+    same("shrink", (kernels.shrink_dropped(x, A),), (F.linear(x, A16),))
+    yield "shrink", partial(kernels.shrink_dropped, x, A), partial(F.linear, x, A16)
 
     same("expand-add", (kernels.expand_add_(y.clone(), h, B, 0.5),), (y.addmm(h, B16.T, alpha=0.5),))
     yield "expand-add", partial(kernels.expand_add_, y, h, B, 1e-3), partial(y.addmm_, h, B16.T, alpha=1e-3)
 
     for rows, kept in ((min(S, M), "a token each"), (M, "all tokens")):
         slots = (torch.arange(rows, device=device) * S // rows).int()  # in runs, as rows of a batch are
-        routing, own = kernels.route(slots, S), slots.long()
+        routing, own = kernels.route_rows(slots, S), slots.long()
         few, out = x[:rows], y[:rows].clone()
 
         def gathered(out: Tensor = out, few: Tensor = few, own: Tensor = own) -> Tensor:
@@ -159,8 +159,8 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
             m = gate(*leaves)
         return *torch.autograd.grad(m, leaves, dm), m
 
-    same("gate", (kernels.gate(e, g),), (gate(e, g),))
-    yield "gated MLP, forward", partial(kernels.gate, e, g), partial(gate, e, g)
+    same("gate", (kernels.gate_gradient(e, g),), (gate(e, g),))
+    yield "gated MLP, forward", partial(kernels.gate_gradient, e, g), partial(gate, e, g)
     same("gate, backward", kernels.gate_backward_(dm.clone(), e, g), backward())
     yield "gated MLP, backward", partial(kernels.gate_backward_, dm.clone(), e, g), backward
 

@@ -162,13 +162,13 @@ def merges(model: nn.Module, folder: Path) -> None:
     alone = veneer.PeftModel.from_pretrained(base(), folder)
     alone.merge_adapter()
     layer, one = (m.get_base_model().model.layers[0].mlp.down_proj for m in (model, alone))
-    before = sharding.gathered(sharding.value(layer.weight))
+    before = sharding.gathered(sharding.gathered_value(layer.weight))
     model.merge_adapter()
-    merged = sharding.gathered(sharding.value(layer.weight))
+    merged = sharding.gathered(sharding.gathered_value(layer.weight))
     torch.testing.assert_close(merged, one.weight)
     assert not torch.equal(merged, before)
     model.unmerge_adapter()
-    assert torch.equal(sharding.gathered(sharding.value(layer.weight)), before)
+    assert torch.equal(sharding.gathered(sharding.gathered_value(layer.weight)), before)
 
 
 LAYOUTS: dict[str, Any] = {

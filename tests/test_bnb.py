@@ -295,7 +295,9 @@ def test_merging_where_it_cannot_be_written(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_match_the_operators(store: str, dtype: torch.dtype, monkeypatch: Any) -> None:
     products = []
-    monkeypatch.setattr(around, "reduced", lambda x, As, of=around.reduced: products.append(len(As)) or of(x, As))
+    monkeypatch.setattr(
+        around, "reduce_batch", lambda x, As, of=around.reduce_batch: products.append(len(As)) or of(x, As)
+    )
     model = veneer.get_peft_model(llama(store, dtype), veneer.LoraConfig(r=4, target_modules="all-linear"))
     scramble(model)
     step(model)  # the first one may be looked at through hooks, past which siblings do not see each other
@@ -303,7 +305,7 @@ def test_kernels_match_the_operators(store: str, dtype: torch.dtype, monkeypatch
     for kernels_run in (True, False):
         products.clear()
         model.zero_grad(set_to_none=True)
-        with contextlib.nullcontext() if kernels_run else modes.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference_only():
             out = model(IDS, labels=IDS)
             out.loss.backward()
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -336,7 +338,9 @@ def test_gated_networks_match_the_operators(
 ) -> None:
     monkeypatch.setattr(linear_kernel, "SMALL", 0)
     calls: list[int] = []
-    monkeypatch.setattr(around_gated, "shaped", lambda y, x, of=around_gated.shaped: calls.append(1) or of(y, x))
+    monkeypatch.setattr(
+        around_gated, "shape_output", lambda y, x, of=around_gated.shape_output: calls.append(1) or of(y, x)
+    )
     model = veneer.get_peft_model(llama(store, dtype), veneer.LoraConfig(r=4, target_modules="all-linear"))
     scramble(model)
     step(model)
@@ -346,7 +350,7 @@ def test_gated_networks_match_the_operators(
     for kernels_run in (True, False):
         calls.clear()
         model.zero_grad(set_to_none=True)
-        with contextlib.nullcontext() if kernels_run else modes.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference_only():
             out = model(IDS, labels=IDS)
             out.loss.backward()
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -375,7 +379,7 @@ def test_gated_networks_keep_two_tensors_of_their_width(monkeypatch: Any) -> Non
                 saved[t.data_ptr()] = t
             return t
 
-        with contextlib.nullcontext() if kernels_run else modes.reference():
+        with contextlib.nullcontext() if kernels_run else modes.reference_only():
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 model(IDS, labels=IDS).loss.backward()
         kept.append(len(saved))

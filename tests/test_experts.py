@@ -25,7 +25,7 @@ from veneer.algebra.low_rank import Factored
 from veneer.algebra.operators import Diagonal
 from veneer.algebra.recursion import Branches, Term
 from veneer.algebra.sums import Sum
-from veneer.layers.lazy_weight import Lazy, LowRank, lazily, lazy
+from veneer.layers.lazy_weight import Lazy, LowRank, lazy_weight, make_lazy
 from veneer.layers.parameter import Parameter
 
 # 7 experts, and other counts of tokens: nothing else is as large as the weight of all experts.
@@ -387,7 +387,7 @@ def used(use: Callable[[Tensor, Tensor], Tensor], formed: bool, flipped: bool, d
         weight = W + 0.5 * stacked @ A
     else:
         stored = W.mT.contiguous() if flipped else W
-        made = lazily(stored, [Term(Factored(stacked, A, 0.5), None, None, None, None)], flipped=flipped)
+        made = lazy_weight(stored, [Term(Factored(stacked, A, 0.5), None, None, None, None)], flipped=flipped)
         assert isinstance(made, Lazy)
         assert made.shape == stored.shape and made.dtype == dtype and made.ndim == 3 and made.formed is None
         weight = made.mT if flipped else made
@@ -419,7 +419,7 @@ def test_use_where_there_is_no_grouped_product(what: str) -> None:
 
 def test_an_expert_that_is_not_there() -> None:
     _, W, B, A = pieces()
-    weight = lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 1.0)], W.dtype), False)
+    weight = make_lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 1.0)], W.dtype), False)
     for index in (E, -E - 1, torch.tensor([0, E])):
         with pytest.raises(IndexError):
             weight[index]
@@ -431,7 +431,7 @@ def test_a_base_that_is_trained_too() -> None:
         x, W, B, A = pieces()
         W.requires_grad_()
         low = LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 1.0)], W.dtype)
-        weight = W + low.factors()[0] @ low.factors()[1] if formed else lazy(W, low, False)
+        weight = W + low.factors()[0] @ low.factors()[1] if formed else make_lazy(W, low, False)
         y = F.linear(x, weight[1]) + Product.apply(x, weight[2]) + (x.unsqueeze(1) @ weight[IDS].mT).squeeze(1)
         (y + Product.apply(x.unsqueeze(1), weight[IDS]).squeeze(1)).square().sum().backward()
         grads.append({"W": W.grad, "A": A.grad, "B": B.grad, "x": x.grad})
@@ -446,7 +446,7 @@ def test_writing_inside_a_function_is_refused() -> None:
                 return weight.mul_(2)
 
     _, W, B, A = pieces()
-    weight = lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 1.0)], W.dtype), False)
+    weight = make_lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 1.0)], W.dtype), False)
     with pytest.raises(RuntimeError, match="cannot be written to"):
         Scaling.apply(weight)
 
@@ -457,7 +457,7 @@ def test_what_is_declined() -> None:
     low = Factored(B, A)
 
     def of(*links: Any, weight: Tensor = W) -> Tensor | None:
-        return lazily(weight, links)
+        return lazy_weight(weight, links)
 
     assert of(Term(low, None, None, None, None)) is not None
     assert (
@@ -488,7 +488,7 @@ def test_checkpoint_of_the_weight_alone() -> None:
         x, W, B, A = pieces()
 
         def run(x: Tensor, B: Tensor, A: Tensor, W: Tensor = W) -> Tensor:
-            weight = lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 2.0)], W.dtype), False)
+            weight = make_lazy(W, LowRank([(B.view(OUT, -1, E).permute(2, 0, 1), A, 2.0)], W.dtype), False)
             return sum(F.linear(x, weight[e]) for e in (0, 3))
 
         way(run, x, B, A).square().sum().backward()

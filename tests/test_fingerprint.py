@@ -117,9 +117,9 @@ def test_a_model_without_its_head_is_the_same_base(tmp_path: Path) -> None:
     base = llama()
     base.save_pretrained(tmp_path / "base")
     lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "a")
-    then = fingerprint.read(tmp_path / "a" / locate.WEIGHTS_NAME)
+    then = fingerprint.read_fingerprint(tmp_path / "a" / locate.WEIGHTS_NAME)
     assert then is not None
-    found = fingerprint.compare(then, AutoModel.from_pretrained(tmp_path / "base"))
+    found = fingerprint.compare_base(then, AutoModel.from_pretrained(tmp_path / "base"))
     assert found.compared == len(then.weights) - 1 and not found.describe()  # but for the head
 
 
@@ -162,13 +162,13 @@ def test_rounding_is_no_difference_and_a_change_is_one(rows: int, columns: int, 
     weight = torch.randn(rows, columns, generator=generator) * 0.02
     module = torch.nn.Linear(columns, rows, bias=False)
     module.weight.data = weight
-    then = Fingerprint.from_json(fingerprint.of(module).to_json())
-    assert then == fingerprint.of(module)
+    then = Fingerprint.from_json(fingerprint.fingerprint_of(module).to_json())
+    assert then == fingerprint.fingerprint_of(module)
     for dtype in (torch.float16, torch.bfloat16):
         module.weight.data = weight.to(dtype)
-        assert not fingerprint.compare(then, module).describe()
+        assert not fingerprint.compare_base(then, module).describe()
     module.weight.data = weight * 1.05
-    assert fingerprint.compare(then, module).weights
+    assert fingerprint.compare_base(then, module).weights
 
 
 def test_another_tokenizer_is_said() -> None:
@@ -182,9 +182,9 @@ def test_another_tokenizer_is_said() -> None:
             return {w: i for i, w in enumerate(self.words)}
 
     base = llama()
-    then = fingerprint.of(base, Tokenizer(["a", "b"]))
-    assert not fingerprint.compare(then, base, Tokenizer(["a", "b"])).describe()
-    assert "tokenizer has another vocabulary" in fingerprint.compare(then, base, Tokenizer(["b", "a"])).describe()
+    then = fingerprint.fingerprint_of(base, Tokenizer(["a", "b"]))
+    assert not fingerprint.compare_base(then, base, Tokenizer(["a", "b"])).describe()
+    assert "tokenizer has another vocabulary" in fingerprint.compare_base(then, base, Tokenizer(["b", "a"])).describe()
 
 
 def test_training_notes_the_tokenizer_and_generation_looks_at_it(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_training_notes_the_tokenizer_and_generation_looks_at_it(tmp_path: Path)
     command = ["train", "--model", str(tmp_path / "causal"), "--data", str(tmp_path / "pairs.jsonl"), "--steps", "2",
                "--save-every", "0", "--out", str(tmp_path / "run")]  # fmt: skip
     assert CliRunner().invoke(app, command).exit_code == 0
-    then = fingerprint.read(tmp_path / "run" / locate.WEIGHTS_NAME)
+    then = fingerprint.read_fingerprint(tmp_path / "run" / locate.WEIGHTS_NAME)
     assert then is not None and then.tokenizer
     use = ["generate", str(tmp_path / "causal"), "--adapter", str(tmp_path / "run"), "-p", "say red 1"]
     with warnings.catch_warnings():
@@ -225,7 +225,7 @@ def test_a_new_head_is_the_adapters_own(tmp_path: Path) -> None:
     base = BertForSequenceClassification(config)
     model = veneer.get_peft_model(copy.deepcopy(base), veneer.LoraConfig(task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
-    then = fingerprint.read(tmp_path / "adapter_model.safetensors")
+    then = fingerprint.read_fingerprint(tmp_path / "adapter_model.safetensors")
     assert then is not None and "classifier.weight" not in then.weights
     torch.nn.init.normal_(base.classifier.weight)
     with warnings.catch_warnings():

@@ -47,7 +47,7 @@ def test_mutated_folders_at_a_small_size() -> None:
 
 def test_mutations_that_are_not_refused_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: without checksums it reports silent loads, without the checks of JSON crashes."""
-    monkeypatch.setattr(safe_read, "checksum", lambda header, data: "0" * 32)
+    monkeypatch.setattr(safe_read, "tensor_checksum", lambda header, data: "0" * 32)
     figures = hostile.mutated_folders(300, seed=1)
     assert any("without a word" in w for w in figures["wrong"])
 

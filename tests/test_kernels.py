@@ -153,7 +153,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 def matches(model: nn.Module, x: Any, tolerance: float = 1e-10, *, taken: int | None = None) -> None:
     """A step with kernels is that of the reference; `taken` calls of modules were served by kernels."""
-    with modes.reference():
+    with modes.reference_only():
         expected = step(model, x)
     with Served() as served:
         close(step(model, x), expected, tolerance)
@@ -229,7 +229,7 @@ def test_half_precision_is_as_far_from_float32_as_the_reference(
     high = copy.deepcopy(low).float()
     x = inputs(2000, 32, dtype=dtype)
     exact = step(high, x.detach().float().requires_grad_())
-    with modes.reference():
+    with modes.reference_only():
         reference = step(low, x)
     found = step(low, x)
     assert found.keys() == reference.keys()
@@ -263,7 +263,7 @@ def test_autocast_casts_activations_down_once_and_never_up(act: str | None, path
     )
     exact = step(model, x)
     with torch.autocast("cpu", torch.bfloat16):
-        with modes.reference():
+        with modes.reference_only():
             reference = step(model, x)
         with Dtypes(37) as seen, torch.no_grad():
             assert model(x).dtype == torch.bfloat16
@@ -301,7 +301,7 @@ def test_only_some_layers_have_adapters(base: Any, targets: list[str], taken: in
 def test_shapes(shape: tuple[int, ...], path: str) -> None:
     for base in BASES.values():
         model, x = adapted(base(bias=True)), inputs(*shape)
-        with modes.reference():
+        with modes.reference_only():
             expected = step(model, x) if x.numel() else {"y": model(x)}
         close(step(model, x) if x.numel() else {"y": model(x)}, expected, 1e-10)
 
@@ -310,7 +310,7 @@ def test_inputs_that_are_not_contiguous(path: str) -> None:
     for base in BASES.values():
         x = inputs(32, 7, 2)
         model = adapted(base())
-        with modes.reference():
+        with modes.reference_only():
             expected = step(model, x, lambda x: model(x.permute(2, 1, 0)))
         close(step(model, x, lambda x: model(x.permute(2, 1, 0))), expected, 1e-10)
 
@@ -331,7 +331,7 @@ def test_architectures(name: str, options: dict[str, Any], monkeypatch: pytest.M
         loss.backward()
         return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    with modes.reference():
+    with modes.reference_only():
         expected = grads()
     for way in PATHS:
         set_path(monkeypatch, way)
@@ -393,7 +393,7 @@ def test_gated_keeps_x_e_g_and_the_low_rank_products(function: None) -> None:
 @pytest.mark.parametrize("used", [0, 1])
 def test_a_sibling_whose_output_goes_unused(used: int, path: str) -> None:
     model, x = adapted(Pair()), inputs(9, 32)
-    with modes.reference():
+    with modes.reference_only():
         expected = step(model, x, lambda x: model(x)[used])
     found = step(model, x, lambda x: model(x)[used])
     if path == "composed":  # one product with all A: the unused one's gradient is zero instead of None
@@ -420,7 +420,7 @@ def test_several_adapters(base: str, how: str, frozen: bool, path: str) -> None:
     if frozen:
         model.set_requires_grad("default", False)
     x = inputs(9, 32)
-    with modes.reference():
+    with modes.reference_only():
         expected = step(model, x)
     found = step(model, x)
     close(found, expected, 1e-10)
@@ -434,7 +434,7 @@ def test_between_calls_adapters_come_and_go(path: str) -> None:
     plain = step(copy.deepcopy(base), x)["y"] * 0  # has the adapters: only its shape is used
 
     def same(taken: bool = True) -> None:
-        with modes.reference(), torch.no_grad():
+        with modes.reference_only(), torch.no_grad():
             expected = model(x)
         with Served() as served, torch.no_grad():
             assert torch.allclose(model(x), expected, rtol=0, atol=1e-10)
@@ -490,7 +490,7 @@ def test_an_adapter_on_part_of_a_network_gives_the_class_back_when_deleted() -> 
 
 def bits_of(mask: Tensor, columns: int) -> Tensor:
     """A packed mask as (rows, columns) of 0 and 1, in the order in which `spread` puts it."""
-    return (dropout.spread(mask, columns, torch.float64) != 0).to(torch.float64)
+    return (dropout.spread_bits(mask, columns, torch.float64) != 0).to(torch.float64)
 
 
 @pytest.mark.parametrize("columns", [32, 40, 7])
@@ -498,7 +498,7 @@ def bits_of(mask: Tensor, columns: int) -> Tensor:
 def test_masks_keep_entries_independently(p: float, columns: int) -> None:
     torch.manual_seed(0)
     rows = 160_000 // columns
-    kept = torch.stack([bits_of(dropout.draw(rows, columns, p, torch.device("cpu")), columns) for _ in range(2)])
+    kept = torch.stack([bits_of(dropout.draw_mask(rows, columns, p, torch.device("cpu")), columns) for _ in range(2)])
     n, deviation = rows * 2, math.sqrt(p * (1 - p))
     assert abs(kept.mean() - (1 - p)) < 5 * deviation / math.sqrt(kept.numel())
     assert ((kept.mean((0, 1)) - (1 - p)).abs() < 5.5 * deviation / math.sqrt(n)).all(), "each column"
@@ -514,7 +514,7 @@ def test_masks_keep_entries_independently(p: float, columns: int) -> None:
 def test_patterns_of_16_bits_have_the_chances_of_16_draws(p: float) -> None:
     torch.manual_seed(0)
     n = 2**20
-    words = dropout.draw(n // 64, 64 * 16, p, torch.device("cpu")).flatten().long() & 0xFFFF
+    words = dropout.draw_mask(n // 64, 64 * 16, p, torch.device("cpu")).flatten().long() & 0xFFFF
     counts = words.bincount(minlength=2**16).double()
     ones = sum((torch.arange(2**16) >> b) & 1 for b in range(16)).double()
     expected = n * (1 - p) ** ones * p ** (16 - ones)
@@ -532,14 +532,14 @@ def test_masks_follow_the_seed_and_a_default_device() -> None:
     made = []
     for _ in range(2):
         torch.manual_seed(3)
-        made += [dropout.draw(9, 33, 0.25, torch.device("cpu")) for _ in range(2)]
+        made += [dropout.draw_mask(9, 33, 0.25, torch.device("cpu")) for _ in range(2)]
     assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]) and not torch.equal(made[0], made[1])
-    dropout.table.cache_clear()
+    dropout.mask_table.cache_clear()
     scratch._HELD.blocks.clear()
     scratch._HELD.views.clear()
     torch.manual_seed(3)
     with torch.device("meta"):  # where fresh tensors go; not those of a kernel
-        assert torch.equal(dropout.draw(9, 33, 0.25, torch.device("cpu")), made[0])
+        assert torch.equal(dropout.draw_mask(9, 33, 0.25, torch.device("cpu")), made[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -550,13 +550,13 @@ def test_dropout_is_that_of_its_mask_forward_and_backward(
 ) -> None:
     """An explicit reference with the mask that was drawn."""
     masks: list[Tensor] = []
-    draw = dropout.draw
+    draw = dropout.draw_mask
 
     def noted(*args: Any) -> Tensor:
         masks.append(draw(*args))
         return masks[-1]
 
-    monkeypatch.setattr(dropout, "draw", noted)
+    monkeypatch.setattr(dropout, "draw_mask", noted)
     monkeypatch.setattr(scratch, "CHUNK", 16 * width * dtype.itemsize)  # several pieces
     model = adapted(One(width=width), dtype, lora_dropout=p).train()
     layer, x = model.get_base_model().q, inputs(41, width, dtype=dtype)
@@ -576,11 +576,11 @@ def test_parts_are_summed_in_float32(function: None, monkeypatch: pytest.MonkeyP
     """Where a gradient in half precision is the sum of many parts."""
     monkeypatch.setattr(scratch, "CHUNK", 16 * 32 * 2)
     x, masks = inputs(4000, 32, dtype=torch.bfloat16), []
-    draw = dropout.draw
-    monkeypatch.setattr(dropout, "draw", lambda *args: masks.append(draw(*args)) or masks[-1])
+    draw = dropout.draw_mask
+    monkeypatch.setattr(dropout, "draw_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
     model = adapted(One(), torch.bfloat16, lora_dropout=0.5).train()
     found = step(model, x)
-    monkeypatch.setattr(dropout, "draw", lambda *_: masks[0])
+    monkeypatch.setattr(dropout, "draw_mask", lambda *_: masks[0])
     exact = step(model.double(), x.detach().double().requires_grad_())
     for name in (n for n in found if "lora_A" in n):
         assert (found[name].double() - exact[name]).abs().max() < 0.01 * exact[name].abs().max()
@@ -637,13 +637,13 @@ def test_what_is_dropped_may_be_anything(function: None) -> None:
     model = adapted(One(), lora_dropout=0.5).train()
     x = inputs(16, 32, grad=False)
     torch.manual_seed(2)
-    kept = bits_of(dropout.draw(16, 32, 0.5, x.device), 32)
+    kept = bits_of(dropout.draw_mask(16, 32, 0.5, x.device), 32)
     A = model.get_base_model().q._parameters["lora_A:default"]
     torch.manual_seed(2)
-    mask = dropout.draw(16, 32, 0.5, x.device)
+    mask = dropout.draw_mask(16, 32, 0.5, x.device)
     for bad in (math.nan, math.inf):
         spoilt = torch.where(kept == 1, x, torch.full_like(x, bad))
-        assert torch.allclose(dropout.shrink(mask, spoilt, A.detach(), 0.5), (x * kept) @ A.T)
+        assert torch.allclose(dropout.shrink_dropped(mask, spoilt, A.detach(), 0.5), (x * kept) @ A.T)
 
 
 @pytest.mark.parametrize("base", ["one", "attention"])
@@ -783,7 +783,7 @@ def test_threads_run_one_model_with_different_adapters(path: str) -> None:
         model.add_adapter(name, veneer.LoraConfig(r=2 + i, target_modules=ALL, init_lora_weights=False))
     expected = {}
     for name in names:
-        with model.use_adapter(name), modes.reference():
+        with model.use_adapter(name), modes.reference_only():
             expected[name] = torch.autograd.grad(model(x).sum(), x)[0]
     wrong: list[str] = []
 
@@ -829,7 +829,7 @@ def test_a_second_derivative_is_refused_clearly(base: str, function: None) -> No
 
     with pytest.raises(RuntimeError, match="differentiate twice"):
         second()
-    with modes.reference():
+    with modes.reference_only():
         second()
 
 
@@ -841,7 +841,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
     assert torch.allclose(torch.func.grad(lambda x: model(x).sum())(x), torch.autograd.grad(
         model(z := x.clone().requires_grad_()).sum(), z)[0])  # fmt: skip
     assert torch.allclose(torch.func.vmap(model)(x), model(x))
-    with modes.reference():
+    with modes.reference_only():
         expected = torch.func.jvp(model, (x,), (t,))
     for found, wanted in zip(torch.func.jvp(model, (x,), (t,)), expected, strict=True):
         assert torch.allclose(found, wanted)
@@ -858,7 +858,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
             assert torch.allclose(given[n], p.grad), n
     assert found
     doubled = {n: p * 2 for n, p in parameters.items()}
-    with modes.reference():
+    with modes.reference_only():
         expected_y = torch.func.functional_call(model, doubled, (x,))
     assert torch.allclose(torch.func.functional_call(model, doubled, (x,)), expected_y)
 
@@ -866,7 +866,7 @@ def test_functorch_and_forward_mode_take_the_reference(base: str, path: str) -> 
 @pytest.mark.parametrize("base", BASES)
 def test_modes_without_gradients(base: str, path: str) -> None:
     model, x = adapted(BASES[base]()), inputs(5, 32, grad=False)
-    with modes.reference(), torch.no_grad():
+    with modes.reference_only(), torch.no_grad():
         expected = model(x)
     with torch.inference_mode():
         assert torch.allclose(model(x), expected) and torch.allclose(model(x.clone()), expected)
@@ -884,7 +884,7 @@ def test_a_base_that_is_trained_gets_its_gradients(base: str, what: str, path: s
         if name.endswith(f".{what}"):
             p.requires_grad_(True)
     x = inputs(5, 32)
-    with modes.reference():
+    with modes.reference_only():
         expected = step(model, x)
     found = step(model, x)
     close(found, expected, 1e-10)
@@ -975,7 +975,7 @@ def test_hooks_on_a_sibling_run_and_may_change_what_it_sees(kind: str, path: str
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             calls.clear()
-            with modes.reference():
+            with modes.reference_only():
                 expected = model(x.clone())
             assert torch.allclose(model(x.clone()), expected) and len(calls) == 2
     if kind != "in_place":
@@ -999,7 +999,7 @@ def test_layers_called_from_elsewhere_compute_themselves(path: str) -> None:
     base = model.get_base_model()
 
     def same(layer: nn.Module) -> None:
-        with modes.reference():
+        with modes.reference_only():
             expected = layer(x)
         assert torch.allclose(layer(x), expected, rtol=0, atol=1e-10)
 
@@ -1029,7 +1029,7 @@ def test_an_input_that_changes_between_siblings(path: str) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             for make in (x.clone, lambda: torch.ones(5, 32, dtype=torch.float64)):
-                with modes.reference():
+                with modes.reference_only():
                     expected = model(make())
                 assert torch.allclose(model(make()), expected)
     nothing_waits(model)
@@ -1061,7 +1061,7 @@ def test_siblings_between_which_settings_change(path: str) -> None:
     with Served() as served, torch.enable_grad():
         y = model(x)
     assert not y.requires_grad and served.shares == [3, 2]
-    with modes.reference(), torch.enable_grad():
+    with modes.reference_only(), torch.enable_grad():
         assert torch.allclose(model(x), y)
     base.between = lambda x: base(x) if x.shape[0] > 99 else setattr(base, "between", lambda x: None) or base(x)
     matches(model, x)  # the parent within the parent, on the same input
@@ -1165,14 +1165,14 @@ def test_a_parametrized_or_pruned_layer(path: str) -> None:
         first = next(m for m in model.get_base_model().modules() if isinstance(m, nn.Linear))
         before = step(model, x)["y"]
         parametrize.register_parametrization(first, "weight", Double())
-        with modes.reference():
+        with modes.reference_only():
             expected = step(model, x)
         close(step(model, x), expected, 1e-10)
         assert not torch.allclose(before, expected["y"])
         model = adapted(base(bias=True))
         first = next(m for m in model.get_base_model().modules() if isinstance(m, nn.Linear))
         prune.custom_from_mask(first, "weight", torch.arange(first.weight.numel()).view(first.weight.shape) % 2)
-        with modes.reference():
+        with modes.reference_only():
             expected = step(model, x)
         close(step(model, x), expected, 1e-10)
 
@@ -1259,7 +1259,7 @@ def test_generate(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode.Tokens, "all", lambda *args: (taken.append(args), all_of(*args))[1])
     model = adapted(llama(attention_bias=True, mlp_bias=True), **{"targets": "all-linear", **GENERATE[config]})
     for _ in range(2):
-        with modes.reference():
+        with modes.reference_only():
             expected = logits(model)
         taken.clear()
         close({"y": logits(model)}, {"y": expected}, 1e-9)
@@ -1275,7 +1275,7 @@ def test_one_token_in_another_dtype_under_autocast() -> None:
     x = inputs(1, 32, grad=False).float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.runtime.router.hold(decoding={}):
         got = model(x)
-        with modes.reference():
+        with modes.reference_only():
             torch.testing.assert_close(got, model(x), atol=2e-2, rtol=2e-2)
 
 
@@ -1292,7 +1292,7 @@ def test_generate_with_adapters_that_change_on_the_way() -> None:
 
         return logits(model, logits_processor=[switch])
 
-    with modes.reference():
+    with modes.reference_only():
         expected = switched()
     close({"y": switched()}, {"y": expected}, 1e-9)
 
@@ -1460,8 +1460,8 @@ def classes() -> Iterator[tuple[type[nn.Module], Any, Any]]:
 
 @pytest.mark.parametrize(("base", "groups", "network"), classes(), ids=lambda v: getattr(v, "__name__", ""))
 def test_structure(base: type[nn.Module], groups: Any, network: bool) -> None:
-    assert [set(g) for g in structure.siblings(base)] == groups
-    found = structure.gated(base)
+    assert [set(g) for g in structure.find_siblings(base)] == groups
+    found = structure.decode_gated(base)
     assert (found is not None) == network
     if found is not None:
         gate, up = ("up", "gate") if base.__name__ == "OfUp" else ("gate", "up")  # the activation is of the other
@@ -1476,12 +1476,12 @@ def test_structure_of_transformers() -> None:
     from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
     from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-    assert structure.siblings(LlamaAttention) == (("q_proj", "k_proj", "v_proj"),)
-    assert structure.gated(LlamaMLP) == ("gate_proj", "act_fn", "up_proj", "down_proj")
-    assert set(structure.siblings(BertSelfAttention)[0]) >= {"query", "key", "value"}
+    assert structure.find_siblings(LlamaAttention) == (("q_proj", "k_proj", "v_proj"),)
+    assert structure.decode_gated(LlamaMLP) == ("gate_proj", "act_fn", "up_proj", "down_proj")
+    assert set(structure.find_siblings(BertSelfAttention)[0]) >= {"query", "key", "value"}
     for other in (GPT2MLP, T5DenseGatedActDense, MixtralExperts):  # dropout between, or no such thing
-        assert structure.gated(other) is None
-    assert ("q_proj", "k_proj") not in structure.siblings(WhisperAttention)
+        assert structure.decode_gated(other) is None
+    assert ("q_proj", "k_proj") not in structure.find_siblings(WhisperAttention)
 
 
 def tiny(family: str) -> nn.Module:

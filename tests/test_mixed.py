@@ -44,7 +44,7 @@ def loops(monkeypatch: Any) -> list[str]:
 
 
 def forced(way: str | None) -> Any:
-    return nullcontext() if way is None else routed.only(way)
+    return nullcontext() if way is None else routed.force_strategy(way)
 
 
 def three(base: nn.Module, **options: Any) -> Any:
@@ -420,7 +420,7 @@ def test_names() -> None:
         call(model, MIXED, adapter_names=["aa"] * 6)
     with pytest.raises(ValueError, match="for 2 rows, but the batch has 6"):
         call(model, MIXED, adapter_names=["a", "b"])
-    with pytest.raises(ValueError, match="must be one of dense, gather, grouped"), routed.only("fast"):
+    with pytest.raises(ValueError, match="must be one of dense, gather, grouped"), routed.force_strategy("fast"):
         pass
     with torch.no_grad():
         torch.testing.assert_close(call(model, MIXED, adapter_names=[BASE] * 6), alone(model, [BASE] * 6, MIXED))
@@ -479,7 +479,7 @@ def test_routed_add_refuses() -> None:
 def test_shapes_choose_the_strategy() -> None:
     def chosen(rows: int, tokens: int, adapters: int, width: int, dtype: torch.dtype = torch.float32) -> str:
         batch = routed.Batch(torch.randperm(rows) % adapters, adapters)
-        return routed.choose(batch, tokens, 8, width, width, dtype, torch.device("cpu"))
+        return routed.choose_strategy(batch, tokens, 8, width, width, dtype, torch.device("cpu"))
 
     assert chosen(32, 16, 32, 512) == "gather"  # many tokens, many adapters
     assert chosen(512, 1, 2, 512) == "dense"  # few adapters

@@ -261,7 +261,7 @@ def test_a_change_of_the_weight_is_noticed(
     if not looks:
         if change is uncounted:
             pytest.skip("nothing shows such a write there")
-        monkeypatch.setattr(cached, "some", lambda t: [])
+        monkeypatch.setattr(cached, "first_markable", lambda t: [])
     model = model_for(veneer.LoraConfig(r=4, use_dora=True, target_modules=[NAME]))
     norms(model)
     held = site_of(model).squares.held

@@ -146,7 +146,7 @@ def test_rows_beams_and_gradients(source: Any, way: str) -> None:
     for name in "abc":
         slots.load(name, source[1] / name)
     rows = ["c", BASE, "a"]
-    with routed.only(way), slots.rows(rows):
+    with routed.force_strategy(way), slots.rows(rows):
         close(out(model), wanted(source, rows))
         x = model.get_input_embeddings()(IDS).requires_grad_()
         model(inputs_embeds=x).logits.sum().backward()

@@ -46,7 +46,7 @@ def query(**options: Any) -> TargetQuery:
 
 
 def found(model: nn.Module, skip: Any = frozenset(), **options: Any) -> select.Targets:
-    return select.resolve(model, query(**options), supported=layers.supported, skip=skip)
+    return select.resolve_targets(model, query(**options), supported=layers.is_supported, skip=skip)
 
 
 def resolve(model: nn.Module, **options: Any) -> list[str]:
@@ -218,7 +218,7 @@ def test_any_choice_is_pefts(names: Any, spec: Any, exclude: Any, chosen: Any, p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ours = select.resolve(model, query(**options), supported=lambda _: True).modules
+            ours = select.resolve_targets(model, query(**options), supported=lambda _: True).modules
         except ValueError as error:
             refused = str(error)
     leading = chosen is not None and pattern is None  # layers that stand first in the name: peft finds none of them
@@ -400,11 +400,11 @@ def test_all_linear_passes_over_what_cannot_be_adapted() -> None:
     assert resolve(model, target_modules="all-linear") == ["a", "b"]
     assert resolve(model, target_modules=["out_proj"]) == ["d.out_proj"]
     options = {"supported": lambda m: m is not model["b"]}
-    assert select.resolve(model, query(target_modules="all-linear"), **options).modules == ["a", "c"]
+    assert select.resolve_targets(model, query(target_modules="all-linear"), **options).modules == ["a", "c"]
     with pytest.raises(
         ValueError, match=r"matches 'b', a Linear, which cannot be adapted; allowed are .* modules_to_save"
     ):
-        select.resolve(model, query(target_modules=["a", "b"]), **options)
+        select.resolve_targets(model, query(target_modules=["a", "b"]), **options)
     with pytest.raises(ValueError, match="no linear layer that can be adapted; names in this model: none"):
         resolve(nn.Sequential(nn.ReLU()), target_modules="all-linear")
 

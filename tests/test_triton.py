@@ -61,23 +61,23 @@ def test_on_a_gpu() -> None:
 def test_not_used_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     here = importlib.util.find_spec("triton") is not None
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert not kernels.available(torch.zeros(1))
+    assert not kernels.is_available(torch.zeros(1))
     monkeypatch.setattr(kernels, "INTERPRETED", True)
-    assert kernels.available(torch.zeros(1)) == here
-    assert not kernels.available(torch.zeros(1).double())
+    assert kernels.is_available(torch.zeros(1)) == here
+    assert not kernels.is_available(torch.zeros(1).double())
 
 
 def test_not_used_where_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def gate(*given: Tensor) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    starts, device = kernels.starts.__wrapped__, torch.device("meta")
+    starts, device = kernels.group_starts.__wrapped__, torch.device("meta")
     for capability, fits in (((9, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        monkeypatch.setattr(kernels, "gate", lambda *given: None)
+        monkeypatch.setattr(kernels, "gate_gradient", lambda *given: None)
         assert starts(device) == fits
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "gate", gate)
+    monkeypatch.setattr(kernels, "gate_gradient", gate)
     with pytest.warns(UserWarning, match="meta: Triton is installed.*Failed to find C compiler.*needs a C compiler"):
         assert not starts(device)
 

@@ -69,11 +69,11 @@ def adapted(name: str, architecture: str = "llama") -> Any:
 @pytest.mark.parametrize(("name", "architecture"), FITS)
 def test_merging_and_unmerging_every_method(name: str, architecture: str) -> None:
     model = adapted(name, architecture)
-    inputs = verify.example(model.get_base_model())
+    inputs = verify.example_inputs(model.get_base_model())
     if name == "multitask prompt":
         inputs["task_ids"] = torch.tensor([0, 1])
-    said = verify.outputs(model, inputs)
-    checks = verify.merging(model, "default", inputs, said)
+    said = verify.model_outputs(model, inputs)
+    checks = verify.check_merging(model, "default", inputs, said)
     assert all(c.passed is not False for c in checks), checks
     if name in ("prompt", "prefix", "p-tuning", "bottleneck", "multitask prompt", "cpt", "llama-adapter"):
         assert checks[0].passed is None and "cannot be merged" in checks[0].note
@@ -84,8 +84,8 @@ def test_merging_and_unmerging_every_method(name: str, architecture: str) -> Non
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "ia3", "oft", "vera"])
 def test_a_wrong_merge_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(name)
-    inputs = verify.example(model.get_base_model())
-    said = verify.outputs(model, inputs)
+    inputs = verify.example_inputs(model.get_base_model())
+    said = verify.model_outputs(model, inputs)
     right = merge.merge_site
 
     def wrong(site: Any, *args: Any) -> None:
@@ -94,16 +94,16 @@ def test_a_wrong_merge_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             site.owner.weight.data *= 1.01
 
     monkeypatch.setattr(merge, "merge_site", wrong)
-    merged, bits = verify.merging(model, "default", inputs, said)
+    merged, bits = verify.check_merging(model, "default", inputs, said)
     assert merged.passed is False and merged.difference is not None and merged.difference > 1e-5
     assert bits.passed is True
 
 
 def test_bits_that_do_not_come_back_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("lora")
-    inputs = verify.example(model.get_base_model())
-    monkeypatch.setattr(merge, "restore", lambda site: setattr(site, "original", None))
-    merged, bits = verify.merging(model, "default", inputs, verify.outputs(model, inputs))
+    inputs = verify.example_inputs(model.get_base_model())
+    monkeypatch.setattr(merge, "restore_weight", lambda site: setattr(site, "original", None))
+    merged, bits = verify.check_merging(model, "default", inputs, verify.model_outputs(model, inputs))
     assert merged.passed is True and bits.passed is False and "tensors changed" in bits.note
 
 
@@ -132,10 +132,10 @@ def test_a_certificate_of_a_lora(tmp_path: Path) -> None:
 
 def test_a_base_that_moved_is_seen() -> None:
     model = lora()
-    assert verify.untouched(model).passed
+    assert verify.check_untouched(model).passed
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight.mul_(1.1)
-    found = verify.untouched(model)
+    found = verify.check_untouched(model)
     assert found.passed is False and "embed_tokens.weight" in found.note
 
 
@@ -181,12 +181,12 @@ def test_what_is_no_certificate(tmp_path: Path, text: str) -> None:
 
 def test_inputs_that_are_not_known() -> None:
     with pytest.raises(ValueError, match=r"give inputs=\{"):
-        verify.example(torch.nn.Linear(2, 2))
+        verify.example_inputs(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "architecture"), FITS)
 def test_every_method_in_new_processes(name: str, architecture: str, tmp_path: Path) -> None:
     found = veneer.verify(adapted(name, architecture), tmp_path)
-    assert found.passed, verify.rows(found)
+    assert found.passed, verify.table_rows(found)
     assert found.checks[1].passed is True

@@ -19,7 +19,7 @@ from transformers.activations import NewGELUActivation
 
 import veneer
 from veneer.algebra.low_rank import Factored
-from veneer.algebra.modes import reference
+from veneer.algebra.modes import reference_only
 from veneer.kernels import dropout, gated, linear
 from veneer.kernels import triton as kernels
 from veneer.kernels.member import Share
@@ -102,7 +102,7 @@ def test_shrink_then_expand_is_the_operator(shape: tuple[int, int, int], rank: i
     x, y = make(M, K, dtype=dtype), make(M, N, dtype=dtype)
     A, B = random(rank, K), random(N, rank)
     before = y.clone()
-    h = kernels.shrink(x, A)
+    h = kernels.shrink_dropped(x, A)
     close(h, F.linear(x.double(), A.to(dtype).double()), dtype)
     assert h.dtype == dtype
     assert kernels.expand_add_(y, h, B, 0.5) is y
@@ -113,7 +113,7 @@ def test_shrink_then_expand_is_the_operator(shape: tuple[int, int, int], rank: i
 @pytest.mark.parametrize("rank", [4, 64])
 def test_a_stack_of_siblings_is_one_product(rank: int) -> None:
     x, As = random(40, 300), [random(rank, 300) for _ in range(3)]
-    h = kernels.shrink(x, torch.cat(As))
+    h = kernels.shrink_dropped(x, torch.cat(As))
     for one, A in zip(h.split(rank, 1), As, strict=True):
         close(one, x.double() @ A.double().T, torch.float32)
         y = torch.zeros(40, 50, device=DEVICE)
@@ -122,16 +122,16 @@ def test_a_stack_of_siblings_is_one_product(rank: int) -> None:
 
 def test_the_sum_over_columns_is_split_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = kernels.code().shrink_kernel
+    real = kernels.forward_code().shrink_kernel
 
     class Watched:
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             seen.append(grid)
             return real[grid]
 
-    monkeypatch.setattr(kernels, "code", lambda: SimpleNamespace(shrink_kernel=Watched()))
+    monkeypatch.setattr(kernels, "forward_code", lambda: SimpleNamespace(shrink_kernel=Watched()))
     x, A = random(1, 4096 + 40), random(8, 4096 + 40)
-    close(kernels.shrink(x, A), x.double() @ A.double().T, torch.float32)
+    close(kernels.shrink_dropped(x, A), x.double() @ A.double().T, torch.float32)
     assert seen[0][2] > 8
 
 
@@ -140,18 +140,18 @@ def test_the_sum_over_columns_is_split_for_few_rows(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("rank", [4, 100])
 def test_outer(M: int, rank: int, dtype: torch.dtype) -> None:
     g, x = strided(M, rank, dtype=dtype), strided(M, 150, dtype=dtype)
-    close(kernels.outer(g, x, 2.0), 2 * g.double().T @ x.double(), torch.float32, loss=4)
+    close(kernels.outer_product(g, x, 2.0), 2 * g.double().T @ x.double(), torch.float32, loss=4)
 
 
 def test_no_rows() -> None:
     x, A, B = random(0, 64), random(8, 64), random(32, 8)
     y = random(0, 32)
-    assert kernels.shrink(x, A).shape == (0, 8)
-    assert kernels.expand_add_(y, kernels.shrink(x, A), B) is y
-    assert torch.equal(kernels.outer(random(0, 8), x), torch.zeros(8, 64, device=DEVICE))
-    routing = kernels.route(torch.zeros(0, dtype=torch.int32, device=DEVICE), 2)
-    assert kernels.shrink(x, A.expand(2, -1, -1), routing=routing).shape == (0, 8)
-    assert kernels.gate(x, x).shape == (0, 64)
+    assert kernels.shrink_dropped(x, A).shape == (0, 8)
+    assert kernels.expand_add_(y, kernels.shrink_dropped(x, A), B) is y
+    assert torch.equal(kernels.outer_product(random(0, 8), x), torch.zeros(8, 64, device=DEVICE))
+    routing = kernels.route_rows(torch.zeros(0, dtype=torch.int32, device=DEVICE), 2)
+    assert kernels.shrink_dropped(x, A.expand(2, -1, -1), routing=routing).shape == (0, 8)
+    assert kernels.gate_gradient(x, x).shape == (0, 64)
 
 
 # Rows of several adapters.
@@ -177,7 +177,7 @@ def routed_reference(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor,
 @pytest.mark.parametrize(("case", "dtype"), ROUTED)
 def test_rows_take_their_own_adapter(case: str, M: int, S: int, rank: int, dtype: torch.dtype) -> None:
     slots = SLOTS[case](M, S).to(DEVICE, torch.int32)
-    routing = kernels.route(slots, S)
+    routing = kernels.route_rows(slots, S)
     names = ("x", "A", "B")
     values = (strided(M, 50, dtype=dtype), random(S, rank, 50), random(S, 70, rank))
     scales, base, up = torch.rand(S, device=DEVICE) + 0.5, random(M, 70, dtype=dtype), random(M, 70, dtype=dtype)
@@ -200,7 +200,7 @@ def test_rows_take_their_own_adapter(case: str, M: int, S: int, rank: int, dtype
 def test_every_block_is_rows_of_one_slot_and_every_row_is_in_one() -> None:
     for M, S in ((1, 1), (5, 40), (64, 4), (65, 4), (1000, 3)):
         slots = torch.randint(-1, S, (M,), dtype=torch.int32, device=DEVICE)
-        r = kernels.route(slots, S)
+        r = kernels.route_rows(slots, S)
         taken = []
         for slot, first in zip(r.slot.tolist(), r.first.tolist(), strict=True):
             if slot >= 0:
@@ -219,12 +219,12 @@ def test_one_mask_everywhere(p: float) -> None:
     seed = kernels.draw_seed(DEVICE)
     mask = mask_of(seed, M, K, p)
     x, A, g = random(M, K), random(r, K), random(M, r)
-    close(kernels.shrink(x, A, p=p, seed=seed), (x * mask).double() @ A.double().T / (1 - p), torch.float32)
-    close(kernels.outer(g, x, p=p, seed=seed), g.double().T @ (x * mask).double() / (1 - p), torch.float32)
+    close(kernels.shrink_dropped(x, A, p=p, seed=seed), (x * mask).double() @ A.double().T / (1 - p), torch.float32)
+    close(kernels.outer_product(g, x, p=p, seed=seed), g.double().T @ (x * mask).double() / (1 - p), torch.float32)
     y = random(M, K)
     wanted = y.double() + 0.5 * (g.double() @ A.double()) * mask / (1 - p)
     close(kernels.expand_add_(y, g, A.T, 0.5, p=p, seed=seed), wanted, torch.float32)
-    few = kernels.shrink(x[:3], A, p=p, seed=seed)  # other blocks, the same mask
+    few = kernels.shrink_dropped(x[:3], A, p=p, seed=seed)  # other blocks, the same mask
     close(few, (x * mask)[:3].double() @ A.double().T / (1 - p), torch.float32)
 
 
@@ -253,9 +253,9 @@ def test_dropout_follows_torchs_generator() -> None:
 def test_dropout_with_rows_of_several_adapters() -> None:
     M, K, N, S, p = 50, 60, 40, 3, 0.3
     slots = torch.randint(-1, S, (M,), dtype=torch.int32, device=DEVICE)
-    routing, seed = kernels.route(slots, S), kernels.draw_seed(DEVICE)
+    routing, seed = kernels.route_rows(slots, S), kernels.draw_seed(DEVICE)
     x, A, B, scales = random(M, K), random(S, 4, K), random(S, N, 4), torch.ones(S, device=DEVICE)
-    h = kernels.shrink(x, A, p=p, seed=seed, routing=routing)
+    h = kernels.shrink_dropped(x, A, p=p, seed=seed, routing=routing)
     y = kernels.expand_add_(torch.zeros(M, N, device=DEVICE), h, B, routing=routing)
     dropped = x * mask_of(seed, M, K, p) / (1 - p)
     close(y, routed_reference(torch.zeros_like(y), dropped, A, B, scales, slots), torch.float32, loss=3)
@@ -282,7 +282,7 @@ def test_gate(layout: str, act: str, shape: tuple[int, int], dtype: torch.dtype)
     wide = [t.double().requires_grad_() for t in (e, g)]
     wanted = PLAIN[act](wide[0]) * wide[1]
     wanted.backward(dm.double())
-    close(kernels.gate(e, g, act), wanted, dtype)
+    close(kernels.gate_gradient(e, g, act), wanted, dtype)
     own = dm.clone()
     de, dg, m = kernels.gate_backward_(own, e, g, act)
     assert de is own
@@ -308,34 +308,34 @@ def test_large_inputs_of_the_gate_stay_finite() -> None:
 def test_errors_name_the_remedy() -> None:
     x, A = random(2, 16), random(4, 16)
     with pytest.raises(ValueError, match="draw_seed"):
-        kernels.shrink(x, A, p=0.1)
+        kernels.shrink_dropped(x, A, p=0.1)
     with pytest.raises(ValueError, match=r"p=1\.0.*below 1"):
-        kernels.shrink(x, A, p=1.0, seed=kernels.draw_seed(DEVICE))
+        kernels.shrink_dropped(x, A, p=1.0, seed=kernels.draw_seed(DEVICE))
     with pytest.raises(ValueError, match="there is no routing"):
-        kernels.shrink(x, A, scales=torch.ones(1, device=DEVICE))
+        kernels.shrink_dropped(x, A, scales=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match="act='relu'.*silu, gelu_tanh"):
-        kernels.gate(x, x, "relu")
+        kernels.gate_gradient(x, x, "relu")
     for dm in (x[:, :1].expand(2, 16), x.bfloat16()):
         with pytest.raises(ValueError, match=r"written over it; make it contiguous and torch\.float32"):
             kernels.gate_backward_(dm, x, x)
-    routing = kernels.route(torch.zeros(2, dtype=torch.int32, device=DEVICE), 3)
+    routing = kernels.route_rows(torch.zeros(2, dtype=torch.int32, device=DEVICE), 3)
     for wrong in (
-        lambda: kernels.shrink(x, random(4, 15)),
-        lambda: kernels.shrink(x, A, routing=routing),
-        lambda: kernels.shrink(x, A.expand(2, -1, -1), routing=routing),
-        lambda: kernels.shrink(random(3, 16), A.expand(3, -1, -1), routing=routing),
+        lambda: kernels.shrink_dropped(x, random(4, 15)),
+        lambda: kernels.shrink_dropped(x, A, routing=routing),
+        lambda: kernels.shrink_dropped(x, A.expand(2, -1, -1), routing=routing),
+        lambda: kernels.shrink_dropped(random(3, 16), A.expand(3, -1, -1), routing=routing),
         lambda: kernels.expand_add_(x, random(1, 4), A.T),
         lambda: kernels.expand_add_(x, random(2, 4), A),
-        lambda: kernels.outer(random(3, 4), x),
-        lambda: kernels.gate(x, x[:1]),
+        lambda: kernels.outer_product(random(3, 4), x),
+        lambda: kernels.gate_gradient(x, x[:1]),
     ):
         with pytest.raises(ValueError, match="its shape is"):
             wrong()
 
 
 def test_available_here() -> None:
-    assert kernels.available(random(1, 1))
-    assert not kernels.available(random(1, 1).double())  # sums are in float32
+    assert kernels.is_available(random(1, 1))
+    assert not kernels.is_available(random(1, 1).double())  # sums are in float32
 
 
 # Layers: the same functions as on a CPU, with these kernels in them.
@@ -396,7 +396,7 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    monkeypatch.setattr(dropout, "draw", None)  # no mask is kept
+    monkeypatch.setattr(dropout, "draw_mask", None)  # no mask is kept
     return Watch(monkeypatch)
 
 
@@ -545,7 +545,7 @@ def test_a_model_is_served_by_them(watch: Watch) -> None:
     model, x = adapted(0.0).train(), random(4, 8, 32)
     found = step(model, x)
     assert watch.calls == ["gate", "gate_backward_"]
-    with reference():
+    with reference_only():
         wanted = step(model, x)
     assert watch.calls == ["gate", "gate_backward_"]
     for mine, other in zip(found, wanted, strict=True):
@@ -567,7 +567,7 @@ def test_checkpointing_and_manual_seed_give_the_same_masks(watch: Watch) -> None
 
 def test_without_triton_a_layer_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(monkeypatch)
-    monkeypatch.setattr(kernels, "installed", lambda: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda: False)
     model, x = adapted(0.25).train(), random(4, 8, 32).requires_grad_()
     step(model, x)
     assert watch.calls == []

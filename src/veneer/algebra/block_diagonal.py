@@ -71,14 +71,14 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     return full.diagonal_scatter(blocks.permute(1, 2, 0), 0, 0, 2).reshape(n * a, n * b)
 
 
-def ungroup(matrix: Tensor, groups: int) -> Tensor:
+def ungroup_blocks(matrix: Tensor, groups: int) -> Tensor:
     """(out, n) with grouped columns -> block-diagonal (out, n * groups)."""
     out, n = matrix.shape
     blocks = matrix.view(groups, out // groups, n)
     return block_diagonal(blocks)
 
 
-def regroup(matrix: Tensor, groups: int) -> Tensor | None:
+def regroup_blocks(matrix: Tensor, groups: int) -> Tensor | None:
     """Inverse of `ungroup`, or None if an entry off the blocks is not zero."""
     out, n = matrix.shape
     blocks = matrix.view(groups, out // groups, groups, n // groups)

@@ -28,7 +28,7 @@ class Mark:
         self.storage = storage_of(tensor)
         self.layout = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         self.version = tensor._version
-        self.some = some(tensor)
+        self.some = first_markable(tensor)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether `tensor` is the one that was marked, unchanged."""
@@ -37,7 +37,7 @@ class Mark:
             and self.version == tensor._version
             and self.storage == storage_of(tensor)
             and self.layout == (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-            and self.some == some(tensor)
+            and self.some == first_markable(tensor)
         )
 
 
@@ -46,7 +46,7 @@ def storage_of(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def some(tensor: Tensor) -> list[float]:
+def first_markable(tensor: Tensor) -> list[float]:
     """A few elements of a tensor in host memory; elsewhere looking would make the host wait."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return []
@@ -54,7 +54,7 @@ def some(tensor: Tensor) -> list[float]:
     return found
 
 
-def markable(tensor: Tensor) -> bool:
+def is_markable(tensor: Tensor) -> bool:
     """Whether changes of a tensor can be seen: a plain one with memory and a version of its own."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and not tensor.is_inference()
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -73,14 +73,14 @@ class Kept:
 
         In a compiled graph it is always computed: a cached value would become a constant of the graph.
         """
-        if torch.compiler.is_compiling() or not markable(source):
+        if torch.compiler.is_compiling() or not is_markable(source):
             return make()
         held = self.held
         if held is not None and held[0].fits(source):
             return held[1]
         mark = Mark(source)  # before the value, so that a change while it is computed is seen
         value = make()
-        if markable(value):
+        if is_markable(value):
             self.held = (mark, value)
         return value
 

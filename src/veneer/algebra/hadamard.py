@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .low_rank import Factored
 from .operator import Operator
-from .operators import piece, plain_precision
+from .operators import plain_precision, rows_at_once
 from .protocols import AutogradContext
 
 
@@ -94,7 +94,7 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, X1: Tensor, Y1: Tensor, X2: Tensor, Y2: Tensor) -> Tensor:
-        k = piece(X1.shape[0], Y1.shape[1])
+        k = rows_at_once(X1.shape[0], Y1.shape[1])
         pairs = zip(torch.split(X1, k), torch.split(X2, k), strict=True)
         return torch.cat([x @ ((a @ Y1) * (b @ Y2)).to(x.dtype).T for a, b in pairs], -1)
 
@@ -105,7 +105,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, X1, Y1, X2, Y2 = ctx.saved_tensors
-        k = piece(X1.shape[0], Y1.shape[1])
+        k = rows_at_once(X1.shape[0], Y1.shape[1])
         gx: Tensor | None = None
         gY1, gY2, gX1, gX2 = torch.zeros_like(Y1), torch.zeros_like(Y2), [], []
         # Written without in-place operations, so that it has a derivative itself.

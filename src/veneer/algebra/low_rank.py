@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .block_diagonal import ungroup
+from .block_diagonal import ungroup_blocks
 from .operator import Operator
-from .operators import PIECE, along, piece
+from .operators import PIECE, broadcast_along, rows_at_once
 
 
 class Factored(Operator):
@@ -40,12 +40,12 @@ class Factored(Operator):
 
     def middle(self, h: Tensor, axis: int = -1) -> Tensor:
         """Scale the r channels of h on `axis`."""
-        return h if self.inner is None else h * along(self.inner.to(h.dtype), axis, h.ndim)
+        return h if self.inner is None else h * broadcast_along(self.inner.to(h.dtype), axis, h.ndim)
 
     def finish(self, y: Tensor, axis: int = -1) -> Tensor:
         """Scale the out channels of y on `axis`."""
         if self.outer is not None:
-            y = y * along(self.outer.to(y.dtype), axis, y.ndim)
+            y = y * broadcast_along(self.outer.to(y.dtype), axis, y.ndim)
         return y if self.scale == 1 else y * self.scale
 
     def apply(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Factored(Operator):
 
     def full_B(self) -> Tensor:
         """B without its grouping, (out, r)."""
-        return ungroup(self.B, self.groups) if self.groups > 1 else self.B
+        return ungroup_blocks(self.B, self.groups) if self.groups > 1 else self.B
 
     def dense(self) -> Tensor:
         A = self.A if self.inner is None else self.inner[:, None] * self.A  # (r, in)
@@ -136,8 +136,10 @@ def rows_times(weight: Tensor, A: Tensor) -> Tensor:
         pairs = zip(torch.split(weight, k), torch.split(A, k), strict=True)
         return torch.cat([torch.bmm(w.to(A.dtype), a.transpose(1, 2)) for w, a in pairs])
     if by_rows:
-        return torch.cat([w.to(A.dtype) @ A.transpose(1, 2) for w in torch.split(weight, piece(out, into), 1)], 1)
-    k = piece(into, out)  # stored by columns
+        return torch.cat(
+            [w.to(A.dtype) @ A.transpose(1, 2) for w in torch.split(weight, rows_at_once(out, into), 1)], 1
+        )
+    k = rows_at_once(into, out)  # stored by columns
     total = A.new_zeros(n, A.shape[1], out)
     for w, a in zip(torch.split(weight, k, 2), torch.split(A, k, 2), strict=True):
         total = torch.baddbmm(total, a, w.to(A.dtype).transpose(1, 2))
@@ -159,16 +161,16 @@ def low_rank(B: Tensor, A: Tensor, r: int, driver: str | None = None) -> tuple[T
     Q, R = torch.linalg.qr(B)  # (..., out, k), (..., k, k)
     P, S = torch.linalg.qr(A.mT)  # (..., in, k), (..., k, k)
     U, s, V = torch.linalg.svd(R @ S.mT, full_matrices=False, driver=driver)
-    return (*fitted(Q @ (U * s[..., None, :]), V @ P.mT, r), s)
+    return (*fit_factors(Q @ (U * s[..., None, :]), V @ P.mT, r), s)
 
 
 def best_rank(M: Tensor, r: int, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The best rank-r part of M (..., out, in); returns as `low_rank`."""
     U, s, V = torch.linalg.svd(M, full_matrices=False, driver=driver)
-    return (*fitted(U * s[..., None, :], V, r), s)
+    return (*fit_factors(U * s[..., None, :], V, r), s)
 
 
-def fitted(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def fit_factors(B: Tensor, A: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """B (..., out, k) and A (..., k, in) cut off, or filled up with zeros, at rank r."""
     spare = max(0, r - B.shape[-1])
     return F.pad(B[..., :r], (0, spare)), F.pad(A[..., :r, :], (0, 0, 0, spare))

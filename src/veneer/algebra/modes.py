@@ -13,12 +13,12 @@ _ENABLED = True
 _SHAPES = False
 
 
-def enabled() -> bool:
+def kernels_enabled() -> bool:
     """Whether kernels may take calls."""
     return _ENABLED
 
 
-def ready() -> bool:
+def functions_ready() -> bool:
     """Whether custom autograd Functions are valid under the active modes (functorch, forward AD, tracing)."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._get_tracing_state():
         return False
@@ -32,7 +32,7 @@ def keeps_results() -> bool:
 
 
 @contextmanager
-def reference() -> Iterator[None]:
+def reference_only() -> Iterator[None]:
     """Within the block, in every thread, the operators' own `apply` runs and no kernel does."""
     global _ENABLED
     before, _ENABLED = _ENABLED, False
@@ -42,13 +42,13 @@ def reference() -> Iterator[None]:
         _ENABLED = before
 
 
-def shaped() -> bool:
+def shapes_only_enabled() -> bool:
     """Whether kernels take tensors of the meta device, to count the memory of a step."""
     return _SHAPES
 
 
 @contextmanager
-def shapes() -> Iterator[None]:
+def shapes_only() -> Iterator[None]:
     """Within the block kernels run on the meta device too; by default the operators' own `apply` does."""
     global _SHAPES
     before, _SHAPES = _SHAPES, True

@@ -52,7 +52,7 @@ class Diagonal(Operator):
         return self.v.shape[0]
 
 
-def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
+def broadcast_along(vector: Tensor, axis: int, ndim: int) -> Tensor:
     """Reshape (n,) so that it broadcasts on `axis` of a tensor with `ndim` dimensions."""
     shape = [1] * ndim
     shape[axis] = -1
@@ -62,7 +62,7 @@ def along(vector: Tensor, axis: int, ndim: int) -> Tensor:
 PIECE = 1 << 18  # elements computed at once of a matrix (out, in) that is never materialised
 
 
-def piece(out: int, into: int) -> int:
+def rows_at_once(out: int, into: int) -> int:
     """How many rows (in,) of a matrix (out, in) to compute at once: PIECE entries, and a quarter of them at most."""
     return max(1, min(PIECE // into, -(-out // 4)))
 

@@ -55,8 +55,8 @@ class Sum(Operator):
         return self.terms[0].size
 
 
-def terms(op: Operator | None) -> Sequence[Operator]:
+def terms_of(op: Operator | None) -> Sequence[Operator]:
     """What is added up in an operator: itself, or the terms of a sum; nothing for None."""
     if op is None:
         return ()
-    return [t for term in op.terms for t in terms(term)] if isinstance(op, Sum) else (op,)
+    return [t for term in op.terms for t in terms_of(term)] if isinstance(op, Sum) else (op,)

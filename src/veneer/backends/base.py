@@ -59,7 +59,7 @@ class Backend(ABC):
 
     def storage(self, owner: nn.Module, param: str) -> Tensor:
         """A tensor in which the weight, or a part of it, is stored: on its device, another or changed when it does."""
-        found = held(owner, param)
+        found = held_tensor(owner, param)
         assert found is not None
         return found
 
@@ -103,7 +103,7 @@ class Backend(ABC):
         """
 
 
-def held(owner: nn.Module, name: str) -> Tensor | None:
+def held_tensor(owner: nn.Module, name: str) -> Tensor | None:
     """A parameter, a buffer or a tensor as a plain attribute of a module's own, or None."""
     for table in (owner._parameters, owner._buffers, vars(owner)):
         found = table.get(name)

@@ -35,7 +35,7 @@ class Weight4bit(Protocol):
     bnb_quantized: bool
 
 
-def library() -> Any:
+def imported_library() -> Any:
     """bitsandbytes.nn if it was imported, which every layer of it needs, else None."""
     return sys.modules.get("bitsandbytes.nn")
 
@@ -47,7 +47,7 @@ class FourBit(Backend):
     holds = "bitsandbytes nf4 and fp4"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
-        bnb = library()
+        bnb = imported_library()
         # Not yet quantized, it will be when the layer moves to its device.
         return bnb is not None and isinstance(owner._parameters.get(param), bnb.Params4bit)
 
@@ -89,12 +89,12 @@ class FourBit(Backend):
             quant_storage=weight.quant_storage,
         )
         state.dtype = old.dtype
-        put(owner, weight, packed, state)
+        put_packed(owner, weight, packed, state)
         return before
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
         packed, state = cast(tuple[Tensor, QuantState], token)
-        put(owner, cast(Weight4bit, owner._parameters[param]), packed, state)
+        put_packed(owner, cast(Weight4bit, owner._parameters[param]), packed, state)
 
     def before(self, owner: nn.Module, param: str, token: object) -> Tensor:
         packed, state = cast(tuple[Tensor, QuantState], token)
@@ -121,7 +121,7 @@ class FourBit(Backend):
         The first forward without gradients would change to it for good, rounding the statistics to bfloat16, and from
         then on no gradient goes through the layer.
         """
-        bnb = library()
+        bnb = imported_library()
         if bnb is None or not isinstance(module, bnb.Linear4bit):
             return
         state: Any = getattr(module.weight, "quant_state", None)
@@ -129,11 +129,11 @@ class FourBit(Backend):
             module.quant_state = state  # which fully_shard takes from the weight
         if getattr(state, "packing_format_for_cpu", False):
             undo = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
-            put(module, module.weight, *undo(module.weight.data, state))
+            put_packed(module, module.weight, *undo(module.weight.data, state))
         module.support_avx512bf16_for_cpu = False
 
     def gathered(self, owner: nn.Module, param: str) -> None:
-        bnb = library()
+        bnb = imported_library()
         if bnb is None or not isinstance(owner, bnb.Linear4bit) or self.state(owner, param) is None:
             return
         weight: Any = owner._parameters[param]
@@ -152,7 +152,7 @@ def computes_in(owner: nn.Module, state: QuantState) -> torch.dtype:
     return found
 
 
-def put(owner: nn.Module, weight: Weight4bit, packed: Tensor, state: QuantState) -> None:
+def put_packed(owner: nn.Module, weight: Weight4bit, packed: Tensor, state: QuantState) -> None:
     weight.data, weight.quant_state = packed, state
     if "quant_state" in owner.__dict__:
         owner.__dict__["quant_state"] = state
@@ -168,7 +168,7 @@ class EightBit(Backend):
     holds = "bitsandbytes int8"
 
     def matches(self, owner: nn.Module, param: str) -> bool:
-        bnb = library()
+        bnb = imported_library()
         weight = owner._parameters.get(param)
         # With has_fp16_weights the weight is an ordinary one.
         return bnb is not None and isinstance(weight, bnb.Int8Params) and not weight.has_fp16_weights
@@ -215,7 +215,7 @@ class EightBit(Backend):
         return parts is not None and parts[0].device.type != "meta"
 
     def gathered(self, owner: nn.Module, param: str) -> None:
-        bnb = library()
+        bnb = imported_library()
         if bnb is None or not isinstance(owner, bnb.Linear8bitLt) or owner.state.has_fp16_weights:
             return
         if not isinstance(owner._parameters[param], bnb.Int8Params):

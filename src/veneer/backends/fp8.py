@@ -44,15 +44,15 @@ class FP8(Backend):
         layer: Any = owner
         old: Any = token
         weight, scale = old
-        value: Tensor = weight.float() * spread(scale.float(), layer.block_size, weight.shape)  # (out, in)
+        value: Tensor = weight.float() * spread_scales(scale.float(), layer.block_size, weight.shape)  # (out, in)
         return value
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         layer: Any = owner
         old = (layer.weight.data, layer.weight_scale_inv.data)
         value = value.to(device=old[0].device, dtype=torch.float32)
-        scale = largest(value, layer.block_size).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-        scaled = value / spread(scale, layer.block_size, value.shape)
+        scale = largest_finite(value, layer.block_size).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+        scaled = value / spread_scales(scale, layer.block_size, value.shape)
         layer.weight.data = scaled.clamp(-LARGEST, LARGEST).to(old[0].dtype)
         layer.weight_scale_inv.data = scale
         return old
@@ -62,7 +62,7 @@ class FP8(Backend):
         layer.weight.data, layer.weight_scale_inv.data = token  # type: ignore[misc]
 
 
-def spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
+def spread_scales(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
     """Factors of blocks (out / b, in / c) -> of entries, (out, in); one factor () stays as it is."""
     if block is None:
         return scale
@@ -70,7 +70,7 @@ def spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> T
     return tall.repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
-def largest(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
+def largest_finite(weight: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest magnitude in each block of a weight (out, in), (out / b, in / c); () without blocks."""
     magnitude = weight.abs()
     if block is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import held
+from .base import held_tensor
 from .packed import Packed, unpack_rows
 
 
@@ -20,7 +20,7 @@ class GPTQ(Packed):
     holds = "GPTQ's packed integers"
 
     def is_mine(self, owner: nn.Module) -> bool:
-        return held(owner, "g_idx") is not None
+        return held_tensor(owner, "g_idx") is not None
 
     def dequantized(self, layer: Any) -> Tensor:
         bits, g_idx = layer.bits, layer.g_idx.long()  # (in,)

@@ -23,7 +23,7 @@ from .plain import FLOATS
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-def library() -> Any:
+def imported_library() -> Any:
     """Transformers' module if it was imported, which every layer of it needs, else None."""
     return sys.modules.get("transformers.integrations.mxfp4")
 
@@ -36,7 +36,7 @@ class MXFP4(Backend):
         return param in self.bare(owner)
 
     def bare(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        if library() is None or not isinstance(module, library().Mxfp4GptOssExperts):
+        if imported_library() is None or not isinstance(module, imported_library().Mxfp4GptOssExperts):
             return {}
         experts: Any = module
         E, width, inner = experts.num_experts, experts.hidden_size, experts.intermediate_size
@@ -53,17 +53,17 @@ class MXFP4(Backend):
         return found
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
-        return dequantized(*packed(owner, param), self.dtype(owner, param))
+        return dequantize_mxfp4(*packed_parts(owner, param), self.dtype(owner, param))
 
     def used(self, owner: nn.Module, param: str) -> Tensor:
         dtype = self.dtype(owner, param)
-        parts = cache(lambda: packed(owner, param))  # unpacked from the layout of the GPU once a call
+        parts = cache(lambda: packed_parts(owner, param))  # unpacked from the layout of the GPU once a call
 
         def make(expert: int | None, dtype: torch.dtype) -> Tensor:
             blocks, scales = parts()
             if expert is None:
-                return dequantized(blocks, scales, dtype)
-            return dequantized(blocks[expert, None], scales[expert, None], dtype)[0]
+                return dequantize_mxfp4(blocks, scales, dtype)
+            return dequantize_mxfp4(blocks[expert, None], scales[expert, None], dtype)[0]
 
         device = self.storage(owner, param).device
         return Deferred(make, torch.Size(self.bare(owner)[param]), dtype, device)
@@ -82,7 +82,7 @@ class MXFP4(Backend):
 
     def settle(self, module: nn.Module) -> None:
         """Give the experts a differentiable forward: the kernel has no backward, and does not raise."""
-        if library() is not None and type(module) is library().Mxfp4GptOssExperts:
+        if imported_library() is not None and type(module) is imported_library().Mxfp4GptOssExperts:
             from .mxfp4_experts import Mxfp4GptOssExperts
 
             module.__class__ = Mxfp4GptOssExperts
@@ -97,7 +97,7 @@ class MXFP4(Backend):
         return plain_experts(module, config, values, dtype or self.dtype(module, "down_proj"))
 
 
-def packed(owner: nn.Module, param: str) -> tuple[Tensor, Tensor]:
+def packed_parts(owner: nn.Module, param: str) -> tuple[Tensor, Tensor]:
     """Bytes (experts, out, in / 32, 16) and exponents (experts, out, in / 32), as a checkpoint has them."""
     parts = []
     for held in (getattr(owner, param), getattr(owner, f"{param}_precision_config").weight_scale):
@@ -107,8 +107,8 @@ def packed(owner: nn.Module, param: str) -> tuple[Tensor, Tensor]:
     return values.reshape(*scales.shape, -1), scales
 
 
-def dequantized(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes and exponents -> (experts, out, in), which float16's range may not hold."""
     with torch.no_grad():
-        value: Tensor = library().convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # (experts, in, out)
+        value: Tensor = imported_library().convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # (experts, in, out)
     return value.mT

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import offload, sharding
-from .base import Backend, held
+from .base import Backend, held_tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,26 +17,26 @@ class Plain(Backend):
     packed = False
 
     def matches(self, owner: nn.Module, param: str) -> bool:
-        weight = held(owner, param)
+        weight = held_tensor(owner, param)
         return weight is not None and weight.dtype in FLOATS
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
         weight = self.storage(owner, param)
         if weight.device.type == "meta":
-            value = offload.fetch(owner, param)
+            value = offload.fetch_offloaded(owner, param)
             if value is not None:
                 return value
-        return sharding.value(weight)
+        return sharding.gathered_value(weight)
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         weight = self.storage(owner, param)
         if sharding.is_sharded(weight):
-            with sharding.available([weight], change=True):
+            with sharding.gathered_in_place([weight], change=True):
                 before = weight.detach().clone()
-                sharding.fill(weight, value)
+                sharding.fill_from(weight, value)
             return before
-        if weight.device.type == "meta" and (old := offload.fetch(owner, param)) is not None:
-            offload.store(owner, param, value.to(old.dtype))
+        if weight.device.type == "meta" and (old := offload.fetch_offloaded(owner, param)) is not None:
+            offload.store_offloaded(owner, param, value.to(old.dtype))
             return old
         # The old storage is kept and swapped back, so unmerging restores its exact bits without arithmetic.
         # On an accelerator it is parked in host memory.
@@ -48,10 +48,10 @@ class Plain(Backend):
         assert isinstance(token, Tensor)
         weight = self.storage(owner, param)
         if sharding.is_sharded(weight):
-            with sharding.available([weight], change=True):
-                sharding.fill(weight, token)
+            with sharding.gathered_in_place([weight], change=True):
+                sharding.fill_from(weight, token)
         elif weight.device.type == "meta":
-            offload.store(owner, param, token)
+            offload.store_offloaded(owner, param, token)
         else:
             weight.data = token.to(weight.device)
 

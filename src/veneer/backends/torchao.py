@@ -28,7 +28,7 @@ class TorchAO(Backend):
         return self.storage(owner, param).dtype
 
     def can_write(self, owner: nn.Module, param: str) -> bool:
-        return quantizer(owner._parameters[param]) is not None
+        return quantizer_like(owner._parameters[param]) is not None
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
         weight: Any = owner._parameters[param]
@@ -38,7 +38,7 @@ class TorchAO(Backend):
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:
         old: Any = owner._parameters[param]
-        quantize = quantizer(old)
+        quantize = quantizer_like(old)
         assert quantize is not None
         with torch.no_grad():
             made = quantize(value.to(device=old.device, dtype=old.dtype))
@@ -55,7 +55,7 @@ class TorchAO(Backend):
         owner._parameters[param] = token  # type: ignore[assignment]
 
 
-def quantizer(weight: Any) -> Callable[[Tensor], Tensor] | None:
+def quantizer_like(weight: Any) -> Callable[[Tensor], Tensor] | None:
     """A function that quantizes a weight (out, in) as `weight` was, or None if torchao does not keep how."""
     kind = type(weight).__name__
     if kind == "Int8Tensor" and weight.act_quant_scale is None and weight.act_pre_scale is None:

@@ -195,7 +195,7 @@ class Patient:
         safe = locate.find_file(where, locate.WEIGHTS_NAME) is not None
         own = locate.find_file(where, DIFFUSERS_NAME)
         pipeline = None if own is None else locate.read_tensors(own)
-        base = fingerprint.read(locate.weights_path(where)) if safe else None
+        base = fingerprint.read_fingerprint(locate.weights_path(where)) if safe else None
         return cls(os.fspath(where), config, locate.load_weights(where), safe, pipeline, base)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -214,7 +214,7 @@ class Patient:
         """Module -> its low-rank factors, by their name in the file."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
-            name = parsed(key)
+            name = parse_key(key)
             if name is not None and name.part in FACTORS and name.leaf != "bias":
                 found.setdefault(name.module, {})[name.part] = tensor
         return found
@@ -264,7 +264,7 @@ class Name:
     leaf: str | None
 
 
-def parsed(key: str) -> Name | None:
+def parse_key(key: str) -> Name | None:
     """A key of a low-rank factor or a magnitude; None for others. The module is without what wraps the model."""
     pieces = key.split(".")
     at = next((i for i, piece in enumerate(pieces) if piece in (*FACTORS, MAGNITUDE)), None)
@@ -272,24 +272,24 @@ def parsed(key: str) -> Name | None:
         return None
     rest = pieces[at + 1 :]
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else None
-    return Name(unwrapped(".".join(pieces[:at])).removeprefix(PREFIX), pieces[at], ".".join(rest) or None, leaf)
+    return Name(strip_wrapper(".".join(pieces[:at])).removeprefix(PREFIX), pieces[at], ".".join(rest) or None, leaf)
 
 
-def unwrapped(key: str) -> str:
+def strip_wrapper(key: str) -> str:
     """A key without the names that DistributedDataParallel, torch.compile and FSDP put into it."""
     pieces = [p for p in key.split(".") if p not in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")]
     return ".".join(pieces[1:] if pieces and pieces[0] == "module" else pieces)
 
 
-def usual(key: str) -> str | None:
+def usual_key(key: str) -> str | None:
     """A key as peft writes it; None for a tensor of the base model that peft does not write."""
     if ".original_module." in key:
         return None
-    name = parsed(key)
+    name = parse_key(key)
     if name is not None:
         ending = f".{name.leaf}" if name.leaf and name.part not in FACTORS[2:] else ""
         return f"{PREFIX}{name.module}.{name.part}{ending}"
-    key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", unwrapped(key))
+    key = re.sub(r"\.modules_to_save\.[^.]+\.", ".", strip_wrapper(key))
     return key if key.startswith("base_model.") else PREFIX + key
 
 
@@ -326,7 +326,9 @@ class Finding:
         return {n: getattr(self, n) for n in names} | {"fixable": self.cure is not None}
 
 
-def examine(patient: Patient, targets: Mapping[str, Accepts], dtype: torch.dtype | None = None) -> list[Finding]:
+def examine_adapter(
+    patient: Patient, targets: Mapping[str, Accepts], dtype: torch.dtype | None = None
+) -> list[Finding]:
     """What the programs mind about an adapter, the worst first.
 
     Args:
@@ -340,14 +342,14 @@ def examine(patient: Patient, targets: Mapping[str, Accepts], dtype: torch.dtype
         wanted = str(dtype).removeprefix("torch.")
         found += [
             Finding(name, "warning", f"tensors are {now}", locate.WEIGHTS_NAME, f"{wanted} is wanted", f"--fix: cast to {wanted}",
-                    "--dtype", lambda p: cast(p, dtype))
+                    "--dtype", lambda p: cast_tensors(p, dtype))
             for name in targets
         ]  # fmt: skip
     order = ("error", "warning", "note")
     return sorted(found, key=lambda f: order.index(f.level))
 
 
-def heal(
+def heal_adapter(
     patient: Patient, targets: Mapping[str, Accepts], dtype: torch.dtype | None = None
 ) -> tuple[Patient, list[Finding]]:
     """A patient without what has a cure, and all findings: those that are cured, marked, and those that are left.
@@ -360,13 +362,13 @@ def heal(
     )
     cured: list[Finding] = []
     for _ in range(16):  # a cure can bring what another program minds into view
-        left = examine(healed, targets, dtype)
+        left = examine_adapter(healed, targets, dtype)
         ready = next((f for f in left if f.cure is not None), None)
         if ready is None:
             return healed, [*cured, *left]
         assert ready.cure is not None
         ready.cure(healed)
-        now = {(f.target, f.what) for f in examine(healed, targets, dtype)}
+        now = {(f.target, f.what) for f in examine_adapter(healed, targets, dtype)}
         cured += [replace(f, fixed=True) for f in left if f.cure is not None and (f.target, f.what) not in now]
     raise ValueError(f"{patient.where}: its cures do not come to an end; this is a fault of Veneer, please report it")
 
@@ -410,7 +412,9 @@ def values_sound(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     odd = [k for k, t in p.tensors.items() if t.dtype not in (torch.float32, torch.float16, torch.bfloat16)]
     if odd:
         kind = str(p.tensors[odd[0]].dtype).removeprefix("torch.")
-        cure = (lambda p: cast(p, torch.float32)) if all(p.tensors[k].is_floating_point() for k in odd) else None
+        cure = (
+            (lambda p: cast_tensors(p, torch.float32)) if all(p.tensors[k].is_floating_point() for k in odd) else None
+        )
         yield Finding(target, "warning", f"{len(odd)} tensors are {kind}", odd[0], "programs load float32, float16 and bfloat16",
                       "--fix: cast to float32" if cure else "save again in float32", a.source(""), cure)  # fmt: skip
     large = [k for k, t in p.tensors.items() if t.is_floating_point() and t.numel() and float(t.abs().max()) > 65504]
@@ -424,22 +428,22 @@ def keys_usual(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
         return
     odd = {}
     for key in p.tensors:
-        name, wanted = parsed(key), usual(key)
-        wraps = unwrapped(key) != key
+        name, wanted = parse_key(key), usual_key(key)
+        wraps = strip_wrapper(key) != key
         named = name is not None and name.adapter is not None and not a.adapter_in_key
         bare = a.prefix and not key.startswith("base_model.")
         raw = ".modules_to_save." in key or ".original_module." in key
         if wraps or named or bare or raw:
             odd[key] = wanted
     if odd:
-        names = {n.adapter for k in p.tensors if (n := parsed(k)) is not None}
+        names = {n.adapter for k in p.tensors if (n := parse_key(k)) is not None}
         one = len(names) <= 1
         first, wanted = next(iter(odd.items()))
         yield Finding(
             target, "error", f"{len(odd)} keys are not as peft writes them", first,
             "they find no place, and the layers stay as if untrained",
             f"--fix: renamed, this one to {wanted}" if one else f"the file holds several adapters ({names}); save them apart",
-            a.source("adapter_in_key"), rename if one else None,
+            a.source("adapter_in_key"), rename_keys if one else None,
         )  # fmt: skip
 
 
@@ -489,10 +493,10 @@ def features_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
         yield unread("copies", "full copies of modules", ", ".join(copies))
     if any("trainable_tokens_delta" in k for k in p.tensors) and not a.rows:
         yield unread("rows", "trained token rows", "trainable_token_indices")
-    biases = [k for k in p.tensors if k.endswith(".bias") and parsed(k) is None and not any(m in k for m in copies)]
+    biases = [k for k in p.tensors if k.endswith(".bias") and parse_key(k) is None and not any(m in k for m in copies)]
     if biases and not a.biases:
         yield unread("biases", f"{len(biases)} trained biases", biases[0])
-    added = [k for k in p.tensors if (n := parsed(k)) is not None and n.leaf == "bias"]
+    added = [k for k in p.tensors if (n := parse_key(k)) is not None and n.leaf == "bias"]
     if any(p.tensors[k].any() for k in added) and not a.lora_bias:
         yield unread("lora_bias", "biases on B", added[0])
     convolutions = [m for m, pair in factors.items() if any(t.ndim > 2 for t in pair.values())]
@@ -524,12 +528,12 @@ def config_true(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
         level = "error" if target == "vllm" else "note"  # the others do not look at it
         yield Finding(target, level, f"modules_to_save={c['modules_to_save']}", "modules_to_save", why, remedy,
                       a.source("copies"), lambda p: p.config.update(modules_to_save=None))  # fmt: skip
-    biases = [k for k in p.tensors if k.endswith(".bias") and parsed(k) is None]
+    biases = [k for k in p.tensors if k.endswith(".bias") and parse_key(k) is None]
     if str(c.get("bias", "none")) != "none" and not biases and not a.biases:
         why, remedy = "the config names trained biases, though the file has none", "--fix: 'none' in the config"
         yield Finding(target, "error", f"bias={c['bias']!r}", "bias", why, remedy,
                       a.source("biases"), lambda p: p.config.update(bias="none"))  # fmt: skip
-    added = [k for k in p.tensors if (n := parsed(k)) is not None and n.leaf == "bias"]
+    added = [k for k in p.tensors if (n := parse_key(k)) is not None and n.leaf == "bias"]
     if (added or c.get("lora_bias")) and not a.lora_bias and not any(p.tensors[k].any() for k in added):
 
         def leave_out(p: Patient) -> None:
@@ -538,7 +542,9 @@ def config_true(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
 
         why, remedy = "biases are not read, and these are all zero", "--fix: left out"
         yield Finding(target, "error", "lora_bias", "lora_bias", why, remedy, a.source("lora_bias"), leave_out)
-    odd = [k for k in p.tensors if (n := parsed(k)) is not None and n.part == MAGNITUDE and not k.endswith(a.magnitude)]
+    odd = [
+        k for k in p.tensors if (n := parse_key(k)) is not None and n.part == MAGNITUDE and not k.endswith(a.magnitude)
+    ]
     if odd and a.dora and target != "diffusers":
         why = f"{target} looks for {a.magnitude[0]}, and leaves them at their start"
         remedy = f"--fix: named {a.magnitude[0]}"
@@ -560,7 +566,7 @@ def scales_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
         return
     size = max(ranks) if a.ranks is None else next(n for n in a.ranks if n >= max(ranks))
     # A computed start is taken out of the base at the config's rank, which must stay.
-    cure = None if stacked or p.computed_start else (lambda p: fold(p, size))
+    cure = None if stacked or p.computed_start else (lambda p: fold_scales(p, size))
     if scales != {first} or len(ranks) > 1:
         field = "alpha_pattern" if p.config.get("alpha_pattern") else "rank_pattern"
         yield Finding(target, "error", f"{len(scales)} different scales" if len(scales) > 1 else "ranks by layer", field,
@@ -573,21 +579,23 @@ def scales_read(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
                       a.source("ranks"), cure)  # fmt: skip
 
 
-def strays(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
+def find_strays(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     """Tensors that are none of a LoRA's parts, such as embeddings that were saved along."""
     if p.method != "LORA" or a.copies:
         return
     known = ("trainable_tokens_delta", ".bias", ".base_layer.weight", ".original_module.")
     copies = copied_modules(p)
     odd = [
-        k for k in p.tensors if parsed(k) is None and not any(n in k for n in known) and not any(m in k for m in copies)
+        k
+        for k in p.tensors
+        if parse_key(k) is None and not any(n in k for n in known) and not any(m in k for m in copies)
     ]
     if odd:
         yield Finding(target, "error", f"{len(odd)} tensors that are no LoRA", odd[0], "keys of other kinds are refused",
                       f"{MERGE}; or save with save_embedding_layers=False, where the vocabulary was not changed", a.source("copies"))  # fmt: skip
 
 
-def stabilized(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
+def check_stabilized(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
     """The scale of rank-stabilized LoRA, which not every version of vLLM uses everywhere."""
     if target != "vllm" or p.method != "LORA" or not p.config.get("use_rslora") or p.computed_start:
         return
@@ -645,8 +653,8 @@ def pipeline_file(p: Patient, target: str, a: Accepts) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Patient, str, Accepts], Iterator[Finding]], ...] = (
-    method_known, file_safe, values_sound, keys_usual, factors_whole, features_read, config_true, strays, targets_named,
-    stabilized, scales_read, pipeline_file,
+    method_known, file_safe, values_sound, keys_usual, factors_whole, features_read, config_true, find_strays, targets_named,
+    check_stabilized, scales_read, pipeline_file,
 )  # fmt: skip
 
 
@@ -660,8 +668,8 @@ def copied_modules(p: Patient) -> list[str]:
     found = Counter(
         m
         for k in p.tensors
-        if parsed(k) is None
-        and (m := (usual(k) or "").removeprefix(PREFIX).rpartition(".")[0]).endswith(wanted)
+        if parse_key(k) is None
+        and (m := (usual_key(k) or "").removeprefix(PREFIX).rpartition(".")[0]).endswith(wanted)
         and wanted
     )
     return list(found)
@@ -670,10 +678,10 @@ def copied_modules(p: Patient) -> list[str]:
 # Cures. They keep what the adapter does.
 
 
-def rename(p: Patient) -> None:
+def rename_keys(p: Patient) -> None:
     made: dict[str, Tensor] = {}
     for key, tensor in p.tensors.items():
-        wanted = usual(key)
+        wanted = usual_key(key)
         if wanted is None:
             continue
         if wanted in made:
@@ -688,22 +696,22 @@ def name_magnitudes(p: Patient) -> None:
     p.tensors = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: t for k, t in p.tensors.items()}
 
 
-def fold(p: Patient, rank: int) -> None:
+def fold_scales(p: Patient, rank: int) -> None:
     """One rank and one scale for all layers: B takes the quotient of the scales, zeros fill up A and B."""
     scale = p.scale()
     made = {}
     for key, tensor in p.tensors.items():
-        name = parsed(key)
+        name = parse_key(key)
         if name is not None and name.part in FACTORS:
             if name.part.endswith("B"):
-                tensor = scaled(tensor, p.scale(name.module) / scale)
+                tensor = scale_tensor(tensor, p.scale(name.module) / scale)
             if name.leaf != "bias":
-                tensor = filled(tensor, 0 if name.part.endswith("A") else 1, rank)
+                tensor = pad_axis(tensor, 0 if name.part.endswith("A") else 1, rank)
         made[key] = tensor
     p.tensors = made
     p.config |= {
         "r": rank,
-        "lora_alpha": rounded(scale * rank),
+        "lora_alpha": round_value(scale * rank),
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -712,21 +720,21 @@ def fold(p: Patient, rank: int) -> None:
 
 def fold_rslora(p: Patient) -> None:
     """The same scale, written as alpha / r."""
-    p.config |= {"lora_alpha": rounded(p.scale() * p.config.get("r", 8)), "use_rslora": False}
+    p.config |= {"lora_alpha": round_value(p.scale() * p.config.get("r", 8)), "use_rslora": False}
 
 
-def rounded(value: float) -> float:
+def round_value(value: float) -> float:
     """A whole number as an int, as configs have it."""
     return int(value) if value == int(value) else value
 
 
-def filled(tensor: Tensor, axis: int, size: int) -> Tensor:
+def pad_axis(tensor: Tensor, axis: int, size: int) -> Tensor:
     """Zeros behind a tensor on one axis, up to a size."""
     spare = [0, 0] * (tensor.ndim - 1 - axis) + [0, size - tensor.shape[axis]]
     return F.pad(tensor, spare)
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
+def scale_tensor(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
 
 
@@ -734,16 +742,16 @@ def for_pipeline(p: Patient, part: str) -> dict[str, Tensor]:
     """The tensors as diffusers reads them: by the pipeline's part, with a scale of 1."""
     made = {}
     for key, tensor in p.tensors.items():
-        name = parsed(key)
+        name = parse_key(key)
         if name is None:
             continue
-        value = scaled(tensor, p.scale(name.module)) if name.part == "lora_B" else tensor
+        value = scale_tensor(tensor, p.scale(name.module)) if name.part == "lora_B" else tensor
         ending = f".{name.leaf}" if name.leaf and name.part != MAGNITUDE else ""
         made[f"{part}.{name.module}.{name.part}{ending}"] = value
     return made
 
 
-def cast(p: Patient, dtype: torch.dtype) -> None:
+def cast_tensors(p: Patient, dtype: torch.dtype) -> None:
     """Raises ValueError where values are beyond the dtype's range."""
     limit = torch.finfo(dtype).max
     for key, tensor in p.tensors.items():

@@ -56,9 +56,9 @@ def main(how: str, path: str) -> None:
         from . import verify
 
         model = PeftModel.from_pretrained(base, request["adapter"])
-        said = verify.outputs(model, inputs)
+        said = verify.model_outputs(model, inputs)
         reference = load_file(place / "said.safetensors")["said"]
-        checks = verify.merging(model, "default", inputs, reference)
+        checks = verify.check_merging(model, "default", inputs, reference)
         answer["checks"] = [dataclasses.asdict(c) for c in checks]
         if checks[0].passed is None:
             answer["why"] = checks[0].note

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import adapter_files
-from ..files.certificate import Certificate, Check, digest, versions
+from ..files.certificate import Certificate, Check, file_digest, library_versions
 from ..injection.entries import copy_name
 from ..io import fingerprint, locate
 
@@ -37,7 +37,7 @@ MERGED = {torch.float32: 1e-5, torch.float64: 1e-8, torch.bfloat16: 6e-2, torch.
 SECONDS = 900  # a process may take
 
 
-def example(model: nn.Module) -> dict[str, Tensor]:
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Inputs for a transformers model: two rows, always the same.
 
     Raises:
@@ -72,7 +72,7 @@ def example(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def model_outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """What a model says, in float32: its logits, else the first floating-point tensor of its output."""
     device = next(model.parameters()).device
     was_training = model.training
@@ -89,15 +89,15 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return found[0].float().cpu()
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference of two outputs, over the largest value; infinite where they cannot be compared."""
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
-def compared(name: str, here: Tensor, there: Tensor, allowed: float, note: str = "") -> Check:
-    difference = apart(there, here)
+def compare_outputs(name: str, here: Tensor, there: Tensor, allowed: float, note: str = "") -> Check:
+    difference = relative_difference(there, here)
     return Check(name, difference <= allowed, difference, allowed, note)
 
 
@@ -118,7 +118,7 @@ def base_bits(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def merging(model: PeftModel, name: str, inputs: Mapping[str, Tensor], said: Tensor) -> list[Check]:
+def check_merging(model: PeftModel, name: str, inputs: Mapping[str, Tensor], said: Tensor) -> list[Check]:
     """Merge an adapter and unmerge it: what the model says then, and the bits of the base after it."""
     base = model.get_base_model()
     before = base_bits(base)
@@ -130,13 +130,15 @@ def merging(model: PeftModel, name: str, inputs: Mapping[str, Tensor], said: Ten
         return [Check("merged", None, note=str(error).split(";")[0])]
     packed = any(s.backend is not None and s.backend.packed for s in model.runtime.places[name])
     try:
-        now = outputs(model, inputs)
+        now = model_outputs(model, inputs)
     finally:
         model.unmerge_adapter()
     if packed:  # what is lost by quantizing again is the format's; export_dense measures it
-        found = Check("merged", None, apart(now, said), note="the base is quantized, and merging quantizes again")
+        found = Check(
+            "merged", None, relative_difference(now, said), note="the base is quantized, and merging quantizes again"
+        )
     else:
-        found = compared("merged", said, now, MERGED[dtype_of(base)])
+        found = compare_outputs("merged", said, now, MERGED[dtype_of(base)])
     after = base_bits(base)
     changed = [n for n in before if before[n] != after.get(n)]
     note = f"{len(changed)} tensors changed, first {changed[0]}" if changed else f"{len(before)} tensors"
@@ -172,23 +174,23 @@ def verify(
     config = model.runtime.config_of(adapter_name)
     if model.runtime.router.merged:
         raise ValueError("verify: adapters are merged into the base weights; call unmerge_adapter() first")
-    given = dict(example(root) if inputs is None else inputs)
+    given = dict(example_inputs(root) if inputs is None else inputs)
     if inputs is None and (tasks := getattr(config, "num_tasks", None)):  # prompts of several tasks
         given["task_ids"] = torch.arange(len(next(iter(given.values())))) % tasks  # (rows,)
     active = model.runtime.router.chosen
     with model.disable_adapter():
-        plain = outputs(model, given)
+        plain = model_outputs(model, given)
     model.runtime.activate(adapter_name)
     try:
-        said = outputs(model, given)
+        said = model_outputs(model, given)
     finally:
         model.runtime.activate(list(active))
-    checks = [untouched(model)]
+    checks = [check_untouched(model)]
     with tempfile.TemporaryDirectory(prefix="veneer-verify-") as made:
         place = Path(made)
         target = place / "adapter" if folder is None else Path(folder)
-        if not holds(target, model, adapter_name):
-            adapter_files.save_adapter(model.runtime, adapter_name, target, **named(model, adapter_name))
+        if not folder_holds(target, model, adapter_name):
+            adapter_files.save_adapter(model.runtime, adapter_name, target, **named_tensors_of(model, adapter_name))
         where, note = saved_base(root, base, place)
         request = {
             "base": where,
@@ -207,22 +209,22 @@ def verify(
         save_file({k: v.contiguous() for k, v in given.items()}, place / "inputs.safetensors")
         save_file({"said": said}, place / "said.safetensors")
         same = SAME[dtype_of(root)]
-        answer = process("veneer", request)
-        checks.append(compared("loaded in a new process", said, answer["said"], same, note))
+        answer = run_subprocess("veneer", request)
+        checks.append(compare_outputs("loaded in a new process", said, answer["said"], same, note))
         checks += [Check(**c) for c in answer["checks"]]
         checks.append(check_alone(request, said, root, answer))
         checks.append(in_peft(request, said, same, config.peft_name))
         files = {
-            n: {"size": p.stat().st_size, "sha256": digest(p, whole=True), "sampled": digest(p, whole=False)}
+            n: {"size": p.stat().st_size, "sha256": file_digest(p, whole=True), "sampled": file_digest(p, whole=False)}
             for n in (locate.CONFIG_NAME, locate.WEIGHTS_NAME)
             if (p := target / n).is_file()
         }
     certificate = Certificate(
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         model.runtime.known_base().id,
-        apart(said, plain),
+        relative_difference(said, plain),
         tuple(checks),
-        versions(),
+        library_versions(),
         files,
     )
     if folder is not None:
@@ -230,7 +232,7 @@ def verify(
     return certificate
 
 
-def holds(folder: Path, model: PeftModel, adapter: str) -> bool:
+def folder_holds(folder: Path, model: PeftModel, adapter: str) -> bool:
     """Whether a folder's files are this adapter's already, value for value."""
     path = folder / locate.WEIGHTS_NAME
     if not path.is_file() or not (folder / locate.CONFIG_NAME).is_file():
@@ -239,12 +241,12 @@ def holds(folder: Path, model: PeftModel, adapter: str) -> bool:
     return here.keys() <= there.keys() and all(torch.equal(there[k].to(t), t) for k, t in here.items())
 
 
-def untouched(model: PeftModel) -> Check:
+def check_untouched(model: PeftModel) -> Check:
     """Whether the base still has the values that it had when the first adapter was attached."""
     then = model.runtime.known_base()
     if not then.weights:
         return Check("base untouched since attaching", None, note="its weights are quantized or sharded")
-    found = fingerprint.compare(then, model.get_base_model())
+    found = fingerprint.compare_base(then, model.get_base_model())
     return Check(
         "base untouched since attaching",
         not found.describe(),
@@ -252,7 +254,7 @@ def untouched(model: PeftModel) -> Check:
     )
 
 
-def named(model: PeftModel, adapter: str) -> dict[str, Any]:
+def named_tensors_of(model: PeftModel, adapter: str) -> dict[str, Any]:
     """Fields that a saved config is given where it lacks them."""
     from ..model.persistence import base_name
 
@@ -287,7 +289,7 @@ def saved_base(root: Any, base: str | os.PathLike[str] | None, place: Path) -> t
     return str(target), "the base was never on disk: a copy of what is in memory"
 
 
-def process(how: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def run_subprocess(how: str, request: Mapping[str, Any]) -> dict[str, Any]:
     """Look at an adapter in a process of its own.
 
     Raises:
@@ -318,10 +320,10 @@ def check_alone(request: Mapping[str, Any], said: Tensor, root: nn.Module, answe
     if not answer["merged"]:
         return Check(name, None, note=answer["why"])
     try:
-        there = process("transformers", {**request, "base": answer["merged"]})["said"]
+        there = run_subprocess("transformers", {**request, "base": answer["merged"]})["said"]
     except ValueError as error:
         return Check(name, False, note=str(error))
-    return compared(name, said, there, MERGED[dtype_of(root)])
+    return compare_outputs(name, said, there, MERGED[dtype_of(root)])
 
 
 def in_peft(request: Mapping[str, Any], said: Tensor, allowed: float, method: str) -> Check:
@@ -336,16 +338,16 @@ def in_peft(request: Mapping[str, Any], said: Tensor, allowed: float, method: st
     except importlib.metadata.PackageNotFoundError:
         return Check(name, None, note="peft is not installed")
     try:
-        there = process("peft", request)["said"]
+        there = run_subprocess("peft", request)["said"]
     except ValueError as error:
         return Check(name, None, note=f"peft {installed} cannot load it here: {error}")
     note, virtual = f"peft {installed}", there.shape[1] - said.shape[1] if there.ndim == said.ndim == 3 else 0
     if virtual > 0:  # peft's logits of a soft prompt's positions, which Veneer cuts off
         there, note = there[:, virtual:], f"{note}, its {virtual} virtual positions left out"
-    return compared(name, said, there, max(allowed, 1e-5), note)
+    return compare_outputs(name, said, there, max(allowed, 1e-5), note)
 
 
-def rows(certificate: Certificate) -> Sequence[tuple[str, str, str, str]]:
+def table_rows(certificate: Certificate) -> Sequence[tuple[str, str, str, str]]:
     """Each check as text: what, verdict, difference, note."""
     verdicts = {True: "passed", False: "FAILED", None: "not applicable"}
     found = []

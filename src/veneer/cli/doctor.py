@@ -19,7 +19,7 @@ def examine_adapter(
     """Print what programs mind about an adapter; exit with 1 where one of them will not load it, or loads something else."""
     import torch
 
-    from ..checks.doctor import DIFFUSERS_NAME, TARGETS, Patient, examine, folder_for, heal
+    from ..checks.doctor import DIFFUSERS_NAME, TARGETS, Patient, examine_adapter, folder_for, heal_adapter
     from ..io.locate import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
     from ..targets.suggest import suggest
 
@@ -38,9 +38,9 @@ def examine_adapter(
         accepts = {name: TARGETS[name] for name in chosen}
         wanted = None if dtype is None else getattr(torch, dtype)
         if not fix:
-            findings, written = examine(patient, accepts, wanted), None
+            findings, written = examine_adapter(patient, accepts, wanted), None
         else:
-            healed, findings = heal(patient, accepts, wanted)
+            healed, findings = heal_adapter(patient, accepts, wanted)
             written = None
             if any(f.fixed for f in findings):
                 written = Path(adapter) if in_place else out or folder_for(adapter)

@@ -39,7 +39,7 @@ def verify_adapter(adapter: str, model: str | None, task: str | None, dtype: str
             found = checks.verify(adapted, local, base=name)
     table = Table("check", "", "difference", "", title=f"{adapter} on {name}", title_justify="left")
     colours = {"passed": "green", "FAILED": "red", "not applicable": "dim"}
-    for what, verdict, difference, note in checks.rows(found):
+    for what, verdict, difference, note in checks.table_rows(found):
         table.add_row(escape(what), f"[{colours[verdict]}]{verdict}[/]", difference, escape(note))
     console.print(table)
     effect = (

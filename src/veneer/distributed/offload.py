@@ -25,7 +25,7 @@ def hook_of(module: nn.Module) -> DispatchHook | None:
     return None
 
 
-def fetch(module: nn.Module, param: str) -> Tensor | None:
+def fetch_offloaded(module: nn.Module, param: str) -> Tensor | None:
     """The value of an offloaded parameter, or None if it is not offloaded."""
     hook = hook_of(module)
     if hook is None:
@@ -34,7 +34,7 @@ def fetch(module: nn.Module, param: str) -> Tensor | None:
     return value
 
 
-def store(module: nn.Module, param: str, value: Tensor) -> None:
+def store_offloaded(module: nn.Module, param: str, value: Tensor) -> None:
     """Replace the value of an offloaded parameter, in host memory."""
     hook = hook_of(module)
     assert hook is not None
@@ -127,7 +127,7 @@ def keep_resident(module: nn.Module) -> None:
         module.__dict__["_hf_hook"] = Resident(hook)
 
 
-def release(module: nn.Module) -> None:
+def release_residents(module: nn.Module) -> None:
     """Undo `keep_resident`."""
     hook = module.__dict__.get("_hf_hook")
     if isinstance(hook, Resident):

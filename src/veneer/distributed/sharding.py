@@ -45,7 +45,7 @@ def is_sharded(tensor: object) -> bool:
     return is_partitioned(tensor) or is_distributed(tensor)
 
 
-def how(tensor: object) -> str:
+def sharding_name(tensor: object) -> str:
     """What shards it, for messages."""
     return "DeepSpeed ZeRO-3" if is_partitioned(tensor) else "fully_shard or tensor parallelism (DTensor)"
 
@@ -63,16 +63,16 @@ def gathered(tensor: Tensor) -> Tensor:
     return made
 
 
-def value(tensor: Tensor) -> Tensor:
+def gathered_value(tensor: Tensor) -> Tensor:
     """A parameter, or a gathered copy if ZeRO-3 partitions it (a collective then)."""
     if not is_partitioned(tensor) or tensor.ds_status.name == "AVAILABLE":
         return tensor
-    with available([tensor]):
+    with gathered_in_place([tensor]):
         return tensor.detach().clone()
 
 
 @contextmanager
-def available(tensors: Iterable[Tensor | None], *, change: bool = False) -> Iterator[None]:
+def gathered_in_place(tensors: Iterable[Tensor | None], *, change: bool = False) -> Iterator[None]:
     """Within the block, ZeRO-3's parameters among `tensors` hold their whole values, in every process.
 
     Args:
@@ -89,7 +89,7 @@ def available(tensors: Iterable[Tensor | None], *, change: bool = False) -> Iter
         yield
 
 
-def fill(own: Tensor, value: Tensor) -> None:
+def fill_from(own: Tensor, value: Tensor) -> None:
     """Copy a value, whole or sharded in any way, into a tensor, or each rank's part of it.
 
     Of a whole one every process has the same.
@@ -116,22 +116,22 @@ def fill_partition(own: Tensor, value: Tensor) -> None:
             own.copy_(value)
 
 
-def writes(tensors: Iterable[Tensor]) -> bool:
+def writes_file(tensors: Iterable[Tensor]) -> bool:
     """Whether this process writes the file of such tensors: rank 0 of sharded ones, everyone who is asked of others."""
-    return rank() == 0 or not any(is_sharded(t) for t in tensors)
+    return process_rank() == 0 or not any(is_sharded(t) for t in tensors)
 
 
-def distributed() -> bool:
+def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
-    return dist.get_rank() if distributed() else 0
+def process_rank() -> int:
+    return dist.get_rank() if is_initialized() else 0
 
 
-def wait(tensors: Iterable[Tensor]) -> None:
+def wait_for_all(tensors: Iterable[Tensor]) -> None:
     """Wait for every process if tensors are sharded, so that no process reads a file before it is written."""
-    if distributed() and any(is_sharded(t) for t in tensors):
+    if is_initialized() and any(is_sharded(t) for t in tensors):
         dist.barrier()
 
 
@@ -151,7 +151,7 @@ def refuse_attaching(root: nn.Module, named: Mapping[str, nn.Module]) -> None:
             if is_partitioned(parameter):
                 remedy = "deepspeed.initialize(model=model, ...)"
             raise RuntimeError(
-                f"{name} is already sharded by {how(parameter)}; attach adapters before sharding: "
+                f"{name} is already sharded by {sharding_name(parameter)}; attach adapters before sharding: "
                 f"get_peft_model(model, config) first, then {remedy}"
             )
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")

@@ -118,7 +118,7 @@ class Replicated(TorchFunctionMode):
 
 
 @contextmanager
-def mixing() -> Iterator[None]:
+def replicate_plain() -> Iterator[None]:
     """`Replicated`, if there may be DTensors at all."""
     if "torch.distributed.tensor" not in sys.modules or not torch.distributed.is_initialized():
         yield
@@ -127,7 +127,7 @@ def mixing() -> Iterator[None]:
         yield
 
 
-def split(weight: Tensor) -> dict[str, int]:
+def split_dimensions(weight: Tensor) -> dict[str, int]:
     """The mesh dimensions that split a weight (out, in): {"out": 0}, {"in": 0}, or none."""
     found = {}
     for dimension, place in enumerate(weight.placements):  # type: ignore[attr-defined]
@@ -136,7 +136,7 @@ def split(weight: Tensor) -> dict[str, int]:
     return found
 
 
-def distribute(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Collection[str] = ()) -> Tensor:
+def distribute_like(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Collection[str] = ()) -> Tensor:
     """An adapter's whole tensor, the same in every process, split as the weight it belongs to is.
 
     Args:
@@ -149,7 +149,7 @@ def distribute(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Colle
 
     mesh = weight.device_mesh  # type: ignore[attr-defined]
     places: list[Any] = [Replicate()] * mesh.ndim
-    for axis, dimension in split(weight).items():
+    for axis, dimension in split_dimensions(weight).items():
         if axis in axes and axis not in keep:
             places[dimension] = Shard(axes.index(axis))
     made: Tensor = distribute_tensor(value.detach(), mesh, places, src_data_rank=None)
@@ -166,14 +166,14 @@ def own_heads(stack: nn.Module, t: Tensor, dim: int) -> Tensor:
             weight is None
             or style_of(module) is None
             or not sharding.is_distributed(weight)
-            or "out" not in split(weight)
+            or "out" not in split_dimensions(weight)
         ):
             continue
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
         mesh = weight.device_mesh
         whole = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        places = [Shard(dim) if i == split(weight)["out"] else Replicate() for i in range(mesh.ndim)]
+        places = [Shard(dim) if i == split_dimensions(weight)["out"] else Replicate() for i in range(mesh.ndim)]
         return whole.redistribute(placements=places).to_local()
     return t
 

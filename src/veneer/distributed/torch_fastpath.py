@@ -13,7 +13,7 @@ from torch import nn
 SAVED = "_veneer_activation"
 
 
-def disable(root: nn.Module, adapted: Iterable[nn.Module]) -> None:
+def disable_fastpath(root: nn.Module, adapted: Iterable[nn.Module]) -> None:
     """Turn the fused path off in every encoder layer that holds an adapted layer."""
     inside = {id(m) for m in adapted}
     for module in root.modules():
@@ -23,7 +23,7 @@ def disable(root: nn.Module, adapted: Iterable[nn.Module]) -> None:
                 module.activation_relu_or_gelu = 0
 
 
-def restore(root: nn.Module) -> None:
+def restore_fastpath(root: nn.Module) -> None:
     """Undo `disable`."""
     for module in root.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and SAVED in module.__dict__:

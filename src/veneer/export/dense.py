@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..backends import backend_of, bare_of
 from ..backends.base import Backend
-from ..backends.base import held as held_by
+from ..backends.base import held_tensor as held_by
 from ..backends.plain import FLOATS
 from ..files.adapter_files import base_of
 from ..injection.router import AdapterExpr
@@ -243,10 +243,10 @@ def export_dense(
             before = logits_of(root, given)
     count = merge_dense(root, names, dtype=torch.float32 if check else dtype, check=True)
     if before is not None:
-        merged = apart(logits_of(in_dtype(root, torch.float32), given), before)
+        merged = largest_difference(logits_of(in_dtype(root, torch.float32), given), before)
     in_dtype(root, dtype)
     if before is not None:
-        rounded = apart(logits_of(in_dtype(root, torch.float32), given), before)
+        rounded = largest_difference(logits_of(in_dtype(root, torch.float32), given), before)
         in_dtype(root, dtype)
     root.save_pretrained(folder)
     return DenseReport(Path(folder), dtype, count, merged, rounded)
@@ -270,6 +270,6 @@ def logits_of(root: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return found.float()
 
 
-def apart(a: Tensor, b: Tensor) -> float:
+def largest_difference(a: Tensor, b: Tensor) -> float:
     """Largest difference of two tensors, over the largest magnitude of b."""
     return float((a - b).abs().max() / b.abs().max())

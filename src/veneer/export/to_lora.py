@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored, best_rank, low_rank
 from ..algebra.recursion import Term
-from ..algebra.sums import terms
+from ..algebra.sums import terms_of
 from ..distributed import sharding
 from ..files import adapter_files
 from ..injection.entries import AdaptedSite, copy_name, term_of
@@ -89,22 +89,24 @@ def convert_to_lora(
         ValueError: a rank out of range, or above what a layer has.
     """
     check_rank(rank)
-    runtime = adapter_files.attached(model)
+    runtime = adapter_files.runtime_on(model)
     config: Any = runtime.config_of(adapter_name)
     prefix = adapter_files.prefix_of(model)
-    compute: Callable[..., Any] = decompose if compile_kwargs is None else torch.compile(decompose, **compile_kwargs)
+    compute: Callable[..., Any] = (
+        decompose_change if compile_kwargs is None else torch.compile(decompose_change, **compile_kwargs)
+    )
     sites = [s for s in runtime.places[adapter_name] if type(s.entries[adapter_name].method) is type(config)]
     if isinstance(config, LoraConfig) and not config.use_dora and isinstance(rank, int) and rank >= config.largest:
         warnings.warn(f"adapter {adapter_name!r} is a LoRA of rank {config.largest} already", stacklevel=2)
     for site in sites:
-        refuse(site, adapter_name)
+        refuse_conversion(site, adapter_name)
     tensors: dict[str, Tensor] = {}
     quality: dict[str, Quality] = {}
     biases: dict[str, tuple[Tensor, bool]] = {}  # key in the file -> bias, and whether the adapter changes it
-    for site in shown(sites) if progressbar else sites:
-        with torch.no_grad(), sharding.available(site.owner._parameters.values()):
-            parts, bias = change(site, adapter_name)
-            B, A, kept = cut(site, parts, rank, compute)
+    for site in show_names(sites) if progressbar else sites:
+        with torch.no_grad(), sharding.gathered_in_place(site.owner._parameters.values()):
+            parts, bias = weight_change(site, adapter_name)
+            B, A, kept = cut_rank(site, parts, rank, compute)
         entry = site.entries[adapter_name]
         made = LoraConfig().unstacked(B / site.low_rank_factor, A, site)
         dtype = site.owner._parameters[entry.trained[0][1]].dtype  # type: ignore[union-attr]
@@ -119,8 +121,8 @@ def convert_to_lora(
     trains = trained == "all" or any(changed for _, changed in biases.values())
     if trains:
         tensors |= {key: bias for key, (bias, _) in biases.items()}
-    tensors |= carried(runtime, adapter_name, prefix)
-    lora = described(runtime, config, sites, quality, rank)
+    tensors |= carry_over(runtime, adapter_name, prefix)
+    lora = describe_conversion(runtime, config, sites, quality, rank)
     lora.bias = trained if trains else "none"
     return Converted(lora, tensors, quality)
 
@@ -137,7 +139,7 @@ def save_as_lora(
     made = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     prefix = "" if adapter_files.prefix_of(model) else PREFIX  # files have it also where the model was adapted in place
     adapter_files.write_adapter(
-        adapter_files.attached(model), made[0], {f"{prefix}{k}": t for k, t in made[1].items()}, path
+        adapter_files.runtime_on(model), made[0], {f"{prefix}{k}": t for k, t in made[1].items()}, path
     )
     return made
 
@@ -154,25 +156,25 @@ def check_rank(rank: float) -> None:
         raise ValueError(f"rank={rank!r}: must be 1 or more")
 
 
-def convertible(runtime: Runtime, adapter: str) -> bool:
+def check_convertible(runtime: Runtime, adapter: str) -> bool:
     """Whether an adapter makes changes of matrices and nothing else, but for full copies, rows and biases."""
     config = runtime.config_of(adapter)
     try:
         for site in runtime.places[adapter]:
             if type(site.entries[adapter].method) is type(config):
-                refuse(site, adapter)
+                refuse_conversion(site, adapter)
     except TypeError:
         return False
     return True
 
 
-def refuse(site: AdaptedSite, adapter: str) -> None:
+def refuse_conversion(site: AdaptedSite, adapter: str) -> None:
     """Raise TypeError where an adapter says more at a site than a change of a matrix that LoRA can name."""
     method = site.entries[adapter].method
     split = next((p for p in site.owner._parameters.values() if p is not None and sharding.is_distributed(p)), None)
     if split is not None:
         raise TypeError(
-            f"{site.name}: its weights are sharded by {sharding.how(split)}; save the adapter and convert it in one process, with "
+            f"{site.name}: its weights are sharded by {sharding.sharding_name(split)}; save the adapter and convert it in one process, with "
             "veneer convert"
         )
     if site.backend is None or method.acts_on == "stacks" or "post" in method.hooks:
@@ -186,7 +188,7 @@ def refuse(site: AdaptedSite, adapter: str) -> None:
         )
 
 
-def change(site: AdaptedSite, adapter: str) -> tuple[Parts, Tensor | None]:
+def weight_change(site: AdaptedSite, adapter: str) -> tuple[Parts, Tensor | None]:
     """By what an adapter changes a weight, as factors where it has them, and the bias it leaves (out,)."""
     said = term_of(site.entries[adapter].method, site.tensors(adapter), site)
     n = site.experts or site.groups
@@ -196,16 +198,16 @@ def change(site: AdaptedSite, adapter: str) -> tuple[Parts, Tensor | None]:
         beside = torch.zeros(site.fan_out, 1, dtype=wide, device=site.home)  # in place of the weight
         _, bias = site.kind.compose(site, [Term(None, said.left, None, said.shift, None)], beside, bias)
     if said.left is None and said.right is None:
-        delta = [t.factored() if isinstance(t, Hadamard) and t.thin else t for t in terms(said.delta)]
+        delta = [t.factored() if isinstance(t, Hadamard) and t.thin else t for t in terms_of(said.delta)]
         if all(isinstance(t, Factored) and t.size == site.patch for t in delta):
-            pairs = [stacked(t, n, wide) for t in delta if isinstance(t, Factored)]
+            pairs = [stack_experts(t, n, wide) for t in delta if isinstance(t, Factored)]
             return (torch.cat([B for B, _ in pairs], -1), torch.cat([A for _, A in pairs], -2)), bias
     weight = site.weight().to(device=site.home, dtype=wide)
     changed, _ = site.kind.compose(site, [Term(said.delta, said.left, said.right, None, None)], weight, None)
     return ((changed - weight).reshape(n, -1, weight.shape[-1]),), bias
 
 
-def stacked(op: Factored, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stack_experts(op: Factored, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B (n, out / n, k) and A (n, k, in) of an operator, its scales in B and A."""
     if op.B.ndim == 3:
         return op.B.to(dtype) * op.scale, op.A.to(dtype)
@@ -215,14 +217,16 @@ def stacked(op: Factored, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return B.reshape(n, -1, B.shape[-1]), A.expand(n, -1, -1)  # an operator that crosses the groups
 
 
-def decompose(parts: Parts, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def decompose_change(parts: Parts, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best rank-r factors of a change, and its singular values; see `low_rank`."""
     if len(parts) == 2:
         return low_rank(*parts, r)
     return best_rank(parts[0].float(), r)  # the difference was taken in float64; its factors need no more than float32
 
 
-def cut(site: AdaptedSite, parts: Parts, rank: float, compute: Callable[..., Any]) -> tuple[Tensor, Tensor, Quality]:
+def cut_rank(
+    site: AdaptedSite, parts: Parts, rank: float, compute: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Quality]:
     """A site's change at the rank that is asked for: factors (n, out / n, r) and (n, r, in), and how good they are."""
     groups = site.groups
     full = min(parts[0].shape[-2], parts[-1].shape[-1])  # the most that singular values can be
@@ -249,7 +253,7 @@ def cut(site: AdaptedSite, parts: Parts, rank: float, compute: Callable[..., Any
     return B, A, Quality(r * groups, math.sqrt(left / total) if total else 0.0)
 
 
-def carried(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]:
+def carry_over(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]:
     """The adapter's tensors that are no change of a matrix: full copies, token rows, further biases."""
     found: dict[str, Tensor] = {}
     kind = type(runtime.config_of(adapter))
@@ -261,11 +265,11 @@ def carried(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]:
             found |= {f"{prefix}{entry.key}.{k}": v for k, v in copied.state_dict().items()}
         elif type(entry.method) is not kind and entry.saved:
             found |= {file_key(prefix, entry, k): site.owner._parameters[a] for k, a in entry.trained}  # type: ignore[misc]
-    with sharding.available(found.values()):
-        return {k: adapter_files.copied(v) for k, v in found.items()}
+    with sharding.gathered_in_place(found.values()):
+        return {k: adapter_files.copy_to_host(v) for k, v in found.items()}
 
 
-def described(
+def describe_conversion(
     runtime: Runtime, config: Any, sites: Iterable[AdaptedSite], quality: Mapping[str, Quality], rank: float
 ) -> LoraConfig:
     """The LoRA's config: its layers by name, and their ranks where they differ."""
@@ -278,7 +282,7 @@ def described(
         **kept,
         r=r,
         lora_alpha=r,
-        target_modules=shortened(modules, runtime.root) if modules else None,
+        target_modules=shorten_names(modules, runtime.root) if modules else None,
         target_parameters=parameters or None,
         rank_pattern=others,
         alpha_pattern=dict(others),
@@ -290,14 +294,14 @@ def described(
 COMMON = (*(f.name for f in fields(Method) if f.name != "peft_type"), "modules_to_save", "trainable_token_indices")
 
 
-def shortened(names: set[str], root: nn.Module) -> set[str]:
+def shorten_names(names: set[str], root: nn.Module) -> set[str]:
     """The fewest suffixes that name exactly these modules: last components that no other module has, else whole names."""
     others = {n.rpartition(".")[2] for n, _ in root.named_modules() if n not in names}
     short = {leaf for n in names if (leaf := n.rpartition(".")[2]) not in others and not leaf.isdigit()}
     return short | {n for n in names if n.rpartition(".")[2] not in short}
 
 
-def shown(sites: list[AdaptedSite]) -> Iterable[AdaptedSite]:
+def show_names(sites: list[AdaptedSite]) -> Iterable[AdaptedSite]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     found: Iterable[AdaptedSite] = tqdm(sites, desc="converting to LoRA")

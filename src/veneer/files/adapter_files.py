@@ -48,16 +48,16 @@ def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differen
         ValueError: the file's fingerprint is none.
     """
     if (path.parent / CERTIFICATE_NAME).is_file():
-        from .certificate import recheck
+        from .certificate import recheck_certificate
 
-        recheck(path.parent)
-    then = fingerprint.read(path) if path.suffix == ".safetensors" else None
+        recheck_certificate(path.parent)
+    then = fingerprint.read_fingerprint(path) if path.suffix == ".safetensors" else None
     if then is None:
         return None
     now = runtime.known_base()
     if then.sizes == now.sizes and {n: now.weights.get(n) for n in then.weights} == then.weights:
         return Differences(compared=len(then.weights))
-    found = fingerprint.compare(then, runtime.root)
+    found = fingerprint.compare_base(then, runtime.root)
     if found.shapes and strict:
         raise AdapterLoadError(
             f"{path} was trained on another base model, a {then.architecture}: {found.describe()}. Load it onto the base that "
@@ -77,7 +77,7 @@ def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differen
 def check_tokenizer(where: str | os.PathLike[str], tokenizer: Any) -> None:
     """Warn where an adapter was trained with another tokenizer, as far as its file says which."""
     path = weights_path(where)
-    then = fingerprint.read(path) if path.suffix == ".safetensors" else None
+    then = fingerprint.read_fingerprint(path) if path.suffix == ".safetensors" else None
     now = fingerprint.of_tokenizer(tokenizer)
     if then is not None and then.tokenizer and now and then.tokenizer != now:
         warnings.warn(
@@ -149,7 +149,11 @@ def with_metadata(data: bytes, more: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file with a checksum and more metadata, in a fixed order: safetensors writes them in any."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    metadata = {**header.pop("__metadata__", {}), **more, safe_read.CHECKSUM: safe_read.checksum(header, data[end:])}
+    metadata = {
+        **header.pop("__metadata__", {}),
+        **more,
+        safe_read.CHECKSUM: safe_read.tensor_checksum(header, data[end:]),
+    }
     header = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
@@ -174,10 +178,10 @@ def save_adapter(
     runtime.known_base()  # every process takes part, where it has to be taken again
     own = list(runtime.parameters(adapter))
     try:
-        if write and sharding.writes(own):
+        if write and sharding.writes_file(own):
             write_adapter(runtime, config, tensors, folder, **fields)
     finally:
-        sharding.wait(own)
+        sharding.wait_for_all(own)
 
 
 def write_adapter(
@@ -260,7 +264,7 @@ def base_of(model: nn.Module) -> nn.Module:
     return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def attached(model: nn.Module) -> Runtime:
+def runtime_on(model: nn.Module) -> Runtime:
     """The runtime of a PeftModel or of a model adapted in place.
 
     Raises:
@@ -275,7 +279,7 @@ def attached(model: nn.Module) -> Runtime:
 
 def named_tensors(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, Tensor]]:
     """An adapter's saved tensors, the trained ones as the live Parameters, with their keys in the file."""
-    return attached(model).named_tensors(adapter_name, prefix_of(model))
+    return runtime_on(model).named_tensors(adapter_name, prefix_of(model))
 
 
 def adapter_tensors(
@@ -288,9 +292,9 @@ def adapter_tensors(
             the base config's (a vocabulary that was resized), False never.
     """
     config = runtime.config_of(adapter)
-    with sharding.available(runtime.parameters(adapter)):
-        found = {k: copied(t) for k, t in runtime.named_tensors(adapter, prefix)}
-    if embeddings is True or (embeddings == "auto" and resized(runtime.root, config)):
+    with sharding.gathered_in_place(runtime.parameters(adapter)):
+        found = {k: copy_to_host(t) for k, t in runtime.named_tensors(adapter, prefix)}
+    if embeddings is True or (embeddings == "auto" and embeddings_resized(runtime.root, config)):
         for get in ("get_input_embeddings", "get_output_embeddings"):
             module = getattr(runtime.root, get, lambda: None)()
             name = next((n for n, m in runtime.root.named_modules() if m is module and n), None)
@@ -301,17 +305,17 @@ def adapter_tensors(
             ):
                 inner = ".base_layer" if name in runtime.sites else ""
                 own = module._parameters["weight"]  # read as an attribute, it can be what adapters make of it
-                with sharding.available([own]):
-                    found[f"{prefix}{name}{inner}.weight"] = copied(own)
+                with sharding.gathered_in_place([own]):
+                    found[f"{prefix}{name}{inner}.weight"] = copy_to_host(own)
     return found
 
 
-def copied(tensor: Tensor) -> Tensor:
+def copy_to_host(tensor: Tensor) -> Tensor:
     """The whole of a tensor; a copy where ZeRO-3 lends it for a while."""
     return tensor.detach().clone() if sharding.is_partitioned(tensor) else gathered(tensor.detach())
 
 
-def resized(root: nn.Module, config: Method) -> bool:
+def embeddings_resized(root: nn.Module, config: Method) -> bool:
     """Whether the vocabulary is not the one of the base model's own config file, where that can be read."""
     now = getattr(getattr(root, "config", None), "vocab_size", None)
     path = Path(config.base_model_name_or_path or "") / "config.json"

@@ -167,7 +167,7 @@ def read(
     if not found:
         raise ValueError(f"{os.fspath(folder)!r} holds neither {names[0]} nor {names[1]}")
     theirs = locate.read_tensors(found[0])
-    wanted = keys(runtime, config if fusion else config.prepare(base), values["name"], fusion)
+    wanted = expected_keys(runtime, config if fusion else config.prepare(base), values["name"], fusion)
     prefix = f"{getattr(base, 'base_model_prefix', '')}."  # also of a file from a model with a head
     ours: dict[str, Tensor] = {}
     for key, value in theirs.items():
@@ -202,7 +202,7 @@ def save(
     Raises:
         ValueError: another method, or something that their layout cannot say.
     """
-    runtime = adapter_files.attached(model)
+    runtime = adapter_files.runtime_on(model)
     base, config = runtime.root, runtime.config_of(adapter_name)
     fusion = config.peft_name == "ADAPTER_FUSION"
     values = fusion_to(config) if fusion else config_to(config, base)
@@ -210,15 +210,15 @@ def save(
     tensors = {}
     own = adapter_files.adapter_tensors(runtime, adapter_name, embeddings=False)
     prefix = prefix_of(base)
-    for theirs, ours in keys(runtime, config, name, fusion, copies=True).items():
+    for theirs, ours in expected_keys(runtime, config, name, fusion, copies=True).items():
         if ours in own:
             tensors[prefix + theirs] = own.pop(ours)
             own[ours] = tensors[prefix + theirs]  # a norm before the bottleneck is in their file twice
-    lost = sorted(own.keys() - set(keys(runtime, config, name, fusion, copies=True).values()))
+    lost = sorted(own.keys() - set(expected_keys(runtime, config, name, fusion, copies=True).values()))
     if lost:
         raise ValueError(f"adapter {adapter_name!r}: AdapterHub's layout has no place for {lost[0]} (modules_to_save)")
     about = {
-        "hidden_size": width(base),
+        "hidden_size": hidden_width(base),
         "model_class": getattr(type(base), "_veneer_base", type(base)).__name__,
         "model_name": getattr(getattr(base, "config", None), "name_or_path", None),
         "model_type": nearest_config(dict(base.named_modules()), "")[0],
@@ -301,7 +301,7 @@ def config_to(ours: Method, base: nn.Module) -> dict[str, Any]:
         )
     values = {name: getattr(config, field) for name, field in FIELDS.items()}
     if config.width is not None:
-        values["reduction_factor"] = reduction(config.width, width(base))
+        values["reduction_factor"] = compacter_reduction(config.width, hidden_width(base))
     values |= {name: role in config.places for name, role in PLACES.items()}
     values |= {**STARTS, **REFUSED, "inv_adapter_reduction_factor": None}
     values |= {
@@ -319,10 +319,10 @@ def config_to(ours: Method, base: nn.Module) -> dict[str, Any]:
     return {"config": values}
 
 
-def reduction(width: Any, size: int) -> Any:
+def compacter_reduction(width: Any, size: int) -> Any:
     """The factor for which `size // factor` is the width of the bottleneck."""
     if isinstance(width, Mapping):
-        return {k: reduction(w, size) for k, w in width.items()}
+        return {k: compacter_reduction(w, size) for k, w in width.items()}
     factor: float = size // width if size % width == 0 else size / width
     return factor if int(size // factor) == width else size / (width + 0.5)
 
@@ -354,7 +354,7 @@ def fusion_to(ours: Method) -> dict[str, Any]:
 # Names of tensors.
 
 
-def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: bool = False) -> dict[str, str]:
+def expected_keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: bool = False) -> dict[str, str]:
     """Their keys, without the base model's prefix -> ours; "" for a copy of another key's tensor.
 
     Args:
@@ -374,7 +374,7 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
     assert isinstance(spots, Mapping)
     method: Any = config
     for spot in spots.values():
-        at = place(base, kind, spot, fusion, name)
+        at = layout_place(base, kind, spot, fusion, name)
         for ours in dict.fromkeys(
             t.name for t in config.tensors.values() if t.shared_by(config) != "adapter" and t.name
         ):
@@ -383,7 +383,7 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
                 found[at + TAILS[ours]] = mine
                 continue
             before = method.layer_norm in ("before", "both")
-            for theirs in tails(ours, method, before):
+            for theirs in key_tails(ours, method, before):
                 found[at + theirs] = mine
             if before and ours.startswith("adapter_norm_before."):
                 found[f"{at}adapter_down.0.{ours.rpartition('.')[2]}"] = mine if copies else ""
@@ -396,7 +396,7 @@ def keys(runtime: Runtime, config: Method, name: str, fusion: bool, *, copies: b
     return found
 
 
-def tails(ours: str, config: Any, before: bool) -> list[str]:
+def key_tails(ours: str, config: Any, before: bool) -> list[str]:
     """What one of our tensors can be called in their file, below the adapter's name."""
     if ours in TAILS:
         return [TAILS[ours]]
@@ -408,7 +408,7 @@ def tails(ours: str, config: Any, before: bool) -> list[str]:
     return [f"adapter_down.{int(before)}.{part}" if side == "adapter_down" else f"adapter_up.{part}"]
 
 
-def place(base: nn.Module, kind: str, spot: SublayerOutput, fusion: bool, name: str) -> str:
+def layout_place(base: nn.Module, kind: str, spot: SublayerOutput, fusion: bool, name: str) -> str:
     """Where the library has the adapter of a place, with the adapter's name."""
     if spot.role not in LAYOUTS[kind]:
         raise ValueError(f"{spot.name}: AdapterHub's layout for {kind!r} has no adapter at this place")
@@ -429,7 +429,7 @@ def prefix_of(base: nn.Module) -> str:
     return f"{prefix}." if prefix and isinstance(getattr(base, prefix, None), nn.Module) else ""
 
 
-def width(base: nn.Module) -> int:
+def hidden_width(base: nn.Module) -> int:
     from ..targets.blocks import config_width
 
     return config_width(getattr(base, "config", None))

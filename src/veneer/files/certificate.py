@@ -109,12 +109,12 @@ class Certificate:
             path = folder / Path(name).name
             if not path.is_file():
                 found.append(f"{name} is missing")
-            elif path.stat().st_size != said.get("size") or digest(path, whole=whole) != said.get(which):
+            elif path.stat().st_size != said.get("size") or file_digest(path, whole=whole) != said.get(which):
                 found.append(f"{name} is another")
         return found
 
 
-def digest(path: Path, *, whole: bool) -> str:
+def file_digest(path: Path, *, whole: bool) -> str:
     """SHA-256 of a file, or of its size, its first 64 KiB and 64 windows that lie evenly in it."""
     if whole:
         with open(path, "rb") as file:
@@ -129,7 +129,7 @@ def digest(path: Path, *, whole: bool) -> str:
     return found.hexdigest()
 
 
-def recheck(folder: Path) -> None:
+def recheck_certificate(folder: Path) -> None:
     """Warn where the files of an adapter are not those of its certificate, or it says that they failed."""
     certificate = Certificate.load(folder)
     if certificate is None:
@@ -147,7 +147,7 @@ def recheck(folder: Path) -> None:
         warnings.warn(f"{folder / NAME} says that the adapter failed: {failed}", CertificateWarning, stacklevel=4)
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of the libraries that take part."""
     found = {"python": sys.version.split()[0]}
     for name in ("veneer", "torch", "transformers", "peft"):

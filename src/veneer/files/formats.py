@@ -126,9 +126,9 @@ def fit_to_model(runtime: Runtime, config: Method, tensors: Mapping[str, Tensor]
     strange = renamed_modules.strange_paths(tensors, runtime.root)
     if not strange:
         return ReadAdapter(config, tensors)
-    renamed, moved = renamed_modules.translated(tensors, runtime.root, strange)
+    renamed, moved = renamed_modules.translate_keys(tensors, runtime.root, strange)
     if len(moved) < len(strange):  # some are layers that are fused here, or apart
-        refit, fitted, note = fused_layers.refitted(runtime, config, tensors)
+        refit, fitted, note = fused_layers.refit_fused(runtime, config, tensors)
         if note:
             return ReadAdapter(refit, fitted, note)
     if not moved:

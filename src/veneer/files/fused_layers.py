@@ -21,7 +21,7 @@ from .. import layers
 from ..lifecycle.keys import PREFIX, file_key
 from ..methods.base import Method
 from ..targets.defaults import pattern_value
-from .renamed_modules import placed, renamed, tables
+from .renamed_modules import place_keys, rename_key, renaming_tables
 
 if TYPE_CHECKING:
     from ..lifecycle.adapters import Runtime
@@ -36,13 +36,15 @@ Cells = dict[
 
 
 @functools.cache
-def parts(kind: str) -> dict[str, list[list[str]]]:
+def fused_parts(kind: str) -> dict[str, list[list[str]]]:
     """One table of layouts.toml: name of a fused layer -> the names of each of its parts."""
     with open(Path(__file__).with_name("layouts.toml"), "rb") as file:
         return tomllib.load(file)[kind]  # type: ignore[no-any-return]
 
 
-def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor], str]:
+def refit_fused(
+    runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]
+) -> tuple[Method, Mapping[str, Tensor], str]:
     """A LoRA's config and tensors for the layers that the base model has.
 
     Args:
@@ -69,7 +71,7 @@ def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tu
         len(f) < 2 or f["A"].ndim != 2 or f["B"].ndim != 2 for f in factors.values()
     ):
         return config, tensors, ""
-    renamings = list(tables(root))
+    renamings = list(renaming_tables(root))
     there: dict[str, Pair] = {}  # linear layers, by their path here
     fused: dict[str, Cells] = {}
     for path, both in factors.items():
@@ -82,7 +84,7 @@ def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tu
             if found is None:
                 return config, tensors, ""
             fused.setdefault(f"{owner}.{found[0]}", {})[int(expert["n"]), found[1]] = path, pair
-        elif (new := placed(renamed(path, renamings), set(modules))) is not None:
+        elif (new := place_keys(rename_key(path, renamings), set(modules))) is not None:
             there[new] = pair
         else:
             parent, _, leaf = path.rpartition(".")
@@ -94,21 +96,21 @@ def refitted(runtime: Runtime, config: Any, tensors: Mapping[str, Tensor]) -> tu
                 there |= apart
             else:
                 return config, tensors, ""
-    return made(runtime, config, there, fused)
+    return build_tensors(runtime, config, there, fused)
 
 
 def placed_experts(path: str, modules: Mapping[str, nn.Module], renamings: list[Any]) -> str | None:
     """Where a network's experts are here, if their weights are bare parameters."""
-    new = renamed(path, renamings)
+    new = rename_key(path, renamings)
     for name in (path, new, path.replace(".block_sparse_moe.", ".mlp."), path.replace(".feed_forward.", ".mlp.")):
-        if name in modules and any(p in modules[name]._parameters for p in parts("experts")):
+        if name in modules and any(p in modules[name]._parameters for p in fused_parts("experts")):
             return name
     return None
 
 
 def part_of(leaf: str, kind: str, fused: Mapping[str, Any]) -> tuple[str, int] | None:
     """The fused layer, of those that are there, and the number of its part that a layer's name is."""
-    for name, names in parts(kind).items():
+    for name, names in fused_parts(kind).items():
         if fused.get(name) is not None:
             for i, known in enumerate(names):
                 if leaf in known:
@@ -120,12 +122,12 @@ def apart_of(path: str, pair: Pair, modules: Mapping[str, nn.Module]) -> dict[st
     """The parts of a fused layer's factors, where the model has them as layers of their own."""
     parent, _, leaf = path.rpartition(".")
     home = modules.get(parent)
-    if home is None or leaf not in parts("linear"):
+    if home is None or leaf not in fused_parts("linear"):
         return None
-    found = [next((n for n in names if n in home._modules), None) for names in parts("linear")[leaf]]
+    found = [next((n for n in names if n in home._modules), None) for names in fused_parts("linear")[leaf]]
     if None in found:
         return None
-    rows = [outputs(modules[f"{parent}.{n}"]) for n in found]
+    rows = [output_width(modules[f"{parent}.{n}"]) for n in found]
     if sum(rows) != len(pair[1]):
         return None
     return {
@@ -133,13 +135,13 @@ def apart_of(path: str, pair: Pair, modules: Mapping[str, nn.Module]) -> dict[st
     }
 
 
-def outputs(layer: nn.Module) -> int:
+def output_width(layer: nn.Module) -> int:
     """How many rows a linear layer's weight has."""
     kind = layers.kind_of(layer)
     return int(layer.out_features) if kind is None else kind.measure(layer, kind.param).fan_out  # type: ignore[arg-type]
 
 
-def joint(
+def join_factors(
     pairs: list[tuple[str, Pair] | None], rows: list[int], scales: list[float], ranks: list[int], width: int
 ) -> Pair:
     """The factors of fused layers: A (sum of r, in), B (sum of out, sum of r); a part without factors adds nothing."""
@@ -152,7 +154,7 @@ def joint(
     return torch.cat(A), torch.block_diag(*B)  # type: ignore[no-untyped-call]
 
 
-def made(
+def build_tensors(
     runtime: Runtime,
     config: Any,
     there: Mapping[str, Pair],
@@ -186,10 +188,10 @@ def made(
         first = next(iter(cells.values()))
         width = first[1][0].shape[1]
         if path in modules:
-            experts, fan_out, count = 1, outputs(modules[path]), len(parts("linear")[leaf])
+            experts, fan_out, count = 1, output_width(modules[path]), len(fused_parts("linear")[leaf])
         else:
             experts, a, b = modules[owner]._parameters[leaf].shape
-            fan_out, count = (a if b == width else b), len(parts("experts")[leaf])
+            fan_out, count = (a if b == width else b), len(fused_parts("experts")[leaf])
         rows = rows_of(
             [next((len(c[1][1]) for (_, i), c in cells.items() if i == k), None) for k in range(count)], fan_out, path
         )
@@ -204,7 +206,7 @@ def made(
             pairs = [cells.get((n, i)) for i in range(count)]
             if any(p is not None for p in pairs):
                 scales = [1.0 if p is None else scale_of(p[0], len(p[1][0])) / base for p in pairs]
-                A_all[n], B_all[n] = joint(pairs, rows, scales, r, width)
+                A_all[n], B_all[n] = join_factors(pairs, rows, scales, r, width)
         note(path, sum(r), base)
         factors[path, "A"] = A_all.flatten(0, 1)  # (experts * r, in)
         factors[path, "B"] = B_all.permute(1, 2, 0).flatten(1)  # (out, r * experts)

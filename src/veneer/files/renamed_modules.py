@@ -25,7 +25,7 @@ def strange_paths(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     return sorted({path for key in tensors if (path := module_of(key)) is not None and path not in known})
 
 
-def translated(
+def translate_keys(
     tensors: Mapping[str, Tensor], model: nn.Module, strange: Sequence[str]
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """An adapter's tensors under the paths that its modules have here.
@@ -40,10 +40,10 @@ def translated(
         that is there.
     """
     modules = {name for name, _ in model.named_modules()}
-    renamings = list(tables(model))
+    renamings = list(renaming_tables(model))
     moved: dict[str, str] = {}
     for path in strange if renamings else ():
-        new = placed(renamed(path, renamings), modules)
+        new = place_keys(rename_key(path, renamings), modules)
         if new is not None:
             moved[path] = new
     if not moved:
@@ -92,7 +92,7 @@ def module_of(key: str) -> str | None:
     return ".".join(parts[:first]) or None
 
 
-def placed(path: str, modules: set[str]) -> str | None:
+def place_keys(path: str, modules: set[str]) -> str | None:
     """A path that is there: as it is, or without one component, as those of models within models."""
     parts = path.split(".")
     fewer = [".".join(parts[:n] + parts[n + 1 :]) for n in range(len(parts) - 1) if not parts[n].isdigit()]
@@ -100,7 +100,7 @@ def placed(path: str, modules: set[str]) -> str | None:
     return found[0] if found and (found[0] == path or len(found) == 1) else None
 
 
-def tables(model: nn.Module) -> Iterator[Any]:
+def renaming_tables(model: nn.Module) -> Iterator[Any]:
     """Transformers' renamings for the kind of a model, where it has any."""
     mapping = sys.modules.get("transformers.conversion_mapping")
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -115,7 +115,7 @@ def tables(model: nn.Module) -> Iterator[Any]:
                 yield rule
 
 
-def renamed(path: str, renamings: list[Any]) -> str:
+def rename_key(path: str, renamings: list[Any]) -> str:
     """A module's path as today's model has it."""
     from transformers.core_model_loading import rename_source_key
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import sharding
-from ..distributed.sharding import fill, gathered, shape_of
+from ..distributed.sharding import fill_from, gathered, shape_of
 from ..io.locate import TRAINING_NAME, load_weights, read_tensors
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import AdapterLoadError, Loader, LoadReport
-from .adapter_files import adapter_tensors, attached, prefix_of, save_weights
+from .adapter_files import adapter_tensors, prefix_of, runtime_on, save_weights
 
 
 def get_peft_model_state_dict(
@@ -37,7 +37,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    runtime = attached(model)
+    runtime = runtime_on(model)
     prefix = prefix_of(model)
     found = adapter_tensors(runtime, adapter_name, prefix=prefix, embeddings=save_embedding_layers)
     if state_dict is None:
@@ -68,7 +68,7 @@ def set_peft_model_state_dict(
     Raises:
         AdapterLoadError: keys are missing, unexpected or of another shape. Nothing was changed.
     """
-    runtime = attached(model)
+    runtime = runtime_on(model)
     if runtime.computes_its_file(adapter_name):
         raise ValueError(
             f"adapter {adapter_name!r}: its file holds what its network computes, which cannot be turned back into the "
@@ -91,24 +91,24 @@ def set_peft_model_state_dict(
         if strict:
             raise AdapterLoadError(text, report)
         warnings.warn(text, stacklevel=2)
-    put(pairs)
+    copy_values(pairs)
     return report
 
 
 def training_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What is trained of an adapter by its own names, whole and copied. Every process calls it where it is sharded."""
-    own = attached(model).training_state(adapter)
-    with sharding.available(own.values()):
+    own = runtime_on(model).training_state(adapter)
+    with sharding.gathered_in_place(own.values()):
         return {k: gathered(t.detach()).cpu().contiguous().clone() for k, t in own.items()}
 
 
 def save_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
     """Write what is trained of an adapter, `adapter_training.safetensors`, also where its file holds what it computes."""
-    own = attached(model).training_state(adapter).values()
+    own = runtime_on(model).training_state(adapter).values()
     state = training_tensors(model, adapter)
-    if sharding.writes(own):
+    if sharding.writes_file(own):
         save_weights(state, folder, name=TRAINING_NAME)
-    sharding.wait(own)
+    sharding.wait_for_all(own)
 
 
 def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLike[str]) -> None:
@@ -118,7 +118,7 @@ def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLik
         AdapterLoadError: it was written for another adapter. Nothing was changed.
         ValueError: there is no such file, or it is damaged.
     """
-    state = attached(model).training_state(adapter)
+    state = runtime_on(model).training_state(adapter)
     loader = Loader(read_tensors(Path(folder) / TRAINING_NAME))
     pairs = [(own, loader.take(key, shape_of(own))) for key, own in state.items()]
     loader.report.unexpected = sorted(loader.left)
@@ -126,14 +126,14 @@ def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLik
         raise AdapterLoadError(
             f"{folder}: does not fit adapter {adapter!r}:\n  {loader.report.describe()}", loader.report
         )
-    put(pairs)  # type: ignore[arg-type]  # nothing is missing
+    copy_values(pairs)  # type: ignore[arg-type]  # nothing is missing
 
 
-def put(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def copy_values(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy whole values into tensors, in place."""
-    with torch.no_grad(), sharding.available([own for own, _ in pairs], change=True):
+    with torch.no_grad(), sharding.gathered_in_place([own for own, _ in pairs], change=True):
         for own, value in pairs:
-            fill(own, value)
+            fill_from(own, value)
 
 
 def load_peft_weights(model_id: str, device: str | None = None, **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ class Recalling:
         return self.function(again, *args, **kwargs)
 
 
-def recall(root: nn.Module, router: Router) -> None:
+def recall_state(root: nn.Module, router: Router) -> None:
     """Let the blocks of `root` that are checkpointed recall what was chosen for one call or thread."""
     for module in root.modules():
         function = module.__dict__.get(ATTRIBUTE)
@@ -41,12 +41,12 @@ def recall(root: nn.Module, router: Router) -> None:
             module.__dict__[ATTRIBUTE] = Recalling(function, router)
 
 
-def carrier(root: nn.Module) -> Any:
+def find_carrier(root: nn.Module) -> Any:
     """The first module that says whether transformers checkpoints it, or None."""
     return next((m for m in root.modules() if "gradient_checkpointing" in m.__dict__), None)
 
 
-def enter(root: Any, block: Any) -> None:
+def enter_block(root: Any, block: Any) -> None:
     """Let the input of the blocks need a gradient where checkpointing is reentrant: it passes none on without."""
     # transformers leaves an empty list where somebody turned it off, whose word counts.
     if "_require_grads_hooks" in root.__dict__ or not hasattr(root, "enable_input_require_grads"):

@@ -190,14 +190,14 @@ class AdaptedState:
                 if plan.live is not live or plan.version is not router.version:
                     plan = self.plan(layer, live)
                 fast = plan.fast_path
-                if fast is not None and modes.enabled():
+                if fast is not None and modes.kernels_enabled():
                     token = None if local.decoding is None else local.decoding.get(fast)
                     y = None if token is None else token(args[0])
                     if y is None:
                         y = fast(layer, args[0])
                     if y is not None:
                         return y
-            elif self.weights is not None and modes.enabled():
+            elif self.weights is not None and modes.kernels_enabled():
                 by_rows = router.kept.get(layer, self)
                 if by_rows is self:
                     by_rows = self._row_kernel(layer)
@@ -215,7 +215,7 @@ class AdaptedState:
         else:
             plan = self.plan(layer, live)
             chain = plan.chain
-            if plan.kernel is not None and modes.enabled():
+            if plan.kernel is not None and modes.kernels_enabled():
                 fused = partial(plan.kernel, layer)
         return self._proceed(chain, 0, Call(layer, self.base, router, live, self.call, fused), args, kwargs)
 

@@ -105,4 +105,4 @@ class AdaptedSite(Site):
         keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
         keep = {"in"} if self.lookup else set()  # ids are looked up in every process
         axes = {attr: method.declared(key).axes_at(method, self) for attr, key in keys.items()}
-        return {a: tensor_parallel.distribute(t, weight, axes[a], keep) for a, t in values.items()}
+        return {a: tensor_parallel.distribute_like(t, weight, axes[a], keep) for a, t in values.items()}

@@ -137,7 +137,7 @@ class Differences:
         return "; ".join([*self.shapes, *self.weights])
 
 
-def of(model: nn.Module, tokenizer: Any = None) -> Fingerprint:
+def fingerprint_of(model: nn.Module, tokenizer: Any = None) -> Fingerprint:
     """The fingerprint of a base model, with or without adapters on it; merged ones must be unmerged.
 
     Under ZeRO-3 and tensor parallelism it gathers some tensors: every process calls it.
@@ -146,29 +146,31 @@ def of(model: nn.Module, tokenizer: Any = None) -> Fingerprint:
         model: the base model.
         tokenizer: its tokenizer, or None.
     """
-    own = {n: p for n, p in model.named_parameters() if ":" not in n and comparable(p)}
+    own = {n: p for n, p in model.named_parameters() if ":" not in n and is_comparable(p)}
     return Fingerprint(
         type(model).__dict__.get("_veneer_base", type(model)).__name__,
         sizes_of(model),
-        sampled({n: own[n] for n in spread(list(own))}),
+        sample_values({n: own[n] for n in spread_positions(list(own))}),
         None if tokenizer is None else of_tokenizer(tokenizer),
     )
 
 
-def outline(model: nn.Module) -> Fingerprint:
+def describe_outline(model: nn.Module) -> Fingerprint:
     """The fingerprint of a model without values, with zeros in their place: as long as the real one."""
     own = {n: p for n, p in model.named_parameters() if ":" not in n and p.is_floating_point() and p.numel()}
-    zeros = {n: Sample(tuple(own[n].shape), bytes(2 * min(own[n].numel(), VALUES))) for n in spread(list(own))}
+    zeros = {
+        n: Sample(tuple(own[n].shape), bytes(2 * min(own[n].numel(), VALUES))) for n in spread_positions(list(own))
+    }
     return Fingerprint(type(model).__dict__.get("_veneer_base", type(model)).__name__, sizes_of(model), zeros)
 
 
-def spread(names: list[str]) -> list[str]:
+def spread_positions(names: list[str]) -> list[str]:
     """At most 48 of the names, evenly."""
     step = max(len(names) / TENSORS, 1.0)
     return [names[int(i * step)] for i in range(min(TENSORS, len(names)))]
 
 
-def comparable(parameter: Tensor) -> bool:
+def is_comparable(parameter: Tensor) -> bool:
     """Whether a parameter has values that are the same in each copy of a model, here and at hand."""
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     sharded = sharding.is_sharded(parameter) and math.prod(sharding.shape_of(parameter)) <= GATHERED
@@ -177,14 +179,14 @@ def comparable(parameter: Tensor) -> bool:
     return floats and there and (sharded if sharding.is_sharded(parameter) else plain)
 
 
-def sampled(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
+def sample_values(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     """Shape and values of each; one copy from each device."""
-    with torch.no_grad(), sharding.available(tensors.values()):
+    with torch.no_grad(), sharding.gathered_in_place(tensors.values()):
         found: dict[torch.device, list[Tensor]] = {}
         order: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():
             held = sharding.gathered(tensor.detach())  # of any shape
-            picked = held.take(positions(held.numel()).to(held.device)).to(torch.bfloat16)  # (values,)
+            picked = held.take(sample_positions(held.numel()).to(held.device)).to(torch.bfloat16)  # (values,)
             found.setdefault(held.device, []).append(picked)
             order.setdefault(held.device, []).append(name)
         values: dict[str, bytes] = {}
@@ -198,7 +200,7 @@ def sampled(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
 
 
 @functools.lru_cache(maxsize=256)
-def positions(entries: int) -> Tensor:
+def sample_positions(entries: int) -> Tensor:
     """Which entries of a flat tensor are sampled: (min(entries, 16),) int64."""
     if entries <= VALUES:
         return torch.arange(entries)
@@ -225,7 +227,7 @@ def of_tokenizer(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read(path: Path) -> Fingerprint | None:
+def read_fingerprint(path: Path) -> Fingerprint | None:
     """The fingerprint in a safetensors file, less what the file brings itself, or None where there is none.
 
     Raises:
@@ -233,17 +235,17 @@ def read(path: Path) -> Fingerprint | None:
     """
     keys, metadata = safe_read.tensor_header(path)
     text = metadata.get(KEY)
-    found = None if text is None else parsed(text, str(path))
+    found = None if text is None else parse_fingerprint(text, str(path))
     return None if found is None else found.without(keys)
 
 
 @functools.lru_cache(maxsize=8)
-def parsed(text: str, where: str) -> Fingerprint | None:
+def parse_fingerprint(text: str, where: str) -> Fingerprint | None:
     """See `Fingerprint.from_json`."""
     return Fingerprint.from_json(text, where)
 
 
-def compare(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Differences:
+def compare_base(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Differences:
     """How a base model differs from the one that was fingerprinted; see `Differences`.
 
     Args:
@@ -259,16 +261,16 @@ def compare(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Diffe
             continue
         said = f"{size} was {a} and is {b} here"
         (found.weights if size == "vocabulary" else found.shapes).append(said)  # a vocabulary may be resized
-    own = beneath(model, then)
-    both = {n: s for n, s in then.weights.items() if n in own and comparable(own[n])}
+    own = unwrap_base(model, then)
+    both = {n: s for n, s in then.weights.items() if n in own and is_comparable(own[n])}
     shapes = {n: tuple(sharding.shape_of(own[n])) for n in both}
     alike = {n: s for n, s in both.items() if shapes[n] == s.shape}
     other = [n for n in both if n not in alike and shapes[n][1:] != both[n].shape[1:]]  # but for resized vocabularies
     if other and not found.shapes:
         n = other[0]
         found.shapes.append(f"{n} was {list(both[n].shape)} and is {list(shapes[n])} here, and {len(other) - 1} more")
-    here = sampled({n: own[n] for n in alike})
-    apart = {n: far(alike[n].values, here[n].values) for n in alike}
+    here = sample_values({n: own[n] for n in alike})
+    apart = {n: far_apart(alike[n].values, here[n].values) for n in alike}
     changed = {n: d for n, d in apart.items() if d is not None}
     found.compared = len(alike)
     if changed and not found.shapes:
@@ -284,7 +286,7 @@ def compare(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Diffe
     return found
 
 
-def beneath(model: nn.Module, then: Fingerprint) -> dict[str, Tensor]:
+def unwrap_base(model: nn.Module, then: Fingerprint) -> dict[str, Tensor]:
     """A model's parameters by the names that a fingerprint has them under, which may be of a class with another head."""
     own: dict[str, Tensor] = dict(model.named_parameters())
     inner = getattr(model, "base_model_prefix", "") or "model"
@@ -295,7 +297,7 @@ def beneath(model: nn.Module, then: Fingerprint) -> dict[str, Tensor]:
     return own
 
 
-def far(a: bytes, b: bytes) -> float | None:
+def far_apart(a: bytes, b: bytes) -> float | None:
     """The largest difference of two samples of one shape, or None where they are equal up to rounding.
 
     float32 and bfloat16 copies give the same bits; a float16 copy rounds twice, and so one value in sixteen is a step off.

@@ -66,9 +66,9 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def json_text(text: str, *, nan: bool = False) -> Any:
     """The value of a JSON text; see `json_object`."""
-    numbers: dict[str, Any] = {} if nan else {"parse_constant": refuse, "parse_float": finite}
+    numbers: dict[str, Any] = {} if nan else {"parse_constant": refuse_constant, "parse_float": check_finite}
     try:
-        values = json.loads(text, object_pairs_hook=once, **numbers)
+        values = json.loads(text, object_pairs_hook=refuse_duplicates, **numbers)
     except RecursionError:
         raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
     except json.JSONDecodeError as error:
@@ -81,7 +81,7 @@ def json_text(text: str, *, nan: bool = False) -> Any:
     raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [k for k, _ in pairs]
@@ -90,11 +90,11 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def refuse(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON's")
 
 
-def finite(text: str) -> float:
+def check_finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is larger than any float")
@@ -113,13 +113,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a damaged or hostile file; says what is wrong with it.
     """
-    found = stamp(path)
+    found = stamp_checksum(path)
     header, metadata, begin = header_of(path, found)
     if found.size == begin:
         return {key: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]]) for key, e in header.items()}
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes to a tensor stay in memory
-    if CHECKSUM in metadata and checksum(header, memoryview(data)[begin:]) != metadata[CHECKSUM]:
+    if CHECKSUM in metadata and tensor_checksum(header, memoryview(data)[begin:]) != metadata[CHECKSUM]:
         raise ValueError(
             f"{path} is damaged: its tensors are not those that were written (checksum). Fetch or save it again; whoever "
             f"changed it on purpose leaves {CHECKSUM!r} out of its metadata"
@@ -151,7 +151,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
     return f"{bad[0]} and {len(bad) - 1} more of {len(tensors)} tensors" if bad else ""
 
 
-def checksum(header: Mapping[str, Any], data: Any) -> str:
+def tensor_checksum(header: Mapping[str, Any], data: Any) -> str:
     """A hash over a safetensors file's entries, by key, and the bytes of its tensors."""
     from xxhash import xxh3_128
 
@@ -169,14 +169,14 @@ class Stamp(NamedTuple):
     changed: int  # ns
 
 
-def stamp(path: Path) -> Stamp:
+def stamp_checksum(path: Path) -> Stamp:
     found = os.stat(path)
     return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def tensor_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Key -> dtype, shape and data_offsets of the tensors in a safetensors file, and its metadata; see `header_of`."""
-    header, metadata, _ = header_of(path, stamp(path))
+    header, metadata, _ = header_of(path, stamp_checksum(path))
     return dict(header), dict(metadata)
 
 

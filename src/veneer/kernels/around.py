@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..algebra.modes import ready
-from .linear import Together, parted, version
+from ..algebra.modes import functions_ready
+from .linear import Together, split_by_rank, tensor_version
 from .member import PLAIN, Member
 
 
@@ -45,18 +45,18 @@ class Around(Member):
         return y.addmm_(h, B.t(), alpha=self.scale)
 
 
-def accepts(x: Any, member: Around) -> bool:
+def accepts_kind(x: Any, member: Around) -> bool:
     """Whether x (..., in) is what the layer takes."""
-    return type(x) is Tensor and x.shape[-1] == member.site.fan_in and x.device.type != "meta" and ready()
+    return type(x) is Tensor and x.shape[-1] == member.site.fan_in and x.device.type != "meta" and functions_ready()
 
 
-def reduced(x: Tensor, As: Sequence[Tensor]) -> Tensor:
+def reduce_batch(x: Tensor, As: Sequence[Tensor]) -> Tensor:
     """X (M, in) times all A (r_i, in), (M, R), with one product."""
     A = As[0] if len(As) == 1 else torch.cat(tuple(As))  # (R, in)
     return linear(x, A if A.dtype == x.dtype else A.to(x.dtype))
 
 
-def shaped(y: Tensor, x: Tensor) -> Tensor:
+def shape_output(y: Tensor, x: Tensor) -> Tensor:
     """An output (M, out) in the shape of x (..., in)."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -69,13 +69,13 @@ class AroundOne:
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         member = self.member
-        if layer is not member.layer or not accepts(x, member):
+        if layer is not member.layer or not accepts_kind(x, member):
             return None
         found = member.factors()
         if found is None:
             return None
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
-        return shaped(member.output(flat, reduced(flat, found[:1]), found[1]), x)
+        return shape_output(member.output(flat, reduce_batch(flat, found[:1]), found[1]), x)
 
 
 class AroundTogether(Together):
@@ -88,7 +88,7 @@ class AroundTogether(Together):
 
     def __call__(self, layer: nn.Module, x: Tensor, at: int) -> Tensor | None:
         member, pending = self.members[at], self.pending
-        if layer is not member.layer or not accepts(x, member):
+        if layer is not member.layer or not accepts_kind(x, member):
             return None
         found = member.factors()
         if found is None:
@@ -98,16 +98,16 @@ class AroundTogether(Together):
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
         if pending.x is x and called:
             h = pending.ys[at]
-            if h is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
+            if h is not None and pending.version == tensor_version(x) and pending.grad == torch.is_grad_enabled():
                 pending.ys[at] = None
                 pending.left -= 1
                 if not pending.left:
                     pending.x = None
-                return shaped(member.output(flat, h, found[1]), x)
+                return shape_output(member.output(flat, h, found[1]), x)
         pending.x = None
         members = self.members[at:] if called and not x.is_inference() else self.members[at : at + 1]
         others = [m.factors() for m in members[1:]]
         pairs = [found, *(o for o in others if o is not None)] if None not in others else [found]
-        hs = parted(reduced(flat, [A for A, _ in pairs]), [B for _, B in pairs])
+        hs = split_by_rank(reduce_batch(flat, [A for A, _ in pairs]), [B for _, B in pairs])
         self.hold(x, hs, at)
-        return shaped(member.output(flat, hs[0], found[1]), x)
+        return shape_output(member.output(flat, hs[0], found[1]), x)

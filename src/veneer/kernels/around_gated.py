@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import linear
-from .around import Around, accepts, reduced, shaped
+from .around import Around, accepts_kind, reduce_batch, shape_output
 from .gated import GatedNetwork, act_backward
-from .linear import parted
+from .linear import split_by_rank
 
 
 class AroundGated(GatedNetwork):
@@ -28,7 +28,7 @@ class AroundGated(GatedNetwork):
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         gate, up, down = self.members
         assert isinstance(gate, Around) and isinstance(up, Around) and isinstance(down, Around)
-        if not torch.is_grad_enabled() or not accepts(x, gate) or x.numel() < linear.SMALL:
+        if not torch.is_grad_enabled() or not accepts_kind(x, gate) or x.numel() < linear.SMALL:
             return None
         act = self.activation(layer)
         found = gate.factors(), up.factors(), down.factors()
@@ -36,10 +36,10 @@ class AroundGated(GatedNetwork):
             return None
         (gate_A, gate_B), (up_A, up_B), (down_A, down_B) = found  # type: ignore[misc]
         flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
-        hs = parted(reduced(flat, (gate_A, up_A)), (gate_B, up_B))  # (M, r) each
+        hs = split_by_rank(reduce_batch(flat, (gate_A, up_A)), (gate_B, up_B))  # (M, r) each
         e, g = gate.output(flat, hs[0], gate_B), up.output(flat, hs[1], up_B)  # (M, width) each
         m, h = linear.apply(Inner, e, g, down_A, act)  # (M, width), (M, r)
-        return shaped(down.output(m, h, down_B), x)
+        return shape_output(down.output(m, h, down_B), x)
 
 
 class Inner(torch.autograd.Function):

@@ -80,7 +80,7 @@ class Tokens:
         return made[0]
 
 
-def serve(held: dict[Any, Serve], kernels: Sequence[Any], members: Sequence[Member], x: Tensor) -> None:
+def serve_token(held: dict[Any, Serve], kernels: Sequence[Any], members: Sequence[Member], x: Tensor) -> None:
     """Let `held` serve the kernels of layers that share an input, if they can be, from the next token on."""
     # Writes to a tensor of inference mode are not counted, so nothing would tell that x is still the same.
     groups = [(m,) for m in members] if x.is_inference() else [tuple(members)]
@@ -88,15 +88,15 @@ def serve(held: dict[Any, Serve], kernels: Sequence[Any], members: Sequence[Memb
     for group in groups:
         tokens = Tokens(group, x)
         for i in range(len(group)):
-            held[kernels[at]] = partial(tokens.one, i) if tokens.fits else declined
+            held[kernels[at]] = partial(tokens.one, i) if tokens.fits else decline_token
             at += 1
 
 
-def declined(x: Tensor) -> None:
+def decline_token(x: Tensor) -> None:
     """What is held where single tokens take the usual way."""
 
 
-def gated(above: Tokens, act: nn.Module, below: Tokens, x: Tensor) -> Tensor | None:
+def decode_gated(above: Tokens, act: nn.Module, below: Tokens, x: Tensor) -> Tensor | None:
     """A gated feed-forward network on one token."""
     made = above.all(x)
     if made is None:

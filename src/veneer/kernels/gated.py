@@ -54,10 +54,10 @@ class GatedNetwork:
             return None
         act: nn.Module = modules[names.act]  # type: ignore[assignment]
         if act is not self.act:
-            if not plain(act):
+            if not is_plain(act):
                 return None
             self.act = act
-        if watched(act) or watched(gate.layer) or watched(up.layer) or watched(down.layer) or any_global():
+        if is_watched(act) or is_watched(gate.layer) or is_watched(up.layer) or is_watched(down.layer) or any_global():
             return None
         return act
 
@@ -69,7 +69,9 @@ class GatedNetwork:
         held = self.local.decoding
         if held is not None and self not in held and decode.is_token(x):
             above, below = decode.Tokens((gate, up), x), decode.Tokens((down,), x)
-            held[self] = partial(decode.gated, above, act, below) if above.fits and below.fits else decode.declined
+            held[self] = (
+                partial(decode.decode_gated, above, act, below) if above.fits and below.fits else decode.decline_token
+            )
             y = held[self](x)
             if y is not None:
                 return y
@@ -79,7 +81,7 @@ class GatedNetwork:
         return run(x, act, shares)  # type: ignore[arg-type]
 
 
-def plain(act: nn.Module) -> bool:
+def is_plain(act: nn.Module) -> bool:
     """Whether the activation is one of those that can be computed twice."""
     kind = type(act)
     if "_veneer" in act.__dict__:  # an adapter is on it
@@ -87,7 +89,7 @@ def plain(act: nn.Module) -> bool:
     return kind.__name__ in ACTIVATIONS and kind.__module__ in HOME and not getattr(act, "inplace", False)
 
 
-def watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody wants to see the module's own calls."""
     own = module.__dict__
     return bool(
@@ -107,30 +109,30 @@ def run(x: Tensor, act: nn.Module, shares: tuple[Share, Share, Share]) -> Tensor
     """The output of the network on x (..., in), or None where its layers have to run on their own."""
     gate, up, down = shares
     K = gate.W.shape[1]
-    dtype = linear.accepted(x, gate.W)
+    dtype = linear.accepted_dtype(x, gate.W)
     if dtype is None or up.W.shape[1] != K or not gate.W.dtype == up.W.dtype == down.W.dtype:
         return None
     flat = x if x.ndim == 2 else x.reshape(-1, K)  # (M, in)
-    *above, scales, p = linear.columns(shares[:2])
-    *below, down_scales, down_p = linear.columns(shares[2:])
+    *above, scales, p = linear.stack_columns(shares[:2])
+    *below, down_scales, down_p = linear.stack_columns(shares[2:])
     trains = torch.is_grad_enabled() and (x.requires_grad or linear.needs_grad(*above[1:], *below[1:]))
     if flat.numel() < linear.SMALL and (trains or p or down_p):
-        low = linear.lowered(dtype, *above), linear.lowered(dtype, *below)
-        e, g = linear.composed(flat.to(dtype), *low[0], scales, p)
-        y = linear.composed(act(e) * g, *low[1], down_scales, down_p)[0]
+        low = linear.cast_groups(dtype, *above), linear.cast_groups(dtype, *below)
+        e, g = linear.compose_forward(flat.to(dtype), *low[0], scales, p)
+        y = linear.compose_forward(act(e) * g, *low[1], down_scales, down_p)[0]
     elif trains:
         rules = (scales, p, down_scales, down_p, dtype)
         y = linear.apply(GatedLinear, flat, act, rules, *(t for group in (*above, *below) for t in group))
     else:
-        e, g = linear.forward(flat.to(dtype), *linear.lowered(dtype, *above), scales, p, keep=False)[0]
-        m = inner(act, e, g)
-        y = linear.forward(m, *linear.lowered(dtype, *below), down_scales, down_p, keep=False)[0][0]
-    return linear.unflat(x, y)
+        e, g = linear.forward(flat.to(dtype), *linear.cast_groups(dtype, *above), scales, p, keep=False)[0]
+        m = inner_forward(act, e, g)
+        y = linear.forward(m, *linear.cast_groups(dtype, *below), down_scales, down_p, keep=False)[0][0]
+    return linear.unflatten(x, y)
 
 
-def fused(act: nn.Module, e: Tensor) -> str | None:
+def run_fused(act: nn.Module, e: Tensor) -> str | None:
     """The name that Triton's kernels have for the activation, or None where they do not run for e (M, width)."""
-    if not triton.available(e) or e.numel() < linear.SMALL:
+    if not triton.is_available(e) or e.numel() < linear.SMALL:
         return None
     name = type(act).__name__
     if name in SILU:
@@ -138,13 +140,13 @@ def fused(act: nn.Module, e: Tensor) -> str | None:
     return "gelu_tanh" if name in TANH or getattr(act, "approximate", None) == "tanh" else None
 
 
-def inner(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
+def inner_forward(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
     """act(e) * g, (M, width), in scratch memory where the activation can be told to write there."""
-    name = fused(act, e)
+    name = run_fused(act, e)
     if name is not None:
-        return triton.gate(e, g, name)
+        return triton.gate_gradient(e, g, name)
     silu = type(act).__name__ in SILU
-    a: Tensor = torch.ops.aten.silu.out(e, out=scratch.like("inner", e)) if silu else act(e)
+    a: Tensor = torch.ops.aten.silu.out(e, out=scratch.buffer_like("inner", e)) if silu else act(e)
     return a.mul_(g)
 
 
@@ -155,7 +157,7 @@ def act_backward(act: nn.Module, grad: Tensor, e: Tensor) -> Tensor:
         return torch.autograd.grad(act(e), e, grad)[0]
 
 
-def gradients(
+def gated_gradients(
     act: nn.Module, e: Tensor, g: Tensor, gy: Tensor, down: Any, remake: bool, masked: bool
 ) -> tuple[Tensor, Tensor, list[Any]]:
     """The gradients of e and g (M, width), and those of `down`'s tensors, from that of its output.
@@ -165,7 +167,7 @@ def gradients(
         remake: whether act(e) * g is made again, as the gradient of down's A wants it.
         masked: whether `down` has dropout.
     """
-    name = fused(act, e)
+    name = run_fused(act, e)
     if name is not None:
         made: list[Tensor] = []
 
@@ -178,16 +180,16 @@ def gradients(
         return de, dg, below
     # Element by element a few rows at a time, which stay in a core's cache from one step to the next.
     silu = type(act).__name__ in SILU
-    a = scratch.like("gate", e) if silu else act(e)  # (M, width)
-    m = scratch.like("inner", e)
-    for part in scratch.chunks(e):
+    a = scratch.buffer_like("gate", e) if silu else act(e)  # (M, width)
+    m = scratch.buffer_like("inner", e)
+    for part in scratch.row_chunks(e):
         if silu:
             torch.ops.aten.silu.out(e[part], out=a[part])
         if remake:
             torch.mul(a[part], g[part], out=m[part])
-    room = scratch.like("gradient", e) if remake and masked else m  # with dropout, m is read after dm is written
+    room = scratch.buffer_like("gradient", e) if remake and masked else m  # with dropout, m is read after dm is written
     dm, *below = linear.backward((gy,), m if remake else None, *down, room=room)
-    for part in scratch.chunks(e):
+    for part in scratch.row_chunks(e):
         gradient = dm[part]  # type: ignore[index]
         a[part].mul_(gradient)
         gradient.mul_(g[part])
@@ -204,11 +206,11 @@ class GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: nn.Module, rules: Any, *tensors: Any) -> Any:
         scales, p, down_scales, down_p, dtype = rules
-        above = linear.lowered(dtype, *[tensors[i : i + 2] for i in range(0, 10, 2)])
-        below = linear.lowered(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
+        above = linear.cast_groups(dtype, *[tensors[i : i + 2] for i in range(0, 10, 2)])
+        below = linear.cast_groups(dtype, *[tensors[i : i + 1] for i in range(10, 15)])
         low = x if x.dtype == dtype else x.to(dtype)
         (e, g), kept = linear.forward(low, *above, scales, p, True, own=True)  # (M, width) each
-        m = inner(act, e, g)  # (M, width)
+        m = inner_forward(act, e, g)  # (M, width)
         (y,), down = linear.forward(m, *below, down_scales, down_p, True)
         need = ctx.needs_input_grad
         ctx.needs = need[0], *(need[i : i + 2] for i in range(5, 13, 2))
@@ -234,7 +236,7 @@ class GatedLinear(torch.autograd.Function):
         W, B, d = below
         kept = Kept(down_A, down_h, down_mask, raw[ctx.raws :], ctx.down_p)
         down = (W,), (None,), (B,), (d,), kept, ctx.down_scales, ctx.down_needs
-        de, dg, last = gradients(ctx.act, e, g, gy, down, ctx.down_needs[2][0], down_mask is not None)
+        de, dg, last = gated_gradients(ctx.act, e, g, gy, down, ctx.down_needs[2][0], down_mask is not None)
         kept = Kept(A, h, mask, raw[: ctx.raws], ctx.p, ctx.undo)
         dx, *first = linear.backward((de, dg), x, Ws, bs, Bs, ds, kept, ctx.scales, ctx.needs, own=True)
         return (

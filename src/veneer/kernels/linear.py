@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from ..algebra.modes import ready, shaped
+from ..algebra.modes import functions_ready, shapes_only_enabled
 from . import decode, dropout, scratch
 from .member import gathers_alone
 
@@ -51,7 +51,7 @@ class Alone:
             return None
         held = self.member.site.router.local.decoding
         if held is not None and self not in held and decode.is_token(x):
-            decode.serve(held, (self,), (self.member,), x)
+            decode.serve_token(held, (self,), (self.member,), x)
             y = held[self](x)
             if y is not None:
                 return y
@@ -95,7 +95,7 @@ class Together:
         called = scope is not None and scope.parent is self.parent
         if pending.x is x and called:
             y = pending.ys[at]
-            if y is not None and pending.version == version(x) and pending.grad == torch.is_grad_enabled():
+            if y is not None and pending.version == tensor_version(x) and pending.grad == torch.is_grad_enabled():
                 pending.ys[at] = None
                 pending.left -= 1
                 if not pending.left:
@@ -108,7 +108,7 @@ class Together:
         members = self.members[at:] if called and not x.is_inference() else self.members[at : at + 1]
         held = self.local.decoding
         if held is not None and called and self.ends[at] not in held and decode.is_token(x):
-            decode.serve(held, self.ends, self.members, x)
+            decode.serve_token(held, self.ends, self.members, x)
             y = held[self.ends[at]](x)
             if y is not None:
                 return y
@@ -125,7 +125,7 @@ class Together:
         if len(made) > 1:
             pending = self.pending
             pending.x, pending.ys, pending.left = x, [None] * (at + 1) + [*made[1:]], len(made) - 1
-            pending.version, pending.grad = version(x), torch.is_grad_enabled()
+            pending.version, pending.grad = tensor_version(x), torch.is_grad_enabled()
             if self.local.scope is not None:
                 self.local.scope.waiting.append(pending)
         return made[0]
@@ -141,40 +141,40 @@ class Sibling:
         return self.together(layer, x, self.at)
 
 
-def version(x: Tensor) -> int:
+def tensor_version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
 def run(x: Tensor, shares: tuple[Share, ...]) -> list[Tensor] | None:
     """The outputs of layers on x (..., in), or None where they have to run on their own."""
-    dtype = accepted(x, shares[0].W)
+    dtype = accepted_dtype(x, shares[0].W)
     if dtype is None:
         return None
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (M, in)
-    Ws, bs, As, Bs, ds, scales, p = columns(shares)
+    Ws, bs, As, Bs, ds, scales, p = stack_columns(shares)
     trains = torch.is_grad_enabled() and (x.requires_grad or needs_grad(bs, As, Bs, ds))
     if flat.numel() < SMALL and (trains or p):  # without gradients too where a mask is drawn, which is then the same
-        ys = composed(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p)
+        ys = compose_forward(flat.to(dtype), *cast_groups(dtype, Ws, bs, As, Bs, ds), scales, p)
     elif trains:
         ys = apply(FactoredLinear, flat, (len(Ws), scales, p, dtype), *Ws, *bs, *As, *Bs, *ds)
     else:
-        ys = forward(flat.to(dtype), *lowered(dtype, Ws, bs, As, Bs, ds), scales, p, keep=False)[0]
-    return [unflat(x, y) for y in ys]
+        ys = forward(flat.to(dtype), *cast_groups(dtype, Ws, bs, As, Bs, ds), scales, p, keep=False)[0]
+    return [unflatten(x, y) for y in ys]
 
 
-def unflat(x: Tensor, y: Tensor) -> Tensor:
+def unflatten(x: Tensor, y: Tensor) -> Tensor:
     """An output (M, out) in the shape of x (..., in)."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def composed(
+def compose_forward(
     x: Tensor, Ws: Tensors, bs: Maybe, As: Tensors, Bs: Tensors, ds: Maybe, scales: Sequence[float], p: float
 ) -> list[Tensor]:
     """The outputs (M, out_i) for x (M, in), with autograd's own functions, which start faster than one in Python."""
     A = As[0] if len(As) == 1 else torch.cat(As)  # type: ignore[arg-type]  # (R, in)
     h = linear(torch.dropout(x, p, True) * (1 - p) if p else x, A)  # (M, R); the scales make up for what is dropped
     ys = []
-    for W, b, B, d, scale, part in zip(Ws, bs, Bs, ds, scales, parted(h, Bs), strict=True):
+    for W, b, B, d, scale, part in zip(Ws, bs, Bs, ds, scales, split_by_rank(h, Bs), strict=True):
         if d is None:
             ys.append(linear(x, W, b).addmm_(part, B.t(), alpha=scale))  # (M, out)
         else:
@@ -183,7 +183,7 @@ def composed(
     return ys
 
 
-def columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tuple[float, ...], float]:
+def stack_columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tuple[float, ...], float]:
     """W, b, A, B, d and the scale of each share, and the dropout; the scale makes up for what is dropped."""
     Ws, bs, As, Bs, ds, scales, ps = zip(*shares, strict=True)
     p = ps[0]
@@ -199,20 +199,20 @@ def needs_grad(*groups: Maybe) -> bool:
     return any(t is not None and t.requires_grad for group in groups for t in group)
 
 
-def accepted(x: Tensor, W: Tensor) -> torch.dtype | None:
+def accepted_dtype(x: Tensor, W: Tensor) -> torch.dtype | None:
     """The dtype in which x (..., in) W^T is computed, or None where the layer has to run, or to complain, on its own."""
-    if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not ready():
+    if type(x) is not Tensor or x.shape[-1] != W.shape[1] or x.device != W.device or not functions_ready():
         return None
     kind = x.device.type
     if kind == "meta":  # autocast knows no such device
-        return x.dtype if shaped() and x.dtype == W.dtype else None
+        return x.dtype if shapes_only_enabled() and x.dtype == W.dtype else None
     if torch.is_autocast_enabled(kind):
         floats = (torch.float32, torch.bfloat16, torch.float16)
         return torch.get_autocast_dtype(kind) if x.dtype in floats and W.dtype in floats else None
     return x.dtype if x.dtype == W.dtype else None
 
 
-def lowered(dtype: torch.dtype, *groups: Maybe) -> Lists:
+def cast_groups(dtype: torch.dtype, *groups: Maybe) -> Lists:
     """Ws, bs, As, Bs and ds in the dtype of the computation."""
     return tuple([[t if t is None or t.dtype == dtype else t.to(dtype) for t in group] for group in groups])  # type: ignore[return-value]
 
@@ -228,12 +228,12 @@ class Kept(NamedTuple):
     undo: bool = False  # `raw` are the outputs, and diag(d) and b can be undone
 
 
-def parted(h: Tensor, Bs: Tensors) -> Tensors:
+def split_by_rank(h: Tensor, Bs: Tensors) -> Tensors:
     """H (M, R) in the parts of the siblings, (M, r_i)."""
     return (h,) if len(Bs) == 1 else torch.split(h, [B.shape[1] for B in Bs], 1)
 
 
-def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The product scale a b of two matrices."""
     return torch.mm(a, b) if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
@@ -265,10 +265,10 @@ def forward(
         ys = [linear(x, torch.addmm(W, B, own, alpha=s), b)
               for W, b, own, B, s in zip(Ws, bs, As, Bs, scales, strict=True)]  # fmt: skip
         return ys, Kept(A, linear(x, A) if keep else None, mask, raw, p)
-    h = linear(x, A) if mask is None else dropout.shrink(mask, x, A, p)  # (M, R)
+    h = linear(x, A) if mask is None else dropout.shrink_dropped(mask, x, A, p)  # (M, R)
     undo = own and x.device.type == "cpu" and all(d is None or bool(d.all()) for d in ds)
     ys = []
-    for W, b, B, d, part, s in zip(Ws, bs, Bs, ds, parted(h, Bs), scales, strict=True):
+    for W, b, B, d, part, s in zip(Ws, bs, Bs, ds, split_by_rank(h, Bs), scales, strict=True):
         if d is None:
             ys.append(linear(x, W, b).addmm_(part, B.t(), alpha=s))  # (M, out)
             continue
@@ -283,9 +283,9 @@ def column_dots(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of the columns of a and b (M, n), (n,), some rows at a time."""
     wide = torch.promote_types(a.dtype, torch.float32)  # many parts are added
     total = a.new_zeros(a.shape[1], dtype=wide)
-    for part in scratch.chunks(a):
+    for part in scratch.row_chunks(a):
         some = b[part]
-        total += torch.mul(a[part], some, out=scratch.like("rows", some)).sum(0, dtype=wide)
+        total += torch.mul(a[part], some, out=scratch.buffer_like("rows", some)).sum(0, dtype=wide)
     return total.to(a.dtype)
 
 
@@ -331,29 +331,29 @@ def backward(
                     dd = (dd if b is None else dd - b * g.sum(0)) / d
                 dds[i] = dd
         gs = [
-            g if d is None or g is None else torch.mul(g, d, out=g if own else scratch.like(f"gradient {i}", g))
+            g if d is None or g is None else torch.mul(g, d, out=g if own else scratch.buffer_like(f"gradient {i}", g))
             for i, (g, d) in enumerate(zip(gs, ds, strict=True))
         ]
     if n == 1:
         gh = torch.mm(gs[0], Bs[0])  # type: ignore[arg-type]  # (M, R)
     else:
         gh = first.new_empty(first.shape[0], A.shape[0])
-        for g, B, part in zip(gs, Bs, parted(gh, Bs), strict=True):
+        for g, B, part in zip(gs, Bs, split_by_rank(gh, Bs), strict=True):
             part.zero_() if g is None else torch.mm(g, B, out=part)
     s = scales[0]  # in the products that follow, which scale at no cost
     if mask is not None or scales.count(s) < n:
-        for part, scale in zip(parted(gh, Bs), scales, strict=True):
+        for part, scale in zip(split_by_rank(gh, Bs), scales, strict=True):
             part.mul_(scale)
         s = 1.0
     if any(need_B):
         # The wide product is the faster one where there are many tokens, though its result is transposed.
         wide = first.shape[0] > 128
-        for i, part in enumerate(parted(h, Bs)):  # type: ignore[arg-type]
+        for i, part in enumerate(split_by_rank(h, Bs)):  # type: ignore[arg-type]
             g = gs[i]
             if g is not None and need_B[i]:
-                dBs[i] = product(part.t(), g, scales[i]).t() if wide else product(g.t(), part, scales[i])
+                dBs[i] = scaled_product(part.t(), g, scales[i]).t() if wide else scaled_product(g.t(), part, scales[i])
     seen = x if any(need_A) and isinstance(x, Tensor) else None
-    dA = product(gh.t(), seen, s) if seen is not None and mask is None else None  # (R, in)
+    dA = scaled_product(gh.t(), seen, s) if seen is not None and mask is None else None  # (R, in)
     dx = None
     if need_x:
         for g, W in zip(gs, Ws, strict=True):
@@ -363,12 +363,12 @@ def backward(
                 else:
                     dx = torch.mm(g, W) if room is None else torch.mm(g, W, out=room)
     if mask is not None:
-        dA = dropout.pull(mask, gh, seen, A, dx, p)
+        dA = dropout.pull_gradient(mask, gh, seen, A, dx, p)
     elif dx is not None:
         dx.addmm_(gh, A, alpha=s)
     if seen is None and any(need_A):
         seen = x(dx)  # type: ignore[operator,misc,arg-type]
-        dA = product(gh.t(), seen, s) if mask is None else dropout.pull(mask, gh, seen, A, None, p)
+        dA = scaled_product(gh.t(), seen, s) if mask is None else dropout.pull_gradient(mask, gh, seen, A, None, p)
     dAs: Sequence[Any] = (None,) * n
     if dA is not None:
         dAs = (dA,) if n == 1 else torch.split(dA, [B.shape[1] for B in Bs])
@@ -384,7 +384,7 @@ class FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rules: Any, *tensors: Any) -> Any:
         n, scales, p, dtype = rules
-        Ws, bs, As, Bs, ds = lowered(dtype, *(tensors[i : i + n] for i in range(0, 5 * n, n)))
+        Ws, bs, As, Bs, ds = cast_groups(dtype, *(tensors[i : i + n] for i in range(0, 5 * n, n)))
         low = x if x.dtype == dtype else x.to(dtype)
         ys, kept = forward(low, Ws, bs, As, Bs, ds, scales, p, True)
         need = ctx.needs_input_grad

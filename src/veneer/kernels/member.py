@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..algebra.low_rank import Factored
 from ..algebra.operators import Diagonal
 from ..algebra.recursion import Term
-from ..algebra.sums import Sum, terms
+from ..algebra.sums import Sum, terms_of
 from ..injection.dispatch import AdaptedState
 from ..injection.router import adapter_names
 
@@ -84,7 +84,7 @@ class Member:
         for link in links:
             if not isinstance(link, Term) or link.right is not None or link.post is not None or link.delta is None:
                 return False
-            if not all(factored(op) for op in terms(link.delta)):
+            if not all(is_factored(op) for op in terms_of(link.delta)):
                 return False
             if link.left is not None and (len(links) > 1 or not isinstance(link.left, Diagonal)):
                 return False
@@ -103,7 +103,7 @@ class Member:
                 return None
             return Share(W, b, A, B, None, self.scale, self.dropout if layer.training else 0.0)  # type: ignore[arg-type]
         links = self.site.terms(self.live)
-        ops = [op for link in links for op in terms(link.delta)]  # type: ignore[union-attr]
+        ops = [op for link in links for op in terms_of(link.delta)]  # type: ignore[union-attr]
         drop = ops[0].dropout if layer.training else 0.0
         if layer.training and any(op.dropout != drop for op in ops):
             return None
@@ -136,7 +136,7 @@ def gathers_alone(layer: nn.Module) -> bool:
     return type(layer._parameters) is not dict
 
 
-def factored(op: Any) -> bool:
+def is_factored(op: Any) -> bool:
     """Whether the operator is scale B A, of matrices, and nothing more."""
     return isinstance(op, Factored) and op.bare and op.A.ndim == 2
 

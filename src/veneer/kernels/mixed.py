@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra.sums import terms
+from ..algebra.sums import terms_of
 from . import triton
-from .linear import accepted
+from .linear import accepted_dtype
 from .member import Member, runs_as_linear, stored_in
-from .routed import ADD, MOST, Batch, choose, in_use, runs_fused, table_dtype
+from .routed import ADD, MOST, Batch, choose_strategy, in_use, runs_fused, table_dtype
 
 if TYPE_CHECKING:
     from ..injection.dispatch import AdaptedState
@@ -102,7 +102,7 @@ class Mixed:
         if stored is None or layer is not self.layer or x.ndim < 2 or x.shape[0] % n or not x.shape[0]:
             return None
         W, b = stored
-        K, dtype = W.shape[1], accepted(x, W)
+        K, dtype = W.shape[1], accepted_dtype(x, W)
         if dtype is None:
             return None
         graded = torch.is_grad_enabled()
@@ -116,7 +116,7 @@ class Mixed:
         if z.ndim != 3 or z.shape[0] != n:
             z = z.reshape(n, -1, K)  # (n, T, in)
         T, batch = z.shape[1], found.batch
-        strategy = choose(batch, T, found.r, K, W.shape[0], dtype, z.device)
+        strategy = choose_strategy(batch, T, found.r, K, W.shape[0], dtype, z.device)
         table = self.table(found, table_dtype(strategy, dtype, z.device))
         if table is None:
             return None
@@ -188,7 +188,7 @@ class Mixed:
                 links: Any = self.site.terms((name,))
             pure = member.plan() and all(link.left is None and link.shift is None for link in links)
             if pure:
-                ops: Any = [op for link in links for op in terms(link.delta)]
+                ops: Any = [op for link in links for op in terms_of(link.delta)]
                 self.ranks[name] = sum(op.A.shape[0] for op in ops)
             self.members[name] = member if pure else None
         return self.members[name]
@@ -211,7 +211,7 @@ class Mixed:
         site = self.site
         here = [name for name in names if name in site.entries]
         tensors = [t for name in here for t in site.tensors(name).values()]
-        if any(map(Tensor.is_inference, tensors)) or sharded():
+        if any(map(Tensor.is_inference, tensors)) or is_sharded_table():
             return None
         attributes = [attr for name in here for _, attr in site.entries[name].trained]
         held = [site.owner._parameters[attr] for attr in attributes]
@@ -236,8 +236,8 @@ class Mixed:
         there = [s for s in shares if s is not None]
         r = max(s.A.shape[0] for s in there)
         A_none, B_none = there[0].A.new_zeros(r, there[0].A.shape[1]), there[0].B.new_zeros(r, there[0].B.shape[0])
-        As = [A_none if s is None else padded(s.A, r) for s in shares]  # (r, in)
-        Bs = [B_none if s is None else padded(s.B.t(), r) for s in shares]  # (r, out)
+        As = [A_none if s is None else pad_rows(s.A, r) for s in shares]  # (r, in)
+        Bs = [B_none if s is None else pad_rows(s.B.t(), r) for s in shares]  # (r, out)
         A = torch.stack([*As, A_none]).to(dtype)
         Bt = torch.stack([*Bs, B_none])
         scales = [0.0 if s is None else s.scale for s in shares]
@@ -250,12 +250,12 @@ class Mixed:
 VERSION = attrgetter("_version")
 
 
-def padded(matrix: Tensor, rows: int) -> Tensor:
+def pad_rows(matrix: Tensor, rows: int) -> Tensor:
     """A matrix with rows of zeros below, to (rows, n)."""
     return matrix if matrix.shape[0] == rows else F.pad(matrix, (0, 0, 0, rows - matrix.shape[0]))
 
 
-def sharded() -> bool:
+def is_sharded_table() -> bool:
     """Whether what shards parameters may write them without counting it."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

@@ -99,7 +99,7 @@ class Arrangement(NamedTuple):
     network: structure.Gated | None
 
 
-def arrange(parents: Iterable[nn.Module]) -> dict[nn.Module, Arrangement]:
+def arrange_groups(parents: Iterable[nn.Module]) -> dict[nn.Module, Arrangement]:
     """Tell layers under `parents` of their siblings; return how each parent's layers can run together."""
     return {parent: _arrange_layers(parent) for parent in parents}
 
@@ -112,8 +112,8 @@ def _arrange_layers(parent: nn.Module) -> Arrangement:
     for name in linear | around:
         states[name].group = None
     base = getattr(type(parent), "_veneer_base", type(parent))
-    grouped, own_forward = False, not replaced(parent)
-    for names in structure.siblings(base) if own_forward and len(linear | around) > 1 else ():
+    grouped, own_forward = False, not replaced_parts(parent)
+    for names in structure.find_siblings(base) if own_forward and len(linear | around) > 1 else ():
         for alike in (linear, around):
             together = [n for n in names if n in alike]
             if len(together) > 1:
@@ -121,14 +121,14 @@ def _arrange_layers(parent: nn.Module) -> Arrangement:
                 group = Group([m for n in together if (m := children[n]) is not None], parent)
                 for name in together:
                     states[name].group = group
-    network = structure.gated(base) if own_forward and max(len(linear), len(around)) > 2 else None
+    network = structure.decode_gated(base) if own_forward and max(len(linear), len(around)) > 2 else None
     if network is None or children.get(network.act) is None:
         return Arrangement(grouped, None)
     parts = {network.gate, network.up, network.down}
     return Arrangement(grouped, network if parts <= linear or parts <= around else None)
 
 
-def replaced(module: nn.Module) -> bool:
+def replaced_parts(module: nn.Module) -> bool:
     """Whether the module has a forward of its own, beside that of its class."""
     state = state_of(module)
     return "forward" in module.__dict__ or (state is not None and state.instance_forward is not None)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.lazy_weight import groupable
+from ..layers.lazy_weight import can_group
 from . import triton
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ _forced: str | None = None
 
 
 @contextmanager
-def only(strategy: str) -> Iterator[None]:
+def force_strategy(strategy: str) -> Iterator[None]:
     """Within the block, in every thread, use one strategy whatever the shape.
 
     Raises:
@@ -82,22 +82,26 @@ def only(strategy: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_strategy(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
     """The cheapest strategy for rows of so many tokens each, adapters (r, K) and (r, N)."""
     if _forced is not None:
         return _forced
-    found: str = batch.once((tokens, r, K, N, dtype, device), lambda: cheapest(batch, tokens, r, K, N, dtype, device))
+    found: str = batch.once(
+        (tokens, r, K, N, dtype, device), lambda: cheapest_strategy(batch, tokens, r, K, N, dtype, device)
+    )
     return found
 
 
-def cheapest(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> str:
+def cheapest_strategy(
+    batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dtype, device: torch.device
+) -> str:
     kind, n, d, size = "cpu" if device.type == "cpu" else "cuda", batch.rows, len(batch.used), r * (K + N)
     cost = COSTS[kind, 2 if dtype.itemsize == 2 else 4]
     M = n * tokens
     own = M * size / cost.rate  # each token with its own slot
     dense = own * d + d * size * (cost.pack + (0 if batch.all else cost.copy)) + 2 * cost.call
     gather = own + 2 * n * cost.item + (0 if batch.in_order else n * size * cost.copy) + 2 * cost.call
-    if widened(dtype, device):
+    if needs_float32(dtype, device):
         cost = COSTS[kind, 4]
     moved = M * (K + 2 * N) * cost.copy + (0 if batch.all else d * size * cost.copy)
     products = 2 * d * (cost.item if batch.even else cost.call)
@@ -105,14 +109,14 @@ def cheapest(batch: Batch, tokens: int, r: int, K: int, N: int, dtype: torch.dty
     return min(zip((dense, gather, grouped), STRATEGIES, strict=True))[1]
 
 
-def widened(dtype: torch.dtype, device: torch.device) -> bool:
+def needs_float32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `grouped` computes in float32 in place of this dtype."""
     return device.type == "cpu" and dtype.itemsize == 2
 
 
 def table_dtype(strategy: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the tables for a strategy."""
-    return torch.float32 if strategy == "grouped" and widened(dtype, device) else dtype
+    return torch.float32 if strategy == "grouped" and needs_float32(dtype, device) else dtype
 
 
 class Batch:
@@ -215,7 +219,7 @@ class Batch:
         def make() -> tuple[Any, Tensor]:
             slots = self.index(device)
             each = torch.where(slots < self.count, slots, -1).int().repeat_interleave(tokens)
-            return triton.route(each, self.count), torch.ones(self.count, device=device)
+            return triton.route_rows(each, self.count), torch.ones(self.count, device=device)
 
         found: tuple[Any, Tensor] = self.once(("routing", tokens, device), make)
         return found
@@ -225,7 +229,7 @@ class Batch:
 # `used` is what `in_use` returns, where it is known.
 
 
-def dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
+def add_dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     n, T, K = x.shape
     A, Bt = used or in_use(A, Bt, batch)
     d, r, N = Bt.shape
@@ -238,7 +242,7 @@ def dense(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair 
     return y
 
 
-def gather(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
+def add_gathered(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     if batch.in_order:
         A, Bt = A[: batch.rows], Bt[: batch.rows]
     else:
@@ -248,9 +252,9 @@ def gather(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair
     return torch.baddbmm(y, h, Bt) if torch.is_grad_enabled() else y.baddbmm_(h, Bt)
 
 
-def grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
+def add_grouped(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, batch: Batch, used: Pair | None = None) -> Tensor:
     n, T, K = x.shape
-    if x.is_cuda and groupable(x, A.mT) and groupable(x, Bt):
+    if x.is_cuda and can_group(x, A.mT) and can_group(x, Bt):
         order, place, ends = batch.order(x.device)
         rows = x.index_select(0, order).view(n * T, K)
         low = F.grouped_mm(F.grouped_mm(rows, A.mT, offs=ends * T), Bt, offs=ends * T)
@@ -283,10 +287,10 @@ def in_use(A: Tensor, Bt: Tensor, batch: Batch) -> Pair:
 
 def runs_fused(x: Tensor) -> bool:
     """Whether a Triton kernel does all of it."""
-    return _forced is None and triton.available(x)
+    return _forced is None and triton.is_available(x)
 
 
-ADD: dict[str, Callable[..., Tensor]] = {"dense": dense, "gather": gather, "grouped": grouped}
+ADD: dict[str, Callable[..., Tensor]] = {"dense": add_dense, "gather": add_gathered, "grouped": add_grouped}
 
 
 def routed_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, slots: Tensor) -> Tensor:
@@ -313,15 +317,15 @@ def routed_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, slots
     if not M:
         return y
     if runs_fused(x):
-        return triton.routed_add_(y.clone(), x, A, B, scales.float(), triton.route(slots.int(), S))
+        return triton.routed_add_(y.clone(), x, A, B, scales.float(), triton.route_rows(slots.int(), S))
     slots = slots.long()
     host = slots.device.type == "cpu"
     if host and not torch.compiler.is_compiling():
         low, high = slots.aminmax()
         if low < -1 or high >= S:
             raise ValueError(f"routed_add: slots {int(low)} to {int(high)}; must be from 0 to {S - 1}, or -1 for none")
-    batch = Batch(torch.where(slots < 0, S, slots), S, known=host or not groupable(x, A.mT))
-    strategy = choose(batch, 1, r, K, N, x.dtype, x.device)
+    batch = Batch(torch.where(slots < 0, S, slots), S, known=host or not can_group(x, A.mT))
+    strategy = choose_strategy(batch, 1, r, K, N, x.dtype, x.device)
     dtype = table_dtype(strategy, x.dtype, x.device)
     A = F.pad(A.to(dtype), (0, 0, 0, 0, 0, 1))  # (S + 1, r, K)
     Bt = F.pad(B.mT * scales.detach()[:, None, None].to(B.dtype), (0, 0, 0, 0, 0, 1)).to(dtype)  # (S + 1, r, N)

@@ -26,7 +26,7 @@ class _Held(threading.local):
 _HELD = _Held()
 
 
-def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def take_buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor with any content. The one that was taken before under the same name in this thread is void."""
     key = (name, shape, dtype)
     if device.type == "cpu" and key in _HELD.views:
@@ -42,12 +42,12 @@ def take(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return view
 
 
-def like(name: str, x: Tensor) -> Tensor:
+def buffer_like(name: str, x: Tensor) -> Tensor:
     """As `take`, for the shape, dtype and device of x."""
-    return take(name, tuple(x.shape), x.dtype, x.device)
+    return take_buffer(name, tuple(x.shape), x.dtype, x.device)
 
 
-def chunks(x: Tensor) -> Iterator[slice]:
+def row_chunks(x: Tensor) -> Iterator[slice]:
     """Runs of the rows of x (rows, columns) that fit a cache; all of them where x is not on a CPU."""
     rows = x.shape[0]
     step = max(16, CHUNK // (x.shape[1] * x.element_size())) if x.device.type in ("cpu", "meta") else max(rows, 1)

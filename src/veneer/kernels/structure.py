@@ -25,12 +25,12 @@ class Gated(NamedTuple):
     down: str
 
 
-def siblings(base: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
+def find_siblings(base: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Groups of submodules that a class's forward calls on the same input, each group in one run of statements."""
     return _siblings(base.forward)
 
 
-def gated(base: type[nn.Module]) -> Gated | None:
+def decode_gated(base: type[nn.Module]) -> Gated | None:
     """The parts of a gated feed-forward network, if a class's forward is exactly one."""
     return _gated(base.forward)
 

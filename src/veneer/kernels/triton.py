@@ -26,25 +26,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once,
 
 
 @functools.cache
-def installed() -> bool:
+def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def available(x: Tensor) -> bool:
+def is_available(x: Tensor) -> bool:
     """Whether to run these for x: on a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1), if installed."""
-    if not (x.is_cuda or INTERPRETED) or x.dtype not in DTYPES or not installed():
+    if not (x.is_cuda or INTERPRETED) or x.dtype not in DTYPES or not is_installed():
         return False
-    return INTERPRETED or starts(x.device)
+    return INTERPRETED or group_starts(x.device)
 
 
 @functools.cache
-def starts(device: torch.device) -> bool:
+def group_starts(device: torch.device) -> bool:
     """Whether a GPU is one that the block sizes fit, and a kernel can be built for it and started."""
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     e = torch.zeros(1, 1, device=device)
     try:
-        gate(e, e)
+        gate_gradient(e, e)
     except Exception as error:  # no C compiler, a driver of another version
         warnings.warn(
             f"{device}: Triton is installed and its kernels do not start ({type(error).__name__}: {error}), so PyTorch's "
@@ -56,7 +56,7 @@ def starts(device: torch.device) -> bool:
 
 
 @functools.cache
-def code() -> Any:
+def forward_code() -> Any:
     from . import triton_code
 
     return triton_code
@@ -86,7 +86,7 @@ class Routing:
     size: int
 
 
-def route(slots: Tensor, count: int) -> Routing:
+def route_rows(slots: Tensor, count: int) -> Routing:
     """Plan a batch once for all layers; nothing waits for the device.
 
     Args:
@@ -108,7 +108,7 @@ def route(slots: Tensor, count: int) -> Routing:
     return Routing(order.int(), offsets.int(), slot.int(), first.int(), size)
 
 
-def shrink(
+def shrink_dropped(
     x: Tensor,
     A: Tensor,
     scale: float = 1.0,
@@ -134,7 +134,7 @@ def shrink(
     """
     M, K = x.shape
     R = A.shape[-2]
-    fits("A", A, *slots_of(routing, M), R, K)
+    fits_kernel("A", A, *slots_of(routing, M), R, K)
     if not M:
         return x.new_empty(0, R)
     BM, BR, BK = rows_of(M, routing), columns_of(R), 64
@@ -145,7 +145,7 @@ def shrink(
     make = x.new_zeros if routing else x.new_empty  # rows of no slot are not visited
     parts = make(splits, M, R, dtype=x.dtype if splits == 1 else torch.float32)
     with on(x):
-        code().shrink_kernel[grid_m, grid_r, splits](
+        forward_code().shrink_kernel[grid_m, grid_r, splits](
             x, A, parts, *factors(scale, p, seed, scales, routing), *segments(routing), *tables(routing),
             M, R, K, span,
             *x.stride(), *(A.stride() if routing else (0, *A.stride())), *parts.stride(),
@@ -182,14 +182,14 @@ def expand_add_(
     """
     M, N = y.shape
     R = h.shape[-1]
-    fits("h", h, M, R)
-    fits("B", B, *slots_of(routing, M), N, R)
+    fits_kernel("h", h, M, R)
+    fits_kernel("B", B, *slots_of(routing, M), N, R)
     if not M:
         return y
     BM, BN, BR = rows_of(M, routing), wide(y), columns_of(R)
     grid = (blocks_of(M, routing), -(-N // BN))
     with on(y):
-        code().expand_kernel[grid](
+        forward_code().expand_kernel[grid](
             h, B, y, *factors(scale, p, seed, scales, routing), *segments(routing), *tables(routing),
             M, N, R,
             *h.stride(), *(B.stride() if routing else (0, *B.stride())), *y.stride(),
@@ -198,7 +198,7 @@ def expand_add_(
     return y
 
 
-def outer(
+def outer_product(
     g: Tensor,
     x: Tensor,
     scale: float = 1.0,
@@ -225,7 +225,7 @@ def outer(
         (r, K); with routing (S, r, K), from the rows of each slot, 0 for a slot without rows.
     """
     (M, R), K = g.shape, x.shape[1]
-    fits("x", x, M, K)
+    fits_kernel("x", x, M, K)
     (S,) = slots_of(routing, M) or (1,)
     dtype = dtype or torch.float32
     out = x.new_zeros(S, R, K, dtype=dtype) if not M else x.new_empty(S, R, K, dtype=dtype)
@@ -235,7 +235,7 @@ def outer(
         splits = max(1, min(PROGRAMS // tiles, M // (4 * BM)))
         parts = out[None] if splits == 1 else x.new_empty(splits, S, R, K, dtype=torch.float32)
         with on(x):
-            code().outer_kernel[-(-K // BK), -(-R // BR), S * splits](
+            forward_code().outer_kernel[-(-K // BK), -(-R // BR), S * splits](
                 g, x, parts, *factors(scale, p, seed, scales, routing), *segments(routing),
                 M, R, K, splits,
                 *g.stride(), *x.stride(), *parts.stride(),
@@ -246,7 +246,7 @@ def outer(
     return out if routing else out[0]
 
 
-def gate(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
+def gate_gradient(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
     """Compute m = act(e) * g.
 
     Args:
@@ -257,7 +257,7 @@ def gate(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
         ValueError: another activation.
     """
     m = torch.empty(e.shape, dtype=e.dtype, device=e.device)
-    gate_grid(code().gate_kernel, act, e, g, m)
+    gate_grid(forward_code().gate_kernel, act, e, g, m)
     return m
 
 
@@ -282,7 +282,7 @@ def gate_backward_(dm: Tensor, e: Tensor, g: Tensor, act: str = "silu", *, remak
             f"contiguous and {e.dtype}"
         )
     made = tuple(torch.empty(e.shape, dtype=e.dtype, device=e.device) for _ in range(2 if remake else 1))
-    gate_grid(code().gate_backward_kernel, act, dm, e, g, *(made if remake else (*made, None)))
+    gate_grid(forward_code().gate_backward_kernel, act, dm, e, g, *(made if remake else (*made, None)))
     return dm, *made
 
 
@@ -295,7 +295,7 @@ def gate_grid(kernel: Any, act: str, *tensors: Tensor | None) -> None:
     assert first is not None
     for tensor in tensors:
         if tensor is not None:
-            fits("e, g or dm", tensor, *first.shape)
+            fits_kernel("e, g or dm", tensor, *first.shape)
     M, F = (1, first.numel()) if flat else first.shape
     if not first.numel():
         return
@@ -311,7 +311,7 @@ def on(x: Tensor) -> Any:
     return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
 
 
-def fits(name: str, found: Tensor, *wanted: int) -> None:
+def fits_kernel(name: str, found: Tensor, *wanted: int) -> None:
     """Refuse a shape that would be read past its end."""
     if found.shape != wanted:
         raise ValueError(f"{name}: its shape is {tuple(found.shape)} and the others' call for {wanted}")
@@ -321,7 +321,7 @@ def slots_of(routing: Routing | None, M: int) -> tuple[int, ...]:
     """(S,), the leading shape of stacked slots, or ()."""
     if routing is None:
         return ()
-    fits("routing", routing.order, M)
+    fits_kernel("routing", routing.order, M)
     return (routing.offsets.shape[0] - 1,)
 
 
@@ -375,7 +375,7 @@ class Routed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, routing: Routing) -> Tensor:
-        h = shrink(x, A, routing=routing)  # (M, r)
+        h = shrink_dropped(x, A, routing=routing)  # (M, r)
         expand_add_(y, h, B, scales=scales, routing=routing)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, A, B, scales)
@@ -390,13 +390,13 @@ class Routed(torch.autograd.Function):
         by = {"scales": scales, "routing": ctx.routing}
         dx = dA = dB = None
         if wants_x or wants_A:
-            g = shrink(dy, B.mT, **by)  # (M, r)
+            g = shrink_dropped(dy, B.mT, **by)  # (M, r)
         if wants_x:
             dx = expand_add_(dy.new_zeros(dy.shape[0], A.shape[2]), g, A.mT, routing=ctx.routing)  # (M, K)
         if wants_A:
-            dA = outer(g, x, routing=ctx.routing, dtype=A.dtype)  # (S, r, K)
+            dA = outer_product(g, x, routing=ctx.routing, dtype=A.dtype)  # (S, r, K)
         if wants_B:
-            dB = outer(h, dy, dtype=B.dtype, **by).mT  # (S, N, r)
+            dB = outer_product(h, dy, dtype=B.dtype, **by).mT  # (S, N, r)
         return dy, dx, dA, dB, None, None
 
 

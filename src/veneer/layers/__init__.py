@@ -28,6 +28,6 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return None
 
 
-def supported(module: nn.Module) -> bool:
+def is_supported(module: nn.Module) -> bool:
     """Whether `target_modules` may name the module."""
     return isinstance(module, nn.MultiheadAttention) or kind_of(module) is not None

@@ -13,11 +13,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..algebra.block_diagonal import regroup, ungroup
+from ..algebra.block_diagonal import regroup_blocks, ungroup_blocks
 from ..algebra.hadamard import Hadamard
 from ..algebra.low_rank import Factored
 from ..algebra.operator import Operator
-from ..algebra.operators import Diagonal, along
+from ..algebra.operators import Diagonal, broadcast_along
 from ..algebra.recursion import Terms, walk_terms
 from ..algebra.sums import Sum
 from .geometry import Geometry, Weight
@@ -46,11 +46,11 @@ class Conv(LayerKind):
 
     def canonical(self, site: Weight, stored: Tensor) -> Tensor:
         flat = stored.flatten(1)  # (out, in / groups * kernel)
-        return flat if flat.shape[1] == site.patch else ungroup(flat, site.groups)
+        return flat if flat.shape[1] == site.patch else ungroup_blocks(flat, site.groups)
 
     def restored(self, site: Weight, matrix: Tensor) -> Tensor:
         """(out, in * kernel) -> (out, in / groups, *kernel) where the groups hold, else (out, in, *kernel)."""
-        grouped = regroup(matrix, site.groups) if site.groups > 1 else matrix
+        grouped = regroup_blocks(matrix, site.groups) if site.groups > 1 else matrix
         kept = matrix if grouped is None else grouped
         return kept.reshape(site.fan_out, -1, *site.kernel)
 
@@ -71,7 +71,7 @@ class Conv(LayerKind):
             return total
         dense = op.dense().to(weight.dtype)
         grouped = site.groups > 1 and dense.shape[1] * site.groups == site.patch
-        return ungroup(dense, site.groups) if grouped else dense
+        return ungroup_blocks(dense, site.groups) if grouped else dense
 
     def forward(
         self, site: Weight, call: Call, target: nn.Module, terms: Terms, args: Any, kwargs: dict[str, Any]
@@ -125,7 +125,7 @@ class Conv(LayerKind):
 
     def on_channels(self, op: Operator, x: Tensor, axis: int) -> Tensor:
         if isinstance(op, Diagonal):
-            return x * along(op.v.to(x.dtype), axis, x.ndim)
+            return x * broadcast_along(op.v.to(x.dtype), axis, x.ndim)
         return op.apply(x.movedim(axis, -1)).movedim(-1, axis)
 
     def spread(self, vector: Tensor, y: Tensor) -> Tensor:

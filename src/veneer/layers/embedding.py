@@ -47,7 +47,7 @@ class Embedding(LayerKind):
             if link.right is not None and not isinstance(link.right, Diagonal):
                 raise TypeError(f"{site.name}: {type(link.right).__name__} cannot act on the ids of an embedding")
         ids = args[0] if args else next(iter(kwargs.values()))
-        return evaluate(terms, LookupSemantics(self, site, call, target), ids, lambda z: summed(call(target, z)))
+        return evaluate(terms, LookupSemantics(self, site, call, target), ids, lambda z: sum_parts(call(target, z)))
 
     def delta(self, site: Weight, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:
         # Ids cannot be dropped, so `op.dropout` has no meaning here; peft ignores it as well.
@@ -109,7 +109,7 @@ class LookupSemantics(Semantics[Tensor, Tensor]):
         return y + share * (branch - start)
 
 
-def summed(y: Tensor) -> Tensor:
+def sum_parts(y: Tensor) -> Tensor:
     """A lookup in a table that processes split by its rows, as the sum of what each has found."""
     if not is_distributed(y):
         return y

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..algebra.low_rank import Factored
-from ..algebra.modes import ready
+from ..algebra.modes import functions_ready
 from ..algebra.operator import Operator
 from ..algebra.recursion import Semantics, Terms, evaluate, walk_terms
-from ..algebra.sums import terms as parts_of
+from ..algebra.sums import terms_of as parts_of
 from ..backends.deferred import READ, Deferred
 
 LowRankTerm = tuple[Tensor, Tensor, float]  # B (..., out, r), A (..., r, in), scale
 
 
-def lazily(weight: Tensor, terms: Terms, *, flipped: bool = False) -> Tensor | None:
+def lazy_weight(weight: Tensor, terms: Terms, *, flipped: bool = False) -> Tensor | None:
     """`weight` with the adapters of `terms`, not formed; None where it has to be.
 
     Args:
@@ -44,9 +44,9 @@ def lazily(weight: Tensor, terms: Terms, *, flipped: bool = False) -> Tensor | N
         return None
     if type(weight) not in (Tensor, nn.Parameter, Deferred) or not weight.is_floating_point():
         return None  # sharded, quantized
-    if torch.compiler.is_compiling() or not ready():  # `Formed` has a backward only
+    if torch.compiler.is_compiling() or not functions_ready():  # `Formed` has a backward only
         return None
-    return lazy(weight, LowRank(factors, weight.dtype), flipped)
+    return make_lazy(weight, LowRank(factors, weight.dtype), flipped)
 
 
 class FactorSemantics(Semantics[None, "list[LowRankTerm]"]):
@@ -95,7 +95,7 @@ class LowRank:
         """
         if self.both is None:
             with torch.set_grad_enabled(self.trained):
-                self.both = joined(self.terms, self.dtype, aligned=True)
+                self.both = join_terms(self.terms, self.dtype, aligned=True)
         return self.both
 
     def expert(self, e: int) -> LowRank:
@@ -113,10 +113,10 @@ class LowRank:
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """B (S, out, R) and A (S, R, in) of the experts `ids` (S,)."""
-        return joined([(B[ids], A[ids], scale) for B, A, scale in self.terms], self.dtype)
+        return join_terms([(B[ids], A[ids], scale) for B, A, scale in self.terms], self.dtype)
 
 
-def joined(terms: Sequence[LowRankTerm], dtype: torch.dtype, aligned: bool = False) -> tuple[Tensor, Tensor]:
+def join_terms(terms: Sequence[LowRankTerm], dtype: torch.dtype, aligned: bool = False) -> tuple[Tensor, Tensor]:
     Bs = [(B if scale == 1 else B * scale).to(dtype) for B, _, scale in terms]
     As = [A.to(dtype) for _, A, _ in terms]
     B, A = (Bs[0], As[0]) if len(terms) == 1 else (torch.cat(Bs, -1), torch.cat(As, -2))
@@ -152,12 +152,12 @@ class Lazy(Tensor):
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """(..., m, R) and (..., R, n), whose product is added to base."""
-        return turned(self.low.factors(), self.flipped)
+        return transpose_factors(self.low.factors(), self.flipped)
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor]:
         """Base (S, m, n) and the sides (S, m, R), (S, R, n) of the experts taken."""
         assert self.ids is not None
-        return self.base[self.ids], *turned(self.low.rows(self.ids), self.flipped)
+        return self.base[self.ids], *transpose_factors(self.low.rows(self.ids), self.flipped)
 
     def form(self) -> Tensor:
         """The effective weight."""
@@ -223,7 +223,7 @@ class Formed(torch.autograd.Function):
         return whole, dB, dA, None, None, None
 
 
-def lazy(base: Tensor, low: LowRank, flipped: bool, ids: Tensor | None = None) -> Tensor:
+def make_lazy(base: Tensor, low: LowRank, flipped: bool, ids: Tensor | None = None) -> Tensor:
     """A `Lazy`, known to autograd where gradients go to it."""
     if low.trained or (base.requires_grad and torch.is_grad_enabled()):
         made: Tensor = Formed.apply(base, *low.factors(), low, flipped, ids)  # type: ignore[no-untyped-call]
@@ -231,7 +231,7 @@ def lazy(base: Tensor, low: LowRank, flipped: bool, ids: Tensor | None = None) -
     return Lazy(base, low, flipped, ids)
 
 
-def turned(factors: tuple[Tensor, Tensor], flipped: bool) -> tuple[Tensor, Tensor]:
+def transpose_factors(factors: tuple[Tensor, Tensor], flipped: bool) -> tuple[Tensor, Tensor]:
     """B, A, or A^T, B^T of the transpose."""
     B, A = factors
     return (A.mT, B.mT) if flipped else (B, A)
@@ -240,13 +240,13 @@ def turned(factors: tuple[Tensor, Tensor], flipped: bool) -> tuple[Tensor, Tenso
 # The uses of a weight as a linear map. Each returns NotImplemented where it is none.
 
 
-def untouched(*operands: Any) -> bool:
+def has_no_lazy(*operands: Any) -> bool:
     """Whether the last operand is a `Lazy` that was not formed, and no other is one."""
     *others, weight = operands
     return isinstance(weight, Lazy) and weight.formed is None and not any(isinstance(o, Lazy) for o in others)
 
 
-def plus(y: Tensor, h: Tensor, right: Tensor) -> Tensor:
+def add_product(y: Tensor, h: Tensor, right: Tensor) -> Tensor:
     """Y (..., n) + h (..., R) right (R, n), in the memory of y where it is known to be ours."""
     right = right.to(y.dtype)
     if y.dtype == h.dtype and y.ndim == h.ndim == right.ndim == 2:
@@ -254,53 +254,53 @@ def plus(y: Tensor, h: Tensor, right: Tensor) -> Tensor:
     return y + (h @ right).to(y.dtype)
 
 
-def product(func: Any, a: Any, b: Any) -> Any:
+def lazy_product(func: Any, a: Any, b: Any) -> Any:
     """A @ b with either of them the weight."""
     if func is Tensor.__rmatmul__:
         a, b = b, a
-    if untouched(a, b):
+    if has_no_lazy(a, b):
         if b.ids is not None:
-            return each(a, b)
+            return expert_products(a, b)
         left, right = b.sides()
-        return plus(a @ b.base, a @ left, right)
-    if not untouched(b, a):
+        return add_product(a @ b.base, a @ left, right)
+    if not has_no_lazy(b, a):
         return NotImplemented
     if a.ids is not None:  # (S, m, n) (S, n, t) = ((S, t, n) (S, n, m))^T
-        y = each(b.mT, a.mT) if b.ndim == 3 else NotImplemented
+        y = expert_products(b.mT, a.mT) if b.ndim == 3 else NotImplemented
         return y if y is NotImplemented else y.mT
     left, right = a.sides()
     y, h = a.base @ b, right @ b
-    return plus(y, left, h) if y.ndim == 2 else y + (left @ h).to(y.dtype)
+    return add_product(y, left, h) if y.ndim == 2 else y + (left @ h).to(y.dtype)
 
 
-def batched(func: Any, a: Any, b: Any, out_dtype: torch.dtype | None = None) -> Any:
+def lazy_bmm(func: Any, a: Any, b: Any, out_dtype: torch.dtype | None = None) -> Any:
     """torch.mm, torch.bmm."""
-    return product(func, a, b) if out_dtype is None and a.ndim == b.ndim else NotImplemented
+    return lazy_product(func, a, b) if out_dtype is None and a.ndim == b.ndim else NotImplemented
 
 
 def added_to(func: Any, start: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """torch.addmm, torch.baddbmm."""
     if isinstance(start, Lazy) or a.ndim != b.ndim:
         return NotImplemented
-    y = product(func, a, b)
+    y = lazy_product(func, a, b)
     if y is NotImplemented:
         return y
     y = y if alpha == 1 else y * alpha
     return y if beta == 0 else y + (start if beta == 1 else start * beta)
 
 
-def linear(func: Any, x: Any, weight: Any, bias: Any = None) -> Any:
-    if not untouched(x, bias, weight) or weight.ids is not None or weight.ndim != 2:
+def lazy_linear(func: Any, x: Any, weight: Any, bias: Any = None) -> Any:
+    if not has_no_lazy(x, bias, weight) or weight.ids is not None or weight.ndim != 2:
         return NotImplemented
     left, right = weight.sides()  # (m, R), (R, n)
-    return plus(F.linear(x, weight.base, bias), F.linear(x, right), left.T)
+    return add_product(F.linear(x, weight.base, bias), F.linear(x, right), left.T)
 
 
-def grouped(func: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+def lazy_grouped_mm(func: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     """F.grouped_mm, torch._grouped_mm: rows x (S, m), sorted by expert, through (E, m, n) -> (S, n)."""
     offs = args[0] if args else kwargs.get("offs")
     same = kwargs.get("out_dtype") in (None, x.dtype)
-    if not untouched(x, weight) or weight.ids is not None or x.ndim != 2 or offs is None or not same or args[1:]:
+    if not has_no_lazy(x, weight) or weight.ids is not None or x.ndim != 2 or offs is None or not same or args[1:]:
         return NotImplemented
     y = func(x, weight.base, *args, **kwargs)
     experts, tokens = weight.base.shape[0], x.shape[0]
@@ -309,17 +309,17 @@ def grouped(func: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         return y + func(func(x, left, offs=offs), right, offs=offs)
     # Fewer tokens than experts: only the factors that they meet are read. Rows past the last offset belong to none.
     ids = torch.searchsorted(offs, torch.arange(tokens, device=x.device, dtype=offs.dtype), right=True)
-    left, right = turned(weight.low.rows(ids.clamp_(max=experts - 1)), weight.flipped)
+    left, right = transpose_factors(weight.low.rows(ids.clamp_(max=experts - 1)), weight.flipped)
     return y + ((x.unsqueeze(1) @ left) @ right).squeeze(1)
 
 
-def each(x: Tensor, weight: Lazy) -> Any:
+def expert_products(x: Tensor, weight: Lazy) -> Any:
     """X (S, t, m), each with the expert that was taken for it, -> (S, t, n)."""
     assert weight.ids is not None
     if x.ndim != 3 or x.shape[0] != weight.ids.shape[0]:
         return NotImplemented
     base, ids = weight.base, weight.ids
-    if x.shape[1] != 1 or not groupable(x, base):
+    if x.shape[1] != 1 or not can_group(x, base):
         base, left, right = weight.gathered()
         return x @ base + (x @ left) @ right
     # Sorted by expert, no copy of a weight is made for each token.
@@ -327,11 +327,11 @@ def each(x: Tensor, weight: Lazy) -> Any:
     offs = torch.searchsorted(ids, torch.arange(base.shape[0], device=ids.device, dtype=ids.dtype), right=True)
     rows = x.squeeze(1).index_select(0, order)  # (S, m)
     stack = Lazy(base, weight.low, weight.flipped, None)
-    y = grouped(F.grouped_mm, rows, stack, offs=offs.to(torch.int32))  # (S, n)
+    y = lazy_grouped_mm(F.grouped_mm, rows, stack, offs=offs.to(torch.int32))  # (S, n)
     return y.index_select(0, order.argsort()).unsqueeze(1)
 
 
-def groupable(x: Tensor, base: Tensor) -> bool:
+def can_group(x: Tensor, base: Tensor) -> bool:
     """Whether torch's grouped product takes x and base (E, m, n), and needs no wait for the device."""
     if x.dtype != base.dtype or torch.is_autocast_enabled(x.device.type) or not hasattr(F, "grouped_mm"):
         return False
@@ -344,7 +344,7 @@ def groupable(x: Tensor, base: Tensor) -> bool:
     return fits and dense and not (m * base.element_size()) % 16 and not (n * base.element_size()) % 16
 
 
-def einsum(func: Any, equation: Any, *operands: Any) -> Any:
+def lazy_einsum(func: Any, equation: Any, *operands: Any) -> Any:
     """An equation of two operands in which one axis of the weight's matrix is summed and the other kept."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -354,7 +354,7 @@ def einsum(func: Any, equation: Any, *operands: Any) -> Any:
     terms = given.split(",")
     place = 1 if isinstance(operands[1], Lazy) else 0
     weight, x, letters, other = operands[place], operands[1 - place], terms[place], terms[1 - place]
-    if not untouched(x, weight) or weight.ids is not None or "." in letters or len(set(letters)) < len(letters):
+    if not has_no_lazy(x, weight) or weight.ids is not None or "." in letters or len(set(letters)) < len(letters):
         return NotImplemented
     left, right = weight.sides()  # (..., m, R), (..., R, n)
     stack, m, n = letters[:-2], letters[-2], letters[-1]
@@ -371,26 +371,26 @@ def einsum(func: Any, equation: Any, *operands: Any) -> Any:
     return torch.einsum(equation, *base) + torch.einsum(f"{inner},{spec_2}->{out}", h, second)
 
 
-def item(func: Any, weight: Any, index: Any) -> Any:
+def lazy_item(func: Any, weight: Any, index: Any) -> Any:
     """weight[e] (m, n) for one expert, weight[ids] (S, m, n) for several."""
-    if not untouched(index, weight) or weight.ids is not None or weight.ndim != 3:
+    if not has_no_lazy(index, weight) or weight.ids is not None or weight.ndim != 3:
         return NotImplemented
     if isinstance(index, Tensor):
         if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8) or index.ndim > 1:
             return NotImplemented
         if index.ndim == 1:  # counted from the front, and an error where there is no such expert
             ids = torch.arange(weight.base.shape[0], device=weight.base.device)[index]
-            return lazy(weight.base, weight.low, weight.flipped, ids)
+            return make_lazy(weight.base, weight.low, weight.flipped, ids)
         index = int(index)
     if type(index) is not int:
         return NotImplemented
-    return lazy(weight.base[index], weight.low.expert(index), weight.flipped)
+    return make_lazy(weight.base[index], weight.low.expert(index), weight.flipped)
 
 
-def transpose(func: Any, weight: Any, *axes: Any) -> Any:
+def lazy_transpose(func: Any, weight: Any, *axes: Any) -> Any:
     """The transpose of the matrix, by any of its names."""
     axes = tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], (list, tuple)) else axes
-    if not untouched(weight) or (not axes and func in FLAT and weight.ndim != 2):
+    if not has_no_lazy(weight) or (not axes and func in FLAT and weight.ndim != 2):
         return NotImplemented
     last = {weight.ndim - 1, weight.ndim - 2}
     if func in PERMUTES:
@@ -399,19 +399,19 @@ def transpose(func: Any, weight: Any, *axes: Any) -> Any:
             return NotImplemented
     elif axes and {a % weight.ndim for a in axes} != last:
         return NotImplemented
-    return lazy(weight.base.mT, weight.low, not weight.flipped, weight.ids)
+    return make_lazy(weight.base.mT, weight.low, not weight.flipped, weight.ids)
 
 
 FLAT = {Tensor.T.__get__, Tensor.t, torch.t}  # type: ignore[attr-defined]
 PERMUTES = {Tensor.permute, torch.permute}
 
 USES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), product),
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), batched),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__), lazy_product),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), lazy_bmm),
     **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), added_to),
-    F.linear: linear,
-    torch.einsum: einsum,
-    Tensor.__getitem__: item,
+    F.linear: lazy_linear,
+    torch.einsum: lazy_einsum,
+    Tensor.__getitem__: lazy_item,
     **dict.fromkeys(
         (
             *FLAT,
@@ -419,7 +419,9 @@ USES: dict[Any, Callable[..., Any]] = {
             Tensor.mT.__get__,  # type: ignore[attr-defined]
             *(getattr(space, name) for space in (torch, Tensor) for name in ("transpose", "swapaxes", "swapdims")),
         ),
-        transpose,
+        lazy_transpose,
     ),
-    **dict.fromkeys((getattr(s, n) for s, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(s, n)), grouped),
+    **dict.fromkeys(
+        (getattr(s, n) for s, n in ((F, "grouped_mm"), (torch, "_grouped_mm")) if hasattr(s, n)), lazy_grouped_mm
+    ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backends import linear_of
-from ..backends.base import held
+from ..backends.base import held_tensor
 from ..distributed import sharding
 from .geometry import Geometry, Weight
 from .kind import LayerKind
@@ -48,7 +48,7 @@ class PackedLinear(LayerKind):
     def measure(self, owner: nn.Module, param: str) -> Geometry:
         found = linear_of(owner)
         assert found is not None
-        return Geometry(found[1], found[2], bias=held(owner, self.bias) is not None)
+        return Geometry(found[1], found[2], bias=held_tensor(owner, self.bias) is not None)
 
 
 class Conv1D(LayerKind):

@@ -79,7 +79,7 @@ class Module(LayerKind):
 
     def inputs(self, site: Weight, base: type[nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The module's arguments by name, with the residual stream at the site."""
-        inputs = {**dict(zip(arguments(base), args, strict=False)), **kwargs}
+        inputs = {**dict(zip(argument_names(base), args, strict=False)), **kwargs}
         if site.spot is not None and site.spot.residual:
             if site.tap.value is None:
                 raise RuntimeError(
@@ -115,7 +115,7 @@ def map_output(terms: Terms, inputs: dict[str, Any], y: Tensor) -> Tensor:
     return evaluate(terms, OutputSemantics(), inputs, lambda _: y)
 
 
-def arguments(base: type[nn.Module]) -> tuple[str, ...]:
+def argument_names(base: type[nn.Module]) -> tuple[str, ...]:
     """Names of the positional arguments of a module's forward."""
     found = _ARGUMENTS.get(base)
     if found is None:

@@ -14,7 +14,7 @@ from ..backends import bare_of
 from ..distributed import sharding
 from .geometry import Geometry, Weight
 from .kind import LayerKind
-from .lazy_weight import lazily
+from .lazy_weight import lazy_weight
 
 
 class Parameter(LayerKind):
@@ -67,7 +67,7 @@ class Parameter(LayerKind):
         if not self.by_parameter:  # nn.MultiheadAttention needs the weight itself
             return None
         stored = site.backend.used(site.owner, site.param)
-        return lazily(stored, terms, flipped=stored.ndim == 3 and self.transposed(site.owner))
+        return lazy_weight(stored, terms, flipped=stored.ndim == 3 and self.transposed(site.owner))
 
 
 class InProjection(Parameter):

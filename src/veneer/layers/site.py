@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..algebra.cached import Kept
 from ..algebra.starts import START
-from ..backends.base import held
+from ..backends.base import held_tensor
 from ..distributed import offload
 from ..distributed.sharding import gathered
 from .factories import TensorFactory
@@ -137,9 +137,9 @@ class Site(TensorFactory):
         """The layer's bias, with whatever is merged into it."""
         if not self.geometry.bias:
             return None
-        name, bias = self.kind.bias, held(self.owner, self.kind.bias)
+        name, bias = self.kind.bias, held_tensor(self.owner, self.kind.bias)
         if bias is not None and bias.device.type == "meta":
-            fetched = offload.fetch(self.owner, name)
+            fetched = offload.fetch_offloaded(self.owner, name)
             return bias if fetched is None else fetched
         return bias
 

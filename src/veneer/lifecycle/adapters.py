@@ -82,7 +82,7 @@ class Runtime:
     def known_base(self) -> fingerprint.Fingerprint:
         """The base model's fingerprint; of a skeleton it is taken again when there are values."""
         if self.base is None or not self.base.weights:
-            self.base = fingerprint.of(self.root)
+            self.base = fingerprint.fingerprint_of(self.root)
         return self.base
 
     def note_tokenizer(self, tokenizer: Any) -> None:

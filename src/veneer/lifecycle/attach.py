@@ -13,7 +13,7 @@ from ..injection.class_swap import adapt_class, adapted_class, restore_class
 from ..injection.dispatch import state_of
 from ..injection.entries import AdaptedSite, copy_name
 from ..injection.interceptors import FusedNetwork, Interceptor, ResidualTaps, SiblingScope
-from ..kernels.plan import arrange
+from ..kernels.plan import arrange_groups
 from ..methods.base import Method
 from ..prompts import prompt_stack
 from .adapters import ATTRIBUTE, Runtime, runtime_of
@@ -55,7 +55,7 @@ def attach_adapter(
     """
     check_name(adapter, runtime.configs)
     modules = dict(runtime.root.named_modules())
-    with tensor_parallel.mixing():
+    with tensor_parallel.replicate_plain():
         sharding.refuse_attaching(runtime.root, modules)
         planner = runtime.planner(
             adapter, modules, tensors=tensors, prefix=prefix, strict=strict, autocast=autocast, meta=meta
@@ -121,7 +121,7 @@ def _commit_plan(
         with torch.no_grad():
             module._parameters[param].copy_(value)  # type: ignore[union-attr]
     if any(issubclass(k, nn.TransformerEncoderLayer) for k in {type(m) for m in modules.values()}):
-        torch_fastpath.disable(runtime.root, [runtime.layers[s.name] for s in sites])
+        torch_fastpath.disable_fastpath(runtime.root, [runtime.layers[s.name] for s in sites])
     prompt_stack.link_encoder(runtime.sites.values())
     runtime.configs[adapter] = plan.config
     runtime.places[adapter] = sites
@@ -141,7 +141,7 @@ def regroup_layers(
     linear = [s for s in sites if s.kind.own_forward() is not None or s.kind.packable]
     names = dict.fromkeys(s.name.rpartition(".")[0] for s in linear)
     parents = {n: runtime.root.get_submodule(n) for n in names if modules is None or n in modules}
-    for parent, found in arrange(parents.values()).items():
+    for parent, found in arrange_groups(parents.values()).items():
         _set_interceptor(runtime, parent, SiblingScope, SiblingScope() if found.grouped else None)
         _set_interceptor(runtime, parent, FusedNetwork, None if found.network is None else FusedNetwork(found.network))
     runtime.router.changed()

@@ -66,7 +66,7 @@ def combine_adapters(
             continue
         if not site.entries[there[0][0]].saved:  # it follows another site
             continue
-        with torch.no_grad(), sharding.available(site.owner._parameters.values()):
+        with torch.no_grad(), sharding.gathered_in_place(site.owner._parameters.values()):
             parts = [(site.entries[a].method, site.tensors(a)) for a, _ in there]
             made = place.entry.method.combine(parts, [w for _, w in there], site)
         tensors |= {file_key(PREFIX, place.entry, k): v for k, v in made.items()}

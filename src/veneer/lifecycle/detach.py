@@ -67,7 +67,7 @@ def _detach_site(runtime: Runtime, site: AdaptedSite) -> None:
                 restore_class(residual)
     if not state.in_use:
         restore_class(layer)
-        offload.release(layer)
+        offload.release_residents(layer)
 
 
 def unload_adapters(runtime: Runtime, *, merge: Sequence[AdapterExpr] | None = None, check: bool = False) -> nn.Module:
@@ -88,7 +88,7 @@ def unload_adapters(runtime: Runtime, *, merge: Sequence[AdapterExpr] | None = N
         for adapter in reversed(list(runtime.configs)):  # those that use others came later
             delete_adapter(runtime, adapter)
     runtime.root._modules.pop("veneer_shared", None)
-    torch_fastpath.restore(runtime.root)
+    torch_fastpath.restore_fastpath(runtime.root)
     runtime.root.__dict__.pop(ATTRIBUTE, None)
     return runtime.root
 

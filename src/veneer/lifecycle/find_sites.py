@@ -75,7 +75,7 @@ class SiteFinder:
             return self._of_stacks(config)
         named = config.sites_of(self.root, self.sublayers_of)
         if named is None:
-            found = select.resolve(self.root, config.target_query(), supported=layers.supported, skip=copied)
+            found = select.resolve_targets(self.root, config.target_query(), supported=layers.is_supported, skip=copied)
             places = [p for name in found.modules for p in self._of_module(name, config)]
             return places + self._of_parameters(found.parameters, config)
         if config.acts_on == "copies":
@@ -144,7 +144,7 @@ class SiteFinder:
         """A layer's bias is adapted at the layer, where it stacks with what other adapters do to the output."""
         owner_name, _, leaf = name.rpartition(".")
         owner = self.modules[owner_name]
-        if not layers.supported(owner):
+        if not layers.is_supported(owner):
             return None
         for place in self._of_module(owner_name, config):
             site = place.site

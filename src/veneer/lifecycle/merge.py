@@ -75,7 +75,7 @@ def changes_bias(link: Any) -> bool:
     return link.shift is not None or (link.left is not None and link.left.scales_bias)
 
 
-def restore(site: AdaptedSite) -> None:
+def restore_weight(site: AdaptedSite) -> None:
     """Undo `merge_site`: the same storage, hence the same bits."""
     original = site.original
     assert original is not None
@@ -123,8 +123,11 @@ def merge_adapters(runtime: Runtime, names: Sequence[AdapterExpr], *, check: boo
     try:
         for site in sites:
             if site.original is not None:
-                restore(site)
-            with sharding.available(site.owner._parameters.values(), change=True), tensor_parallel.mixing():
+                restore_weight(site)
+            with (
+                sharding.gathered_in_place(site.owner._parameters.values(), change=True),
+                tensor_parallel.replicate_plain(),
+            ):
                 merge_site(site, wanted, uses, check)
             done.append(site)
             if not keep:
@@ -132,7 +135,7 @@ def merge_adapters(runtime: Runtime, names: Sequence[AdapterExpr], *, check: boo
     except BaseException:
         for site in done:
             if site.original is not None:
-                restore(site)
+                restore_weight(site)
         if already:
             runtime.router.set(merged=())
             merge_adapters(runtime, already)
@@ -147,7 +150,7 @@ def _parameter_uses(runtime: Runtime) -> Counter[int]:
 
 def merge_again(runtime: Runtime, site: AdaptedSite) -> None:
     """Merge anew at one site, after what is merged there was changed."""
-    restore(site)
+    restore_weight(site)
     merge_site(site, runtime.router.merged, _parameter_uses(runtime), False)
 
 
@@ -155,7 +158,7 @@ def unmerge_adapters(runtime: Runtime) -> None:
     """Put the exact bits of the base weights back."""
     for site in runtime.sites.values():
         if site.original is not None:
-            restore(site)
+            restore_weight(site)
     runtime.router.set(merged=())
 
 

@@ -34,12 +34,12 @@ def copy_module(place: PlannedSite, loader: Loader | None, prefix: str) -> nn.Mo
             del table[name]
     for name, parameter in double._parameters.items():
         if parameter is not None and parameter.device.type == "meta":
-            found = offload.fetch(module, name)
+            found = offload.fetch_offloaded(module, name)
             if found is not None:
                 device = offload.execution_device(module)
                 double._parameters[name] = nn.Parameter(found.to(device, copy=True), requires_grad=False)
     # A copy begins as an ordinary parameter also where ZeRO-3 partitions what it is of.
-    put_away = {id(p): nn.Parameter(sharding.value(p).detach().clone(), p.requires_grad) for p in double.parameters()
+    put_away = {id(p): nn.Parameter(sharding.gathered_value(p).detach().clone(), p.requires_grad) for p in double.parameters()
                 if sharding.is_partitioned(p)}  # fmt: skip
     copied = copy.deepcopy(double, put_away)
     if loader is not None:

@@ -216,7 +216,7 @@ class AdapterPlanner:
         mine = [p for p in plan if type(p.entry.method) is type(config)]
         if isinstance(config, TargetFields) and config.sites_of(self.root, self.finder.sublayers_of) is None:
             wanted = config.target_modules
-            if wanted is None and (default := select.wanted(self.root, config.target_query())[0]) is not None:
+            if wanted is None and (default := select.wanted_targets(self.root, config.target_query())[0]) is not None:
                 config = config.replace(target_modules=default)
             elif isinstance(wanted, str) and wanted.lower() == select.ALL_LINEAR:
                 names = [p.site.name for p in mine if p.is_layer]
@@ -259,6 +259,6 @@ def short_names(names: Sequence[str], root: nn.Module) -> set[str]:
     """The fewest suffixes that name exactly `names`: last components where they are unambiguous."""
     wanted = set(names)
     leaves = {n.rpartition(".")[2] for n in names}
-    clashing = {n.rpartition(".")[2] for n, m in root.named_modules() if n not in wanted and layers.supported(m)}
+    clashing = {n.rpartition(".")[2] for n, m in root.named_modules() if n not in wanted and layers.is_supported(m)}
     short = {leaf for leaf in leaves - clashing if leaf and not leaf.isdigit()}
     return short | {n for n in wanted if n.rpartition(".")[2] not in short}

@@ -146,18 +146,18 @@ class AdapterFusionConfig(SavedModules, Method):
         u = torch.stack([other.up(own, site, z) for other, own in fused], -2)  # (..., adapters, n)
         if self.residual_before:
             u = u + a.unsqueeze(-2)
-        query = linear(last.sub_layer(site, x, y) if self.query_before_ln else z, p, "query")  # (..., n)
-        scores = torch.einsum("...n,...an->...a", query, linear(u, p, "key"))  # (..., adapters)
+        query = linear_map(last.sub_layer(site, x, y) if self.query_before_ln else z, p, "query")  # (..., n)
+        scores = torch.einsum("...n,...an->...a", query, linear_map(u, p, "key"))  # (..., adapters)
         share = F.dropout(scores, self.dropout or 0.0, site.owner.training).softmax(-1)
         if self.value_before_softmax:
-            out = torch.einsum("...a,...an->...n", share, linear(u, p, "value"))
+            out = torch.einsum("...a,...an->...n", share, linear_map(u, p, "value"))
         else:
-            out = linear(torch.einsum("...a,...an->...n", share, u), p, "value")
+            out = linear_map(torch.einsum("...a,...an->...n", share, u), p, "value")
         changed: Tensor = last.behind(site, x, y, out if self.residual_before else out + a)
         return changed
 
 
-def linear(x: Tensor, p: Tensors, name: str) -> Tensor:
+def linear_map(x: Tensor, p: Tensors, name: str) -> Tensor:
     """X mapped by the trained matrix of this name, where there is one."""
     if name not in p:
         return x

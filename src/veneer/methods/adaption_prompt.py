@@ -117,7 +117,7 @@ class AdaptionPromptConfig(Method):
         if "q_norm" in attention._modules:
             q, k = attention.q_norm(q), attention.k_norm(k)
         if x.get("position_embeddings") is not None:
-            q = rotated(q, *x["position_embeddings"])
+            q = rotate_half(q, *x["position_embeddings"])
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))  # (1, heads, n, d)
         scores = (q @ k.transpose(2, 3)) / math.sqrt(d)  # (B, heads, T, n), eq. 4
@@ -130,7 +130,7 @@ class AdaptionPromptConfig(Method):
         return result
 
 
-def rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_half(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, by halves: q (B, heads, T, d), cos and sin (B, T, d)."""
     a, b = q.chunk(2, -1)
     return q * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)

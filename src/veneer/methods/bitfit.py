@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..targets.select import resolve
+from ..targets.select import resolve_targets
 from .base import OtherSublayers
 from .fields import TargetFields
 from .full_copy import TrainedBias
@@ -31,17 +31,20 @@ class BitFitConfig(TargetFields, TrainedBias):
     recipe = {"learning_rate": 3e-3, "warmup": 10}
 
     def sites_of(self, model: nn.Module, others: OtherSublayers) -> Collection[str]:
-        owners = {n: b for n, m in model.named_modules() if ":" not in n and (b := biases(m))}
+        owners = {n: b for n, m in model.named_modules() if ":" not in n and (b := bias_names(m))}
         if not owners:
             raise ValueError(f"BitFitConfig: {type(model).__name__} has no bias to train; use another method")
         every = self if self.target_modules is not None else self.replace(target_modules=set(owners))
-        chosen = resolve(
-            model, every.target_query(), supported=lambda m: bool(biases(m)), allowed="modules with a bias of their own"
+        chosen = resolve_targets(
+            model,
+            every.target_query(),
+            supported=lambda m: bool(bias_names(m)),
+            allowed="modules with a bias of their own",
         )
         return [f"{n}.{b}" if n else b for n in chosen.modules for b in owners[n]]
 
 
-def biases(module: nn.Module) -> list[str]:
+def bias_names(module: nn.Module) -> list[str]:
     """Names of the biases that a module holds itself: `bias`, and packed or stacked ones (`in_proj_bias`)."""
     return [
         n for n, p in module._parameters.items()

@@ -338,7 +338,7 @@ class BottleneckConfig(TargetFields, Method):
         """S W_up act(W_down z), (..., width)."""
         inner = z
         if "before" in p:
-            inner = norm(z, p["before"], p["before_bias"])
+            inner = norm_output(z, p["before"], p["before_bias"])
         inner = ACTIVATIONS[str(self.activation)](multiply(self, p, "down", inner))  # (..., bottleneck)
         u = multiply(self, p, "up", inner)  # (..., width)
         if self.stochastic_depth and site.owner.training:
@@ -362,7 +362,7 @@ class BottleneckConfig(TargetFields, Method):
         if a is not None and self.adapter_residual_before_ln:
             u = u + a
         if "after" in p:
-            u = norm(u, p["after"], p["after_bias"])
+            u = norm_output(u, p["after"], p["after_bias"])
         return u if a is None or self.adapter_residual_before_ln else u + a
 
     def behind(self, site: Site, x: Any, y: Tensor, u: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ def draw_rule(config: BottleneckConfig, prefix: str, empty: Any) -> dict[str, Te
     n = config.phm_dim or 0
     shapes = {"rule_left": (n, n, 1), "rule_right": (n, 1, n)} if config.phm_factorized_rule else {"rule": (n, n, n)}
     std = n**-0.25 if config.phm_factorized_rule else n**-0.5
-    return {prefix + k: drawn(empty(*shape), std) for k, shape in shapes.items()}
+    return {prefix + k: draw_weights(empty(*shape), std) for k, shape in shapes.items()}
 
 
 def draw_factors(config: BottleneckConfig, side: str, rows: int, columns: int, empty: Any) -> dict[str, Tensor]:
@@ -393,8 +393,8 @@ def draw_factors(config: BottleneckConfig, side: str, rows: int, columns: int, e
     a, b = rows // n, columns // n
     small = 1.0 if side == "down" else 0.0 if config.init_weights in ("identity", "mam_adapter") else 0.01
     if not r:
-        return {f"{side}_left": drawn(empty(n, a, b), small * rows**-0.5)}
-    left, right = drawn(empty(n, a, r), rows**-0.5), drawn(empty(n, r, b), small * r**-0.5)
+        return {f"{side}_left": draw_weights(empty(n, a, b), small * rows**-0.5)}
+    left, right = draw_weights(empty(n, a, r), rows**-0.5), draw_weights(empty(n, r, b), small * r**-0.5)
     return {f"{side}_left": left, f"{side}_right": right}
 
 
@@ -437,10 +437,10 @@ def kronecker_sum(first: Tensor, second: Tensor) -> Tensor:
     return total.reshape(n * a, n * b)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def norm_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
 
 
-def drawn(t: Tensor, std: float) -> Tensor:
+def draw_weights(t: Tensor, std: float) -> Tensor:
     """The tensor filled from a normal distribution; on the meta device, as it is."""
     return t if t.device.type == "meta" else t.normal_(0.0, std)

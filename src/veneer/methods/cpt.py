@@ -19,7 +19,7 @@ from .checks import check_one_of
 from .hooks import Tensors
 from .peft_types import TaskType
 from .prompt_learning import PromptLearningConfig
-from .prompt_tuning import words
+from .prompt_tuning import word_rows
 from .registry import method
 from .tensors import Constant, Trained
 
@@ -101,7 +101,7 @@ class CPTConfig(PromptLearningConfig):
     def init(self, site: Site) -> dict[str, Tensor]:
         p = self.loaded(site)
         ids = torch.tensor(self.cpt_token_ids)
-        return p | {"embedding": site.computed(tuple(p["embedding"].shape), lambda: words(site, ids))}
+        return p | {"embedding": site.computed(tuple(p["embedding"].shape), lambda: word_rows(site, ids))}
 
     def kinds(self, device: torch.device) -> Tensor:
         return torch.tensor(self.cpt_tokens_type_mask, device=device)  # (T,)

@@ -13,10 +13,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ..algebra.operator import Operator
-from ..layers import supported
+from ..layers import is_supported
 from ..layers.site import Site
 from ..targets.defaults import default_targets, model_type
-from ..targets.select import resolve
+from ..targets.select import resolve_targets
 from .base import Method, OtherSublayers
 from .copies import combine_copies, copy_delta, init_copy
 from .fields import TargetFields, bias_shift
@@ -56,7 +56,7 @@ class LNTuningConfig(TargetFields, Method):
         every = self
         if self.target_modules is None and default_targets(self.peft_name, model_type(model)) is None:
             every = self.replace(target_modules={n for n, m in modules.items() if is_norm(m)})
-        chosen = resolve(
+        chosen = resolve_targets(
             model, every.target_query(), supported=holds_floats, allowed="modules with floating-point parameters"
         ).modules
         found: dict[str, str] = {}
@@ -74,7 +74,7 @@ class LNTuningConfig(TargetFields, Method):
                         f"LNTuningConfig: {below!r} is an nn.MultiheadAttention, which has no normalisation of its own; "
                         "name the norms beside it, or train it whole with modules_to_save"
                     )
-                if supported(module):
+                if is_supported(module):
                     found[below] = key
                 else:
                     own = [n for n, p in module._parameters.items() if p is not None and ":" not in n]

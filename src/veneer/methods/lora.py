@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..algebra.low_rank import Factored, best_rank, fitted, low_rank
+from ..algebra.low_rank import Factored, best_rank, fit_factors, low_rank
 from ..algebra.operator import Operator
 from ..algebra.operators import Diagonal, plain_precision
 from ..algebra.sums import Sum
@@ -301,7 +301,7 @@ class LoraConfig(LayerFields, BiasField, PatternFields, TransposedField, Method)
             # The weights go to A, as peft has it.
             B = torch.cat([B for B, _ in pairs], -1)
             A = torch.cat([A * f for (_, A), f in zip(pairs, factors, strict=True)], -2)
-            B, A = fitted(B, A, r) if how.combination_type == "cat" else low_rank(B, A, r, how.svd_driver)[:2]
+            B, A = fit_factors(B, A, r) if how.combination_type == "cat" else low_rank(B, A, r, how.svd_driver)[:2]
         elif how.by_svd:
             scales = [m.scale for m, _ in parts]
             total = how.merged(
@@ -309,17 +309,17 @@ class LoraConfig(LayerFields, BiasField, PatternFields, TransposedField, Method)
             )  # (n, out / n, in)
             B, A, _ = best_rank(total, r, how.svd_driver)
             if how.svd_clamp is not None:
-                top = quantile(torch.cat([B.flatten(), A.flatten()]), how.svd_clamp)
+                top = clamp_quantile(torch.cat([B.flatten(), A.flatten()]), how.svd_clamp)
                 B, A = B.clamp(-top, top), A.clamp(-top, top)
         else:
             roots = [math.sqrt(abs(f)) for f in factors]
             k = max(B.shape[-1] for B, _ in pairs)
-            pairs = [fitted(B, A, k) for B, A in pairs]
+            pairs = [fit_factors(B, A, k) for B, A in pairs]
             B = how.merged([B for B, _ in pairs], roots)
             A = how.merged(
                 [A for _, A in pairs], [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)]
             )
-            B, A = fitted(B, A, r)
+            B, A = fit_factors(B, A, r)
         return self.unstacked(B, A, site) | self.combined_biases(parts, weights, site)
 
     def stacked(self, p: Tensors, site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -372,7 +372,7 @@ def every_row(given: Sequence[Any]) -> Any:
     return list(dict.fromkeys(i for g in given for i in g))
 
 
-def quantile(values: Tensor, q: float) -> Tensor:
+def clamp_quantile(values: Tensor, q: float) -> Tensor:
     """The q-quantile of values (n,), between neighbours; torch's own stops at 16 million values."""
     ordered = values.sort().values
     place = q * (ordered.numel() - 1)

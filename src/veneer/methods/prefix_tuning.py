@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..layers.site import Site
 from .checks import check_one_of, check_positive_int
 from .hooks import Tensors
-from .prompt_learning import PROMPT, PromptLearningConfig, size
+from .prompt_learning import PROMPT, PromptLearningConfig, prompt_size
 from .registry import method
 from .tensors import Trained
 
@@ -83,12 +83,12 @@ class PrefixTuningConfig(PromptLearningConfig):
     def layers_of(self, model: nn.Module, config: Any) -> int:
         names = ("num_hidden_layers", "num_layers", "n_layer")
         decoder = ("num_decoder_layers", "decoder_layers") if getattr(config, "is_encoder_decoder", False) else ()
-        return size(self, model, config, "num_layers", *decoder, *names)
+        return prompt_size(self, model, config, "num_layers", *decoder, *names)
 
     def shape_of(self, model: nn.Module, config: Any) -> tuple[int, int]:
         """Heads of keys and values, and their width together."""
         names = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-        queries = size(self, model, config, "num_attention_heads", *names)
+        queries = prompt_size(self, model, config, "num_attention_heads", *names)
         heads = queries
         if isinstance(getattr(config, "num_key_value_heads", None), int):
             heads = config.num_key_value_heads
@@ -96,7 +96,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             heads = 1
         width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
         if width is None:
-            width = size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model") // queries
+            width = prompt_size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model") // queries
         return self.num_attention_heads or heads, heads * width
 
     def roles(self, there: Sequence[str]) -> Sequence[str]:

@@ -78,19 +78,19 @@ class PromptLearningConfig(SavedModules, Method):
         return self.replace(**changed)
 
     def layers_of(self, model: nn.Module, config: Any) -> int:
-        return size(self, model, config, "num_layers", "num_hidden_layers", "num_layers", "n_layer")
+        return prompt_size(self, model, config, "num_layers", "num_hidden_layers", "num_layers", "n_layer")
 
     def shape_of(self, model: nn.Module, config: Any) -> tuple[int, int]:
         """Attention heads, and the width of a virtual token: that of the model's embeddings."""
         names = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
-        heads = self.num_attention_heads or size(self, model, config, "num_attention_heads", *names)
+        heads = self.num_attention_heads or prompt_size(self, model, config, "num_attention_heads", *names)
         find = getattr(model, "get_input_embeddings", None)
         table = None if find is None else find()
         if (width := getattr(table, "embedding_dim", None)) is not None:
             return heads, int(width)
         if (weight := getattr(table, "weight", None)) is not None:
             return heads, int(weight.shape[1])
-        return heads, size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model")
+        return heads, prompt_size(self, model, config, "token_dim", "hidden_size", "n_embd", "d_model")
 
 
 def sizes_of(model: nn.Module) -> Any:
@@ -100,7 +100,7 @@ def sizes_of(model: nn.Module) -> Any:
     return config if find is None else find()
 
 
-def size(method: Method, model: nn.Module, config: Any, field: str, *names: str) -> int:
+def prompt_size(method: Method, model: nn.Module, config: Any, field: str, *names: str) -> int:
     """The first of several names that a model's config has.
 
     Raises:

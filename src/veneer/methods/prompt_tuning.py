@@ -75,7 +75,7 @@ class PromptTuningConfig(PromptLearningConfig):
     def init(self, site: Site) -> dict[str, Tensor]:
         shape = (self.total_virtual_tokens, self.token_dim or site.fan_out)  # (T, width)
         if self.prompt_tuning_init in ("TEXT", "SAMPLE_VOCAB"):
-            return {"embedding": site.computed(shape, lambda: words(site, self.start_ids(site)))}
+            return {"embedding": site.computed(shape, lambda: word_rows(site, self.start_ids(site)))}
         return {"embedding": site.normal(*shape)}
 
     def loaded(self, site: Site) -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ class PromptTuningConfig(PromptLearningConfig):
         return self.part(p["embedding"], site, self.virtual_tokens_in)  # (T, width)
 
 
-def words(site: Site, ids: Tensor) -> Tensor:
+def word_rows(site: Site, ids: Tensor) -> Tensor:
     """The base model's embeddings of tokens (T,), (T, width), with whatever scale it gives them."""
     table = site.owner.get_input_embeddings()  # type: ignore[operator]
     with torch.no_grad():

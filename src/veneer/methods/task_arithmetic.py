@@ -70,30 +70,30 @@ class Combination:
     def merged(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """Task tensors of one shape, and a weight for each -> their combination."""
         if self.prunes and self.density is not None:
-            prune = drop if self.way.startswith("dare") else trim
+            prune = drop_random if self.way.startswith("dare") else trim_smallest
             tensors = [prune(t, self.density) for t in tensors]
         stacked = torch.stack(list(tensors))  # (n, ...)
         scale = torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)
         weighted = stacked * scale.view(-1, *(1,) * (stacked.ndim - 1))
         if not self.way.endswith("ties"):
             return weighted.sum(0)
-        agrees = elected(stacked, self.majority_sign_method)
+        agrees = elect_signs(stacked, self.majority_sign_method)
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
-def trim(tensor: Tensor, density: float) -> Tensor:
+def trim_smallest(tensor: Tensor, density: float) -> Tensor:
     """Keep the fraction `density` of the entries that are largest in magnitude; TIES, step 1."""
     kept = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     kept[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
     return tensor * kept.view_as(tensor)
 
 
-def drop(tensor: Tensor, density: float) -> Tensor:
+def drop_random(tensor: Tensor, density: float) -> Tensor:
     """Keep each entry with probability `density` and divide by it, so that the mean stays; DARE, eq. 3-4."""
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
-def elected(stacked: Tensor, how: str) -> Tensor:
+def elect_signs(stacked: Tensor, how: str) -> Tensor:
     """Stacked (n, ...) -> where each has the elected sign; TIES, step 2.
 
     Args:

@@ -39,10 +39,10 @@ class Calls(ModelFacade):
         """See that gradient checkpointing passes gradients on, which a Trainer may have turned on after attaching."""
         root = self.get_base_model()
         if "_carrier" not in self.__dict__:
-            self.__dict__["_carrier"] = checkpointing.carrier(root)
+            self.__dict__["_carrier"] = checkpointing.find_carrier(root)
         block = self.__dict__["_carrier"]
         if block is not None and block.gradient_checkpointing:
-            checkpointing.enter(root, block)
+            checkpointing.enter_block(root, block)
 
     def _by_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Hold what is said of single rows, and take it out of the call."""
@@ -74,7 +74,7 @@ class Calls(ModelFacade):
     def _recall(self) -> None:
         """See that what is chosen for one call holds where gradient checkpointing runs a block again."""
         if self.training and torch.is_grad_enabled():
-            checkpointing.recall(self.get_base_model(), self.runtime.router)
+            checkpointing.recall_state(self.get_base_model(), self.runtime.router)
 
 
 def rows_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -94,9 +94,9 @@ class ModelFacade(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `veneer.convert_to_lora` can turn an adapter into a LoRA."""
-        from ..export.to_lora import convertible
+        from ..export.to_lora import check_convertible
 
-        return convertible(self.runtime, adapter_name)
+        return check_convertible(self.runtime, adapter_name)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         return get_layer_status(self)

@@ -67,7 +67,7 @@ class PeftModel(AdapterControls, AdapterPersistence):
         self.base_model = BaseTuner(model)
         self.__dict__["_runtime"] = Runtime.ensure(model)
         self.__class__ = facade_of(type(model))
-        if checkpoints(model) and hasattr(model, "enable_input_require_grads"):
+        if uses_checkpointing(model) and hasattr(model, "enable_input_require_grads"):
             cast(
                 Any, model
             ).enable_input_require_grads()  # else a checkpointed block sees no input that needs a gradient
@@ -165,7 +165,7 @@ def _rebuild(base: type[nn.Module]) -> PeftModel:
     return cls.__new__(cls)
 
 
-def checkpoints(model: nn.Module) -> bool:
+def uses_checkpointing(model: nn.Module) -> bool:
     """Whether a transformers model has gradient checkpointing on."""
     return any(m.__dict__.get("gradient_checkpointing", False) for m in model.modules())
 

@@ -61,7 +61,7 @@ class AdapterPersistence(ModelFacade):
         source = formats.open_source(model_id, kwargs.pop("config", None), kwargs)
         found = formats.read_adapter(source, self.runtime, strict=strict)
         config = found.config.replace(inference_mode=not is_trainable)
-        if adapter_name in self.peft_config and alike(self.peft_config[adapter_name], config):
+        if adapter_name in self.peft_config and same_config(self.peft_config[adapter_name], config):
             return files_state_dict.set_peft_model_state_dict(self, found.tensors, adapter_name, strict=strict)
         report: LoadReport = attach_watched(
             self.runtime,
@@ -196,7 +196,7 @@ class AdapterPersistence(ModelFacade):
             )
 
 
-def alike(one: Method, other: Method) -> bool:
+def same_config(one: Method, other: Method) -> bool:
     """Whether two configs describe the same adapter, wherever they were saved."""
     here, there = ({k: v for k, v in c.to_dict().items() if k not in locate.APART} for c in (one, other))
     return here == there

@@ -45,7 +45,7 @@ class TunerModelStatus:
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """What every adapted layer holds: its adapters, which are active, merged, trained, and where they are."""
-    runtime = adapter_files.attached(model)
+    runtime = adapter_files.runtime_on(model)
     router = runtime.router
     found = []
     for site in runtime.sites.values():
@@ -76,7 +76,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The adapted model as a whole; see `get_layer_status`."""
-    runtime = adapter_files.attached(model)
+    runtime = adapter_files.runtime_on(model)
     status = get_layer_status(model)
     base = runtime.root
     trained = sum(p.numel() for p in base.parameters() if p.requires_grad)

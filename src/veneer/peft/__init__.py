@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'peft' has no attribute {name!r}")
     if name in tuner_models():
         return tuner_models()[name]
-    return getattr(veneer, name) if name in there() else not_yet(name)
+    return getattr(veneer, name) if name in available_names() else not_yet(name)
 
 
 def __dir__() -> list[str]:
@@ -76,7 +76,7 @@ def tuner_models() -> dict[str, Any]:
 
 
 @cache
-def there() -> frozenset[str]:
+def available_names() -> frozenset[str]:
     """Those of peft's public names that work."""
     import veneer
 
@@ -89,7 +89,7 @@ def not_yet(name: str) -> type:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"peft.{name} is not in Veneer yet; it has {', '.join(sorted(n for n in there() if n.endswith('Config')))}; "
+            f"peft.{name} is not in Veneer yet; it has {', '.join(sorted(n for n in available_names() if n.endswith('Config')))}; "
             "see: python -m veneer.peft --check"
         )
 

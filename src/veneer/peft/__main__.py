@@ -8,15 +8,15 @@ from pathlib import Path
 
 from ..interop.console import quiet_libraries
 from . import __all__ as names
-from . import enable, there
+from . import available_names, enable
 from .standin import NAMES_OF
 
 USAGE = "usage: python -m veneer.peft SCRIPT [ARGUMENTS ...] | -m MODULE [ARGUMENTS ...] | --check"
 
 
-def check() -> int:
+def print_check() -> int:
     """Print which of peft's public names are there; the number of those that are not yet."""
-    found = there()
+    found = available_names()
     lacking = [n for n in names if n not in found]
     print(
         f"peft {NAMES_OF} has {len(names)} public names; Veneer has {len(found)} of them ({len(found) / len(names):.0%})"
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise SystemExit(USAGE)
     if arguments[0] == "--check":
-        raise SystemExit(1 if check() else 0)
+        raise SystemExit(1 if print_check() else 0)
     quiet_libraries()
     enable()
     if arguments[0] == "-m":

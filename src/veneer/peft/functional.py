@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..files.adapter_files import attached
+from ..files.adapter_files import runtime_on
 from ..files.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
 from ..lifecycle import detach
 from .models import inject_adapter_in_model as inject_adapter_in_model
@@ -17,7 +17,7 @@ from .utils.other import cast_adapter_dtype as cast_adapter_dtype
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str]:
     """Delete an adapter; returns which are active then."""
-    runtime = attached(model)
+    runtime = runtime_on(model)
     if adapter_name in runtime.configs:
         detach.delete_adapter(runtime, adapter_name)
     return list(runtime.router.active)
@@ -27,7 +27,7 @@ def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
 ) -> list[str]:
     """Activate adapters, whose parameters are trained then, and no others."""
-    runtime = attached(model)
+    runtime = runtime_on(model)
     runtime.activate(adapter_name)
     for name in runtime.configs:
         for p in runtime.parameters(name):
@@ -37,7 +37,7 @@ def set_adapter(
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Say whether adapters are trained."""
-    runtime = attached(model)
+    runtime = runtime_on(model)
     for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
         for p in runtime.parameters(name):
             p.requires_grad_(requires_grad)

@@ -31,28 +31,28 @@ def state_of(layer: nn.Module) -> AdaptedState:
     return found
 
 
-def runtime(layer: nn.Module) -> Runtime:
+def runtime_at(layer: nn.Module) -> Runtime:
     """The adapters of the model that the layer is in."""
     found: Runtime = state_of(layer).router.runtime()
     return found
 
 
-def sites(layer: nn.Module) -> list[AdaptedSite]:
+def sites_at(layer: nn.Module) -> list[AdaptedSite]:
     """The places on a layer at which weights are adapted."""
     state = state_of(layer)
     return [] if state.weights is None else [s for s in state.weights.sites if s.backend is not None]
 
 
-def entries(layer: nn.Module) -> dict[str, tuple[AdaptedSite, AdapterAtSite]]:
+def entries_at(layer: nn.Module) -> dict[str, tuple[AdaptedSite, AdapterAtSite]]:
     """Adapter -> its place on the layer and what it has there."""
-    return {name: (site, entry) for site in sites(layer) for name, entry in site.entries.items()}
+    return {name: (site, entry) for site in sites_at(layer) for name, entry in site.entries.items()}
 
 
 def is_layer(module: Any) -> bool:
     """Whether adapters act on a module's weights; rows of `trainable_token_indices` do not count."""
     if not isinstance(module, Adapted) or "_veneer" not in module.__dict__:
         return False
-    return any(not getattr(e.method, "wrapped", False) for _, e in entries(module).values())  # type: ignore[arg-type]
+    return any(not getattr(e.method, "wrapped", False) for _, e in entries_at(module).values())  # type: ignore[arg-type]
 
 
 def is_copied(module: nn.Module) -> bool:
@@ -113,7 +113,7 @@ class Table(Mapping[str, Any]):
 
     def _attributes(self, adapter: str) -> dict[str, str]:
         """Part of the small layer ("weight", "bias"; "" for a bare tensor) -> attribute of the layer."""
-        _, entry = entries(self._layer)[adapter]
+        _, entry = entries_at(self._layer)[adapter]
         found = {}
         for key, attribute in (*entry.trained, *entry.frozen):
             head, _, part = entry.names.get(key, "").partition(".")
@@ -125,7 +125,7 @@ class Table(Mapping[str, Any]):
     def __getitem__(self, adapter: str) -> Any:
         if adapter not in self:
             raise KeyError(adapter)
-        site, own = entries(self._layer)[adapter][0], self._attributes(adapter)
+        site, own = entries_at(self._layer)[adapter][0], self._attributes(adapter)
         if "" in own:
             return site.owner._parameters[own[""]]
         return Factor(site.owner, own["weight"], own.get("bias"))
@@ -134,11 +134,11 @@ class Table(Mapping[str, Any]):
         own = self._attributes(adapter)
         if not own or not isinstance(value, Tensor):
             raise KeyError(f"{adapter}: only tensors that are there can be replaced; add adapters to the model")
-        owner, attribute = entries(self._layer)[adapter][0].owner, own[""] if "" in own else own["weight"]
+        owner, attribute = entries_at(self._layer)[adapter][0].owner, own[""] if "" in own else own["weight"]
         owner._parameters[attribute] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in entries(self._layer) if self._attributes(name))
+        return (name for name in entries_at(self._layer) if self._attributes(name))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -154,31 +154,31 @@ class Scaling(MutableMapping[str, float]):
         self._layer = layer
 
     def __getitem__(self, name: str) -> float:
-        return float(entries(self._layer)[name][1].method.scale)  # type: ignore[attr-defined]
+        return float(entries_at(self._layer)[name][1].method.scale)  # type: ignore[attr-defined]
 
     def __setitem__(self, name: str, value: float) -> None:
-        site, entry = entries(self._layer)[name]
-        unit = start(self._layer, name) / entry.original.lora_alpha  # type: ignore[attr-defined]
+        site, entry = entries_at(self._layer)[name]
+        unit = start_values(self._layer, name) / entry.original.lora_alpha  # type: ignore[attr-defined]
         changed = copy.copy(entry.method)
         changed.lora_alpha = float(value) / unit  # type: ignore[attr-defined]
         entry.method = changed
         site.router.changed()
         if site.original is not None and name in adapter_names(site.router.merged):
-            merge_again(runtime(self._layer), site)
+            merge_again(runtime_at(self._layer), site)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("an adapter always has a scaling; delete the adapter from the model")
 
     def __iter__(self) -> Iterator[str]:
-        return (n for n, (_, e) in entries(self._layer).items() if hasattr(e.method, "scale"))
+        return (n for n, (_, e) in entries_at(self._layer).items() if hasattr(e.method, "scale"))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
-def start(layer: nn.Module, name: str) -> float:
+def start_values(layer: nn.Module, name: str) -> float:
     """An adapter's scaling as its config says it, whatever was set since."""
-    return float(entries(layer)[name][1].original.scale)  # type: ignore[attr-defined]
+    return float(entries_at(layer)[name][1].original.scale)  # type: ignore[attr-defined]
 
 
 class View:
@@ -197,15 +197,15 @@ class View:
 
     @property
     def r(self: Any) -> dict[str, int]:
-        return {n: e.method.r for n, (_, e) in entries(self).items() if hasattr(e.method, "r")}
+        return {n: e.method.r for n, (_, e) in entries_at(self).items() if hasattr(e.method, "r")}
 
     @property
     def lora_alpha(self: Any) -> dict[str, float]:
-        return {n: e.original.lora_alpha for n, (_, e) in entries(self).items() if hasattr(e.original, "lora_alpha")}
+        return {n: e.original.lora_alpha for n, (_, e) in entries_at(self).items() if hasattr(e.original, "lora_alpha")}
 
     @property
     def use_dora(self: Any) -> dict[str, bool]:
-        return {n: e.method.use_dora for n, (_, e) in entries(self).items() if hasattr(e.method, "use_dora")}
+        return {n: e.method.use_dora for n, (_, e) in entries_at(self).items() if hasattr(e.method, "use_dora")}
 
     @property
     def active_adapters(self: Any) -> list[str]:
@@ -230,7 +230,7 @@ class View:
     def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """As in peft, what is active is trained and what is not is frozen. The choice is the model's."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        runtime(self).activate([n for n in names if n in runtime(self).configs])
+        runtime_at(self).activate([n for n in names if n in runtime_at(self).configs])
         for name, parameters in own_parameters(self).items():
             for p in parameters:
                 p.requires_grad_(name in names and not inference_mode)
@@ -243,8 +243,8 @@ class View:
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         """From the whole model: an adapter is there or it is not."""
-        if adapter_name in runtime(self).configs:
-            delete_adapter(runtime(self), adapter_name)
+        if adapter_name in runtime_at(self).configs:
+            delete_adapter(runtime_at(self), adapter_name)
 
     @property
     def modules_to_save(self: Any) -> dict[str, nn.Module]:
@@ -261,7 +261,7 @@ class ScaledView(View):
 
     def set_scale(self: Any, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * start(self, adapter)
+            self.scaling[adapter] = scale * start_values(self, adapter)
 
     def scale_layer(self: Any, scale: float) -> None:
         for name in self.active_adapters:
@@ -271,21 +271,21 @@ class ScaledView(View):
     def unscale_layer(self: Any, scale: float | None = None) -> None:
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = start(self, name) if scale is None else self.scaling[name] / scale
+                self.scaling[name] = start_values(self, name) if scale is None else self.scaling[name] / scale
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Of the whole model, once: adapters are merged everywhere or nowhere."""
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
-        if any(n not in self.merged_adapters for n in names if n in runtime(self).configs):
-            merge_adapters(runtime(self), [n for n in names if n in runtime(self).configs], check=safe_merge)
+        if any(n not in self.merged_adapters for n in names if n in runtime_at(self).configs):
+            merge_adapters(runtime_at(self), [n for n in names if n in runtime_at(self).configs], check=safe_merge)
 
     def unmerge(self: Any) -> None:
         if self.merged:
-            unmerge_adapters(runtime(self))
+            unmerge_adapters(runtime_at(self))
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """The change of the weight, in its own layout."""
-        site, entry = entries(self)[adapter]
+        site, entry = entries_at(self)[adapter]
         op: Operator | None = term_of(entry.method, site.tensors(adapter), site).delta
         if op is None:
             raise TypeError(f"{site.name}: {entry.method.peft_name} changes the weight by more than a sum")
@@ -296,7 +296,7 @@ class ScaledView(View):
 def own_parameters(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Adapter -> what is trained of it at a layer."""
     found: dict[str, list[nn.Parameter]] = {}
-    for name, (site, entry) in entries(layer).items():
+    for name, (site, entry) in entries_at(layer).items():
         found[name] = [p for _, a in entry.trained if (p := site.owner._parameters.get(a)) is not None]
     for name, module in layer._modules.items():
         if name.startswith(copy_name("")) and module is not None:
@@ -334,13 +334,13 @@ def shown() -> dict[str, Any]:
     return {name: Seen(functools.partial(Table, name=name)) for name in table_names()} | own
 
 
-def show() -> None:
+def show_view() -> None:
     """Put the names on adapted layers."""
     for name, value in shown().items():
         setattr(Adapted, name, value)
 
 
-def hide() -> None:
+def hide_view() -> None:
     """Take them off again."""
     for name in shown():
         if name in Adapted.__dict__:

@@ -102,8 +102,8 @@ def enable() -> None:
         )
     from . import layers, trainers
 
-    layers.show()
-    trainers.show()
+    layers.show_view()
+    trainers.show_view()
     sys.meta_path.insert(0, Finder())
     os.environ[VARIABLE] = "1"
     before = os.environ.get("PYTHONPATH")
@@ -118,8 +118,8 @@ def disable() -> None:
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, Finder)]
     for name in [n for n in sys.modules if n == NAME or n.startswith(f"{NAME}.")]:
         del sys.modules[name]
-    layers.hide()
-    trainers.hide()
+    layers.hide_view()
+    trainers.hide_view()
     os.environ.pop(VARIABLE, None)
     left = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != CHILDREN]
     if left:

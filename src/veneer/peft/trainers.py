@@ -29,11 +29,11 @@ def add_adapter(self: PeftModel, adapter_name: str, peft_config: Method, *args: 
         self.set_requires_grad(REFERENCE, False)
 
 
-def show() -> None:
+def show_view() -> None:
     """Let models take it, while Veneer stands in."""
     PeftModel.add_adapter = add_adapter  # type: ignore[method-assign, assignment]
 
 
-def hide() -> None:
+def hide_view() -> None:
     """Go back to Veneer's own."""
     PeftModel.add_adapter = PLAIN  # type: ignore[method-assign]

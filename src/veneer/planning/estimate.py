@@ -320,7 +320,7 @@ def list_places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     kinds: Any = select.linear_kinds()
     missed = []
     for name, module in base.named_modules():
-        if name in sites or module is head or not isinstance(module, kinds) or not layers.supported(module):
+        if name in sites or module is head or not isinstance(module, kinds) or not layers.is_supported(module):
             continue
         rows, columns = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         if not adapted or any(name.startswith(f"{n}.") for n in sites):
@@ -347,7 +347,7 @@ def file_size(model: Any) -> int:
     tensors = dict(pairs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     if hasattr(model, "peft_config"):
-        values, base = model.peft_config["default"].to_dict(), fingerprint.outline(model.get_base_model())
+        values, base = model.peft_config["default"].to_dict(), fingerprint.describe_outline(model.get_base_model())
         header["__metadata__"] |= {**adapter_files.metadata_of(tensors, values, base), safe_read.CHECKSUM: "0" * 32}
     at = 0
     for key, t in sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0])):

@@ -188,7 +188,7 @@ def measure_peak(
     with ExitStack() as stack:
         if head is not None:
             stack.callback(head.register_forward_pre_hook(at_head).remove)
-        stack.enter_context(modes.shapes())
+        stack.enter_context(modes.shapes_only())
         stack.enter_context(accumulate_gradients(ledger, trained, accumulates))
         stack.enter_context(fused_attention(device))
         stack.enter_context(ledger)

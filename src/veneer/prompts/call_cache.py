@@ -36,7 +36,7 @@ class CachedCall(StackCall):
         if given is not None:
             from . import kv_cache as kv
 
-            kv.refuse(given)
+            kv.refuse_cache(given)
             return given
         wanted = call.get("use_cache")
         config = getattr(self.stack, "config", None)

@@ -226,7 +226,7 @@ def is_recurrent(cache: Cache) -> bool:
     return any(own.is_linear) or any(hasattr(layer, "conv_states") for layer in own.layers)
 
 
-def refuse(cache: Cache | None) -> None:
+def refuse_cache(cache: Cache | None) -> None:
     """Raise for caches that no virtual token can precede.
 
     Raises:

@@ -105,7 +105,7 @@ class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Whole tensors by name, whatever the layout, so that a run can go on in another."""
         parameters = _trained_by_name(self._adapted)
-        state = optimizers.read(self.optimizer, parameters)
+        state = optimizers.read_state(self.optimizer, parameters)
         if self.args.process_index == 0:
             adapter_files.save_weights(state, output_dir, name=OPTIMIZER)
             atomic_write.save_text(Path(output_dir) / SCHEDULE, json.dumps({"steps": self.lr_scheduler.last_epoch}))
@@ -134,7 +134,7 @@ class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
             state_dict.load_training_state(self._adapted, "default", checkpoint)
             parameters = _trained_by_name(self._adapted)
             optimizers.put_master(parameters, locate.read_tensors(checkpoint / locate.TRAINING_NAME))
-            optimizers.write(self.optimizer, parameters, locate.read_tensors(checkpoint / OPTIMIZER))
+            optimizers.write_state(self.optimizer, parameters, locate.read_tensors(checkpoint / OPTIMIZER))
         # A schedule is a function of the step; how many groups the optimizer has differs between layouts.
         schedule, steps = self.lr_scheduler, safe_read.json_object(checkpoint / SCHEDULE)["steps"]
         rates = [rate * of(steps) for rate, of in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -145,4 +145,4 @@ class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
 
 def _trained_by_name(adapted: Any) -> dict[str, Any]:
     """The parameters that an optimizer has, by the names they have in `adapter_training.safetensors`."""
-    return {k: p for k, p in adapter_files.attached(adapted).training_state("default").items() if p.requires_grad}
+    return {k: p for k, p in adapter_files.runtime_on(adapted).training_state("default").items() if p.requires_grad}

@@ -37,7 +37,7 @@ def describe_adapter(adapter: str) -> list[tuple[str, str]]:
 def _describe_origin(path: Path) -> list[tuple[str, str]]:
     """Return the base model that an adapter's file names, and the result in its certificate."""
     found = []
-    if (base := fingerprint.read(path)) is not None:
+    if (base := fingerprint.read_fingerprint(path)) is not None:
         sizes = ", ".join(f"{k} {v}" for k, v in base.sizes.items())
         found.append(("trained on", f"{base.architecture}, {sizes}; fingerprint {base.id}"))
     if (certificate := Certificate.load(path.parent)) is not None:

@@ -59,14 +59,14 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(f"{text}, or pass check_compiled='ignore'")
         if check_compiled == "warn":
             warnings.warn(text, stacklevel=2)
-    runtime = adapter_files.attached(unwrapped(model))
+    runtime = adapter_files.runtime_on(unwrap_key(model))
     names = [n for n, c in runtime.configs.items() if isinstance(c, LoraConfig)]
     if not names:
         raise ValueError("the model has no LoRA adapter; attach or load the first one before preparing for others")
     if target_rank is None:
         return
     for name in names:
-        grow(runtime, name, target_rank)
+        grow_rank(runtime, name, target_rank)
     for own in config.values() if isinstance(config, Mapping) else () if config is None else (config,):
         own.r = target_rank
         own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
@@ -97,15 +97,15 @@ def hotswap_adapter(
         RuntimeError: the file has values for layers that the live adapter lacks. Nothing was changed.
     """
     compiled = is_compiled(model)
-    runtime = adapter_files.attached(unwrapped(model))
+    runtime = adapter_files.runtime_on(unwrap_key(model))
     config = kwargs.pop("config", None)
     if config is None:
         config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     tensors = locate.load_weights(model_name_or_path, device=torch_device, **kwargs)
-    swap(runtime, adapter_name, config, tensors, compiled=compiled)
+    swap_values(runtime, adapter_name, config, tensors, compiled=compiled)
 
 
-def swap(
+def swap_values(
     runtime: Runtime, adapter: str, config: Method, tensors: Mapping[str, Tensor], *, compiled: bool = False
 ) -> None:
     """Copy an adapter's tensors, by their key in the file, into a live one; see `hotswap_adapter`."""
@@ -142,8 +142,8 @@ def swap(
                     f"{site.name}: the new adapter has no {entry.names[key]}, which adapter {adapter!r} has"
                 )
             if value is not None:
-                room = held(site, attr)
-                if not fits(value, room, AXES.get(key), grows=can_grow(site)):
+                room = held_tensor(site, attr)
+                if not values_fit(value, room, AXES.get(key), grows=can_grow(site)):
                     raise ValueError(
                         f"{site.name}: {entry.names[key]} of the new adapter is {tuple(value.shape)}, and there is room for "
                         f"{tuple(room.shape)}"
@@ -171,22 +171,22 @@ def swap(
             f"{len(left)} tensors of the new adapter have no place in adapter {adapter!r}: {shown}; a swap can only fill "
             "layers that the live adapter has"
         )
-    rank = max((held(s, dict(e.trained)["A"]).shape[0] for s, e in places if can_grow(s)), default=0)
+    rank = max((held_tensor(s, dict(e.trained)["A"]).shape[0] for s, e in places if can_grow(s)), default=0)
     if largest > rank:
         if compiled:
             raise ValueError(
                 f"the new adapter's rank is {largest}, and adapter {adapter!r} has room for {rank} in a compiled model; call "
                 f"prepare_model_for_compiled_hotswap(model, target_rank={largest}) before compiling"
             )
-        grow(runtime, adapter, largest)
+        grow_rank(runtime, adapter, largest)
     with torch.no_grad():
         for site, entry, key, value in values:
-            put(held(site, dict(entry.trained)[key]), value, AXES.get(key, 0))
+            put_value(held_tensor(site, dict(entry.trained)[key]), value, AXES.get(key, 0))
         for own, copied in copies:
             own.copy_(copied)
 
 
-def put(room: Tensor, value: Tensor | None, axis: int) -> None:
+def put_value(room: Tensor, value: Tensor | None, axis: int) -> None:
     """Fill a parameter with a tensor and, on one axis, with zeros behind it; with zeros alone for None."""
     if value is None:
         room.zero_()
@@ -196,7 +196,7 @@ def put(room: Tensor, value: Tensor | None, axis: int) -> None:
     room.narrow(axis, n, room.shape[axis] - n).zero_()
 
 
-def fits(value: Tensor, room: Tensor, axis: int | None, *, grows: bool) -> bool:
+def values_fit(value: Tensor, room: Tensor, axis: int | None, *, grows: bool) -> bool:
     """Whether a tensor has the shape of a parameter, but for the rank."""
     if value.ndim != room.ndim:
         return False
@@ -204,7 +204,7 @@ def fits(value: Tensor, room: Tensor, axis: int | None, *, grows: bool) -> bool:
     return all(a == b or (grows and i == axis) for i, (a, b) in enumerate(pairs))
 
 
-def grow(runtime: Runtime, adapter: str, rank: int) -> None:
+def grow_rank(runtime: Runtime, adapter: str, rank: int) -> None:
     """Fill an adapter up with zeros to a rank; its config says the new one, with the same scale at every layer."""
     config: Any = runtime.configs[adapter]
     places = lora_places(runtime, adapter)
@@ -225,7 +225,7 @@ def grow(runtime: Runtime, adapter: str, rank: int) -> None:
     )
     for site, entry in places:
         for key, attr in entry.trained:
-            parameter = held(site, attr)
+            parameter = held_tensor(site, attr)
             if key in AXES and parameter.shape[AXES[key]] != rank:
                 axis = AXES[key]
                 spare = [0, 0] * (parameter.ndim - 1 - axis) + [0, rank - parameter.shape[axis]]
@@ -242,7 +242,7 @@ def alpha_for(method: Any, rank: int) -> float:
     return method.lora_alpha * (math.sqrt(rank / method.r) if method.use_rslora else rank / method.r)  # type: ignore[no-any-return]
 
 
-def held(site: AdaptedSite, attribute: str) -> nn.Parameter:
+def held_tensor(site: AdaptedSite, attribute: str) -> nn.Parameter:
     """A trained tensor of an adapter on its layer."""
     found = site.owner._parameters[attribute]
     assert found is not None
@@ -263,7 +263,7 @@ def is_compiled(model: nn.Module) -> bool:
     return "_orig_mod" in model._modules or getattr(model, "_compiled_call_impl", None) is not None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_key(model: nn.Module) -> nn.Module:
     """A compiled model's own module."""
     found = model._modules.get("_orig_mod")
     return model if found is None else found

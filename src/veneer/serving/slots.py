@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import layers
 from ..algebra.low_rank import Factored
 from ..algebra.recursion import Term
-from ..algebra.sums import Sum, terms
+from ..algebra.sums import Sum, terms_of
 from ..backends import backend_of
 from ..distributed import sharding
 from ..injection.class_swap import adapt_class, restore_class
@@ -123,7 +123,7 @@ class Slots:
         self.chosen: tuple[str | None, ...] | None = None  # of each row; one for all; None for none
         self.now: int | Batch | None = None  # the same, as slots
         query = TargetQuery(target_modules=as_names(target_modules), asked_by="reserve_slots")
-        named = select.resolve(self.root, query, supported=slottable, allowed="linear layers").modules
+        named = select.resolve_targets(self.root, query, supported=can_hold_slots, allowed="linear layers").modules
         self.parts: dict[str, Part] = {}
         start, weight = 0, None
         for name in named:
@@ -248,7 +248,7 @@ class Slots:
         }
         with torch.no_grad():
             said: Term = term_of(method, p, site)
-            ops = () if said.delta is None else terms(said.delta)
+            ops = () if said.delta is None else terms_of(said.delta)
             pure = all(x is None for x in (said.left, said.right, said.shift, said.post))
             if not pure or not ops or not all(isinstance(op, Factored) and op.groups == 1 for op in ops):
                 raise ValueError(f"{refusal}, which is all that a slot can hold; load it with load_adapter")
@@ -387,7 +387,7 @@ def slots_of(runtime: Runtime) -> Slots | None:
     return next((owner for owner in owners if isinstance(owner, Slots)), None)
 
 
-def slottable(module: nn.Module) -> bool:
+def can_hold_slots(module: nn.Module) -> bool:
     """Whether a module is a linear layer."""
     kind = layers.kind_of(module)
     return kind is not None and kind.own_forward() is not None

@@ -55,10 +55,10 @@ class Slotted(AdaptedState):
         if is_compiling():
             held = self.slots.root._buffers
             return by_tensor(y, x, A, B, held[INDEX], held[COUNT])  # type: ignore[arg-type]
-        return added(y, x, A, B, self.slots.now)
+        return add_slot(y, x, A, B, self.slots.now)
 
 
-def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | routed.Batch | None) -> Tensor:
+def add_slot(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | routed.Batch | None) -> Tensor:
     """Y (..., out) for x (..., in) as it is, with one slot for all rows, or with one for each. All in one dtype."""
     if now is None:
         return y
@@ -72,7 +72,7 @@ def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, now: int | routed.Batch | 
             f"slots.rows named {now.rows} rows, and a layer sees {x.shape[0]}; name as many as the batch has"
         )
     z, flat = x.reshape(now.rows, -1, K), y.reshape(now.rows, -1, N)
-    strategy = routed.choose(now, z.shape[1], A.shape[1], K, N, x.dtype, x.device)
+    strategy = routed.choose_strategy(now, z.shape[1], A.shape[1], K, N, x.dtype, x.device)
     wide = routed.table_dtype(strategy, x.dtype, x.device)
     if A.dtype != wide:  # products of float32 make up for the cast
         A, B = A.to(wide), B.to(wide)

@@ -96,11 +96,11 @@ def sublayer_at(model: nn.Module, name: str, known: Mapping[str, SublayerOutput]
     module = model.get_submodule(name)
     numbers = re.findall(r"\.(\d+)\.", f".{name}.")
     layer = int(numbers[0]) if numbers else -1
-    sizes = measured(module)
+    sizes = measured_sizes(module)
     if sizes is None:
         _, config = nearest_config(dict(model.named_modules()), name)
         width = config_width(config)
-        inside = [measured(m) for m in module.modules() if m is not module]
+        inside = [measured_sizes(m) for m in module.modules() if m is not module]
         last = next((s for s in reversed(inside) if s is not None), None)
         sizes = (width, width) if width else None if last is None else (last[1], last[1])
     if sizes is None:
@@ -128,7 +128,7 @@ def config_width(config: Any) -> int:
     return next((w for w in found if isinstance(w, int)), 0)
 
 
-def measured(module: nn.Module) -> tuple[int, int] | None:
+def measured_sizes(module: nn.Module) -> tuple[int, int] | None:
     """Sizes (in, out) of a layer that says them, or of a norm."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -151,10 +151,10 @@ def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) ->
         if len(shape) == 1:
             return shape[0]
     module = block.get_submodule(out)
-    if (width := config_width(config)) and measured(module) is None:
+    if (width := config_width(config)) and measured_sizes(module) is None:
         return width
-    sizes = measured(module) or next(
-        (s for s in map(measured, reversed(list(module.modules()))) if s is not None), None
+    sizes = measured_sizes(module) or next(
+        (s for s in map(measured_sizes, reversed(list(module.modules()))) if s is not None), None
     )
     return width if sizes is None else sizes[1]
 
@@ -163,7 +163,7 @@ def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) ->
 
 
 @functools.cache
-def table() -> dict[str, Any]:
+def places_table() -> dict[str, Any]:
     """The content of places.toml."""
     with open(Path(__file__).with_name("places.toml"), "rb") as file:
         return tomllib.load(file)
@@ -171,25 +171,25 @@ def table() -> dict[str, Any]:
 
 def roles_of(block: nn.Module, kind: str | None, config: Any) -> dict[str, tuple[str, str, str]]:
     """Role -> (out, residual, norm), names below the block; empty where the module is no block."""
-    entries = table()
+    entries = places_table()
     names = {n for n, _ in block.named_modules() if n and ":" not in n}
     if kind in entries:
-        return listed(entries[kind], names, config)
+        return listed_roles(entries[kind], names, config)
     for entry in entries.values():
-        found = listed(entry, names, config) if entry.get("shape") else {}
+        found = listed_roles(entry, names, config) if entry.get("shape") else {}
         if found:
             return found
-    return read(block)
+    return read_roles(block)
 
 
-def listed(entry: Mapping[str, Any], names: set[str], config: Any) -> dict[str, tuple[str, str, str]]:
+def listed_roles(entry: Mapping[str, Any], names: set[str], config: Any) -> dict[str, tuple[str, str, str]]:
     """The roles that a table's entry finds among the names in a block."""
     switch = dict(entry.get("switch", {}))
     if other := switch.pop("use", None):
         if all(getattr(config, field, None) == value for field, value in switch.items()):
-            return listed(table()[other], names, config)
+            return listed_roles(places_table()[other], names, config)
     if "like" in entry:
-        return listed(table()[entry["like"]], names, config)
+        return listed_roles(places_table()[entry["like"]], names, config)
     found = {}
     for role in ROLES:
         forms = entry.get(role, [])
@@ -203,7 +203,7 @@ def listed(entry: Mapping[str, Any], names: set[str], config: Any) -> dict[str, 
 # Reading a block's forward.
 
 
-def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
+def read_roles(block: nn.Module) -> dict[str, tuple[str, str, str]]:
     """The roles in a block of no listed kind, from the order in which its forward calls its children and adds.
 
     N a norm, A an attention, F any other child with parameters, + an addition:
@@ -215,7 +215,7 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
     Anything else, and a child called twice, is not understood: no roles.
     """
     children = {n: m for n, m in block._modules.items() if m is not None}
-    calls = [e for e in events(type(block), children) if e == ADD or e in children]
+    calls = [e for e in forward_events(type(block), children) if e == ADD or e in children]
     kinds = {n: sort_of(m, n) for n, m in children.items()}
     counts = {n: calls.count(n) for n in children}
     if any(counts[n] > 1 for n in calls if n != ADD and kinds[n] in "NA"):
@@ -258,14 +258,14 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
         for group in groups:
             attention = next((c for c in group if kinds[c] == "A"), None)
             if attention is not None and any(
-                c != attention and kinds[c] in "AF" and not scales(children[c]) for c in group
+                c != attention and kinds[c] in "AF" and not scales_output(children[c]) for c in group
             ):
                 return {}
             role = (
                 "feed_forward"
                 if attention is None
                 else "attention"
-                if not crosses(attention, found)
+                if not is_cross_attention(attention, found)
                 else "cross_attention"
             )
             if role in found:
@@ -281,12 +281,12 @@ def read(block: nn.Module) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def scales(module: nn.Module) -> bool:
+def scales_output(module: nn.Module) -> bool:
     """Whether a module has vectors only, as a layer scale has."""
     return all(p.ndim < 2 for p in module.parameters())
 
 
-def crosses(name: str, found: Mapping[str, Any]) -> bool:
+def is_cross_attention(name: str, found: Mapping[str, Any]) -> bool:
     return "cross" in name.lower() or name.startswith(("encoder_attn", "encoder_decoder")) or "attention" in found
 
 
@@ -302,7 +302,7 @@ def sort_of(module: nn.Module, name: str) -> str:
     return "A" if ATTENTION_ARGUMENTS & set(inspect.signature(module.forward).parameters) else "F"
 
 
-def events(cls: type, children: Mapping[str, nn.Module]) -> list[str]:
+def forward_events(cls: type, children: Mapping[str, nn.Module]) -> list[str]:
     """Names of the children that a class's forward calls, and its additions, in the order of evaluation."""
     base: type = getattr(cls, "_veneer_base", cls)
     return list(_walk_ast(body_of(base.forward), base, children, 0))  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..backends import bare_of, linear_of, unknown, unread
+from ..backends import bare_of, linear_of, unknown_storage, unread_matrix
 from .defaults import default_targets, model_type
 from .query import TargetQuery
 from .regex import BoundedPattern, compile_pattern
@@ -39,7 +39,7 @@ class Targets:
     source: str
 
 
-def resolve(
+def resolve_targets(
     model: nn.Module,
     query: TargetQuery,
     *,
@@ -66,7 +66,7 @@ def resolve(
         TypeError: a field is neither a string nor a collection of strings; a match is a quantized layer that no
             backend reads.
     """
-    spec, source = wanted(model, query)
+    spec, source = wanted_targets(model, query)
     modules = {n: m for n, m in model.named_modules() if n and ":" not in n}  # ":" marks what an adapter added
     hidden: set[str] = set()
     for name in modules if skip else ():  # a parent comes before its children
@@ -92,19 +92,19 @@ def resolve(
     if not named:
         if parameters and source.startswith("defaults"):
             return Targets([], parameters, source)
-        raise ValueError(nothing(said, spec, modules, supported, parameter_names(model)))
+        raise ValueError(nothing_found(said, spec, modules, supported, parameter_names(model)))
     if lost and source == "suffixes":
-        text = hints(lost, modules, parameter_names(model))
+        text = target_hints(lost, modules, parameter_names(model))
         warnings.warn(f"target_modules: no module is named {text}", stacklevel=3)
 
     kept = in_layers(named, query, spec, exact)
-    kept = excluded(kept, said, query.exclude_modules, modules)
+    kept = apply_exclusions(kept, said, query.exclude_modules, modules)
     kept = not_copied(kept, said, query.modules_to_save, hidden)
     for name in kept:
         if not supported(modules[name]):
-            packed = unread(modules[name])
+            packed = unread_matrix(modules[name])
             if packed is not None:
-                raise unknown(modules[name], packed, name)
+                raise unknown_storage(modules[name], packed, name)
             raise ValueError(
                 f"{said} matches {name!r}, a {type(modules[name]).__name__}, which cannot be adapted; allowed are "
                 f"{allowed}: name the layers inside it, exclude it with exclude_modules, or train it whole with "
@@ -113,7 +113,7 @@ def resolve(
     return Targets(kept, parameters, source)
 
 
-def wanted(model: nn.Module, query: TargetQuery) -> tuple[str | Collection[str] | None, str]:
+def wanted_targets(model: nn.Module, query: TargetQuery) -> tuple[str | Collection[str] | None, str]:
     """The config's target_modules, or the architecture's default, and where it came from.
 
     None stands for no module, which only `target_parameters` allows. Where `target_parameters` is given, target_modules
@@ -222,7 +222,7 @@ def all_linear(
             continue
         named = isinstance(module, kinds) or "Linear" in type(module).__name__
         # One of a library that no backend knows is among them, so that it is an error unless it is excluded.
-        odd = named and unread(module) is not None
+        odd = named and unread_matrix(module) is not None
         if (named or linear_of(module) is not None) and (odd or supported(module)):
             found.append(name)
     return found
@@ -248,7 +248,7 @@ def find_parameters(model: nn.Module, spec: Collection[str] | None, hidden: Coll
     names = parameter_names(model, hidden)
     found, lost = with_suffixes(names, frozenset(spec))
     if lost:
-        text = f"no parameter is named {hints(lost, names)}"
+        text = f"no parameter is named {target_hints(lost, names)}"
         if not found:
             bare = [n for n in names if not n.endswith((".weight", ".bias"))] or names
             sample = ", ".join(dict.fromkeys(".".join(n.split(".")[-2:]) for n in bare[:200]))
@@ -324,7 +324,7 @@ def layer_of(names: Iterable[str], forms: Iterable[re.Pattern[str] | BoundedPatt
     return found
 
 
-def excluded(
+def apply_exclusions(
     names: list[str], said: str, spec: str | Collection[str] | None, modules: Mapping[str, nn.Module]
 ) -> list[str]:
     """`names` without those that exclude_modules means; warns of entries that name no module of the model."""
@@ -340,7 +340,7 @@ def excluded(
         entries = frozenset(spec)
         kept = [n for n in names if not matches(n, entries)]
         if lost := with_suffixes(modules, entries)[1]:
-            warnings.warn(f"exclude_modules: no module is named {hints(lost, modules)}", stacklevel=4)
+            warnings.warn(f"exclude_modules: no module is named {target_hints(lost, modules)}", stacklevel=4)
     if names and not kept:
         raise ValueError(
             f"{said} matches {len(names)} modules such as {names[0]!r}, but exclude_modules={show(spec)} removes all; "
@@ -365,7 +365,7 @@ def not_copied(names: list[str], said: str, copies: Collection[str] | None, hidd
     return kept
 
 
-def nothing(
+def nothing_found(
     said: str,
     spec: str | Collection[str],
     modules: Mapping[str, nn.Module],
@@ -379,7 +379,7 @@ def nothing(
     if spec == ALL_LINEAR:
         return f"{said}: the model has no linear layer that can be adapted; {sample}"
     if not isinstance(spec, str):
-        return f"{said} matches no module: there is no {hints(sorted(spec), modules, parameters)}; {sample}"
+        return f"{said} matches no module: there is no {target_hints(sorted(spec), modules, parameters)}; {sample}"
     if near := difflib.get_close_matches(spec.lower(), [ALL_LINEAR], cutoff=0.75):
         return f"{said} matches no module; did you mean {near[0]!r}?"
     whole = compile_pattern(rf".*\.({spec})", "target_modules", spec)
@@ -392,7 +392,7 @@ def nothing(
     return f"{said} matches no module{hint}; a string is a regular expression for the whole name; {sample}"
 
 
-def hints(entries: Iterable[str], names: Iterable[str], parameters: Iterable[str] = ()) -> str:
+def target_hints(entries: Iterable[str], names: Iterable[str], parameters: Iterable[str] = ()) -> str:
     """The entries, at most five, each with the ending of `names` nearest to it, or the parameter that it names."""
     entries, names, parameters = list(entries), list(names), list(parameters)
     said = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import layers
-from ..backends import backends, bare_of, prepare_for_gradients
+from ..backends import all_backends, bare_of, prepare_for_gradients
 from .watch import watch_next_backward
 
 HALF = (torch.float16, torch.bfloat16)
@@ -71,7 +71,7 @@ def quantized_layers(root: nn.Module) -> list[nn.Module]:
     found = []
     for module in root.modules():
         kind = layers.kind_of(module)
-        mine = kind is not None and any(b.packed and b.matches(module, kind.param) for b in backends())
+        mine = kind is not None and any(b.packed and b.matches(module, kind.param) for b in all_backends())
         if mine or bare_of(module):
             found.append(module)
     return found

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.sharding import fill, gathered, is_partitioned
+from ..distributed.sharding import fill_from, gathered, is_partitioned
 
 STEP = "step"
 
 
-def innermost(optimizer: Any) -> Any:
+def innermost_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -42,14 +42,14 @@ def by_deepspeed(parameter: Tensor) -> bool:
     return is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-def read(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_state(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of each parameter as `name|key`, on the CPU. Every process calls it.
 
     Args:
         optimizer: torch's, or one that accelerate or DeepSpeed wrapped.
         parameters: trained parameters by name.
     """
-    inner = innermost(optimizer)
+    inner = innermost_optimizer(optimizer)
     found: dict[str, Tensor] = {}
     states = [s for s in inner.state.values() if s]
     for name, parameter in parameters.items():
@@ -67,13 +67,13 @@ def read(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def write(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def write_state(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Give an optimizer the state that `read` found, and what ZeRO keeps of the parameters their present values.
 
     Raises:
         ValueError: the state of a parameter is missing.
     """
-    inner = innermost(optimizer)
+    inner = innermost_optimizer(optimizer)
     if any(map(by_deepspeed, parameters.values())):
         make_room(optimizer, dict.fromkeys(k.rpartition("|")[2] for k in state))
     for name, parameter in parameters.items():
@@ -93,7 +93,7 @@ def write(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, 
             for key, value in own.items():
                 if value.shape == parameter.shape and value.ndim:
                     made[key] = torch.zeros_like(parameter, requires_grad=False)
-                    fill(made[key], value)
+                    fill_from(made[key], value)
                 else:
                     made[key] = value.clone()
             inner.state[parameter] = made

@@ -74,8 +74,8 @@ def rerun_forward(call: Call, router: Router | None) -> Seen:
             seen.ran.append(module)
 
     def left(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if seen.first is None and not finite(output):
-            seen.first = (name, reason(module, (args, kwargs)))
+        if seen.first is None and not is_finite(output):
+            seen.first = (name, explain_first(module, (args, kwargs)))
 
     for name, module in call.root.named_modules():
         handles.append(module.register_forward_pre_hook(entered))
@@ -114,24 +114,24 @@ def rerun_forward(call: Call, router: Router | None) -> Seen:
     return seen
 
 
-def floats(value: Any) -> Iterator[Tensor]:
+def floating_tensors(value: Any) -> Iterator[Tensor]:
     """The floating tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from floats(part)
+            yield from floating_tensors(part)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from floats(part)
+            yield from floating_tensors(part)
 
 
-def finite(value: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in floats(value))
+def is_finite(value: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in floating_tensors(value))
 
 
-def reason(module: nn.Module, inputs: Any) -> str:
+def explain_first(module: nn.Module, inputs: Any) -> str:
     """Why the first output that is not finite is not."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
@@ -139,12 +139,14 @@ def reason(module: nn.Module, inputs: Any) -> str:
             return f"its {name!r} is not finite; " + (
                 whose if ":" in name else "the base model's file or dtype is broken"
             )
-    dtypes = {t.dtype for t in floats(inputs)} | {p.dtype for p in module.parameters() if p.is_floating_point()}
+    dtypes = {t.dtype for t in floating_tensors(inputs)} | {
+        p.dtype for p in module.parameters() if p.is_floating_point()
+    }
     overflows = f"computes in float16, whose largest number is {HALF_LIMIT:g}; use bfloat16 or float32"
-    if not finite(inputs):
+    if not is_finite(inputs):
         before = "what goes into it is not finite already: look at the batch, and at what is computed between the modules before"
         return f"{before}, which {overflows}" if torch.float16 in dtypes else before
-    largest = max((float(t.abs().max()) for t in floats(inputs) if t.numel()), default=0.0)
+    largest = max((float(t.abs().max()) for t in floating_tensors(inputs) if t.numel()), default=0.0)
     if torch.float16 in dtypes:
         return f"inputs are finite, up to {largest:.3g}, and it {overflows}"
     return f"inputs are finite, up to {largest:.3g}: it divides by 0, or takes a root or logarithm where there is none"

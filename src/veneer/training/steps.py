@@ -181,14 +181,14 @@ class StepDriver:
                 for key, gradient in gradients.items():
                     own = place.parameters[key]
                     whole = torch.zeros_like(own)
-                    sharding.fill(whole, gradient if scale is None else gradient * scale.to(gradient))
+                    sharding.fill_from(whole, gradient if scale is None else gradient * scale.to(gradient))
                     own.grad = whole if own.grad is None else own.grad.add_(whole)
             if "project" in hooks:
                 with torch.no_grad():
                     for key, gradient in place.method.project(place.gradients(), place.tensors(), place.site).items():
                         held = place.parameters[key].grad
                         if held is not None:
-                            sharding.fill(held, gradient)
+                            sharding.fill_from(held, gradient)
         return total
 
     def after(self, owned: set[int]) -> None:
@@ -210,7 +210,7 @@ class StepDriver:
             for place in places:
                 if "constrain" in place.method.training_hooks:
                     for key, value in place.method.constrain(place.tensors(), place.site).items():
-                        sharding.fill(place.parameters[key], value)
+                        sharding.fill_from(place.parameters[key], value)
 
     def _step(self, places: Sequence[Place]) -> None:
         count = self.runtime.steps_of(places[0].adapter)
@@ -220,7 +220,7 @@ class StepDriver:
         for place, at in zip(places, whole, strict=True):
             for key, own in place.site.tensors(place.adapter).items():
                 if sharding.is_distributed(own):  # the method changed a gathered copy
-                    sharding.fill(own, at.tensors[key])
+                    sharding.fill_from(own, at.tensors[key])
 
     def _constrain_later(self) -> None:
         self.acted = self.pending = True

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import backends
-from ..distributed.sharding import distributed, is_sharded, rank
+from ..backends import all_backends
+from ..distributed.sharding import is_initialized, is_sharded, process_rank
 from ..injection.router import adapter_names
 from ..lifecycle.adapters import Runtime, runtime_of
 from ..lifecycle.attach import attach_adapter
 from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from .findings import Finding, WatchError, WatchWarning
-from .optimizers import innermost
+from .optimizers import innermost_optimizer
 from .record import Record
-from .replay import Call, floats
+from .replay import Call, floating_tensors
 from .steps import drive_steps
 from .trained import find_largest, list_trained, sample_frozen, sample_updates, unwrap_model
 from .watch_checks import (
@@ -82,7 +82,7 @@ class Watch(Record):
         if action not in ("raise", "warn"):
             raise ValueError(f"action={action!r}: must be 'raise' or 'warn'")
         given = optimizer if isinstance(optimizer, (list, tuple)) else () if optimizer is None else (optimizer,)
-        super().__init__(model, [o for o in map(innermost, given) if hasattr(o, "register_step_pre_hook")])
+        super().__init__(model, [o for o in map(innermost_optimizer, given) if hasattr(o, "register_step_pre_hook")])
         self.action = action
         self.handles: list[Any] = []  # of what stays until the end
         self.passing: list[Any] = []  # on layers, for one forward
@@ -151,7 +151,7 @@ class Watch(Record):
         self.trains = self.queued = False
         if torch.compiler.is_compiling():
             return
-        if distributed() and any(is_sharded(p) for p in module.parameters()):
+        if is_initialized() and any(is_sharded(p) for p in module.parameters()):
             for name, owner in module.named_modules():
                 if owner._parameters.get("weight") is not None:
                     self.passing.append(owner.register_forward_pre_hook(partial(self.gathered, name, owner)))
@@ -191,7 +191,7 @@ class Watch(Record):
             self.report(check_parameters(self))
 
     def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: Any) -> None:
-        for backend in backends():
+        for backend in all_backends():
             try:
                 backend.gathered(owner, "weight")
             except RuntimeError as error:
@@ -205,7 +205,7 @@ class Watch(Record):
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.trains or self.call is None or self.seen[module] is not self.call.root:
             return
-        tensors = list(floats(output))
+        tensors = list(floating_tensors(output))
         loss = output.get("loss") if hasattr(output, "get") else tensors[0] if tensors and not tensors[0].ndim else None
         if isinstance(loss, Tensor):
             self.losses.append(loss.detach())
@@ -305,7 +305,7 @@ class Watch(Record):
         if any(f.fatal for f in new):
             self.close()  # what follows would follow from it
         for finding in new:
-            if finding not in fatal and rank() == 0:
+            if finding not in fatal and process_rank() == 0:
                 warnings.warn(str(finding), WatchWarning, stacklevel=3)
         if fatal:
             raise WatchError(fatal)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .olora import olora
-from .pissa import pissa
+from .olora import start_olora
+from .pissa import start_pissa
 
-START: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"pissa": pissa, "olora": olora}
+START: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"pissa": start_pissa, "olora": start_olora}
 
 __all__ = ["START", "olora", "pissa"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+def start_olora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """Algorithm 1: with W = Q R, B = Q[:, :r] and A = R[:r].
 
     Args:

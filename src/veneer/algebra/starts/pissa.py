@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def pissa(weight: Tensor, r: int, scale: float, *, iterations: int | None = None) -> tuple[Tensor, Tensor]:
+def start_pissa(weight: Tensor, r: int, scale: float, *, iterations: int | None = None) -> tuple[Tensor, Tensor]:
     """Eq. 2-3: with W = U S V^T, B = U_r sqrt(S_r / scale) and A = sqrt(S_r / scale) V_r^T.
 
     Args:

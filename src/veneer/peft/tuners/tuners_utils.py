@@ -10,7 +10,7 @@ from ...methods.base import Method
 from ...methods.registry import METHODS
 from ...model.facade import BaseTuner as _Holder
 from ...model.peft_model import PeftModel
-from ..layers import entries, is_layer
+from ..layers import entries_at, is_layer
 
 
 class _Layer(type):
@@ -20,7 +20,7 @@ class _Layer(type):
     def __instancecheck__(cls, module: Any) -> bool:
         if not is_layer(module) or not isinstance(module, cls.base):
             return False
-        return cls.method is None or any(e.method.peft_name == cls.method for _, e in entries(module).values())
+        return cls.method is None or any(e.method.peft_name == cls.method for _, e in entries_at(module).values())
 
 
 def layer_of(name: str, method: str | None, base: Any = nn.Module) -> Any:

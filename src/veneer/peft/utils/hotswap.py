@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...files.adapter_files import attached
+from ...files.adapter_files import runtime_on
 from ...lifecycle.keys import PREFIX
 from ...methods.base import Method
 from ...methods.lora import LoraConfig
-from ...serving.hotswap import ALIKE, is_compiled, swap, unwrapped
+from ...serving.hotswap import ALIKE, is_compiled, swap_values, unwrap_key
 from ...serving.hotswap import hotswap_adapter as hotswap_adapter
 from ...serving.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
 
@@ -40,4 +40,4 @@ def hotswap_adapter_from_state_dict(
     """Copy tensors, named as in `model.state_dict()` of peft, into a live LoRA; see `hotswap_adapter`."""
     plain = {k.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}"): v for k, v in state_dict.items()}
     tensors = {k if k.startswith(PREFIX) else f"{PREFIX}{k}": v for k, v in plain.items()}
-    swap(attached(unwrapped(model)), adapter_name, config, tensors, compiled=is_compiled(model))
+    swap_values(runtime_on(unwrap_key(model)), adapter_name, config, tensors, compiled=is_compiled(model))

@@ -17,7 +17,7 @@ from ...distributed import sharding
 def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
     """Within the block, parameters that ZeRO-3 partitioned are whole."""
     given = [param] if isinstance(param, Tensor) else list(param)
-    with sharding.available(given, change=modifier_rank is not None):
+    with sharding.gathered_in_place(given, change=modifier_rank is not None):
         yield
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files.adapter_files import attached
+from ...files.adapter_files import runtime_on
 from ...injection.class_swap import Adapted
 from ...training.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from ..layers import entries, is_copied
+from ..layers import entries_at, is_copied
 from .constants import CONFIG_NAME as CONFIG_NAME
 from .constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .constants import WEIGHTS_NAME as WEIGHTS_NAME
@@ -28,7 +28,7 @@ class _Copied(type):
         return (
             isinstance(module, nn.Module)
             and isinstance(module, Adapted)
-            and any(e.method.peft_name == "TRAINABLE_TOKENS" for _, e in entries(module).values())
+            and any(e.method.peft_name == "TRAINABLE_TOKENS" for _, e in entries_at(module).values())
         )
 
 
@@ -53,14 +53,14 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
     """Stop training an adapter."""
-    for p in attached(model).parameters(adapter_name):
+    for p in runtime_on(model).parameters(adapter_name):
         p.requires_grad_(False)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Adapter parameters in half precision to float32."""
     if autocast_adapter_dtype:
-        for p in attached(model).parameters(adapter_name):
+        for p in runtime_on(model).parameters(adapter_name):
             if p.dtype in (torch.float16, torch.bfloat16):
                 p.data = p.data.float()
 

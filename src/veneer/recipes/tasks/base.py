@@ -109,7 +109,7 @@ class Task:
         return {}
 
 
-def classes(run: Run, train: list[str], held_out: list[str], column: str) -> list[str]:
+def class_names(run: Run, train: list[str], held_out: list[str], column: str) -> list[str]:
     """The classes of training rows, sorted.
 
     Raises:
@@ -140,7 +140,7 @@ class OneClass(Task):
 
     def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
         c = run.label_column
-        return classes(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
+        return class_names(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
 
     def metrics(self, prediction: Any) -> dict[str, float]:
         return compute_accuracy(prediction)

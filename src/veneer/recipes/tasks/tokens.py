@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..run import Run
-from .base import Row, Task, classes, classify_rows, compute_accuracy, eval_mode
+from .base import Row, Task, class_names, classify_rows, compute_accuracy, eval_mode
 
 BOXES = 1000  # Xu et al. 2020, arxiv.org/abs/1912.13318 (LayoutLM): a page is 1000 by 1000
 
@@ -41,7 +41,7 @@ class TokenClassification(Task):
 
     def labels(self, run: Run, train: list[Row], held_out: list[Row]) -> list[str]:
         taught, asked = ([str(x) for r in rows for x in r[run.labels_column]] for rows in (train, held_out))
-        return classes(run, taught, asked, run.labels_column)
+        return class_names(run, taught, asked, run.labels_column)
 
     def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
         """The first piece of a word carries its label, the others none (-100); a box goes to all pieces of its word."""

@@ -43,7 +43,7 @@ class Mark:
 
 def storage_of(tensor: Tensor) -> StorageWeakRef:
     """A tensor's storage as such: an address alone could be that of a later one."""
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def first_markable(tensor: Tensor) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Backend(ABC):
         return self.read(owner, param)
 
     def plain(
-        self, module: nn.Module, config: Any, value: Callable[[str], Tensor], dtype: torch.dtype | None
+        self, module: nn.Module, config: object, value: Callable[[str], Tensor], dtype: torch.dtype | None
     ) -> nn.Module:
         """A module of plain weights in place of one that has `bare` ones.
 
@@ -110,6 +110,18 @@ def held_tensor(owner: nn.Module, name: str) -> Tensor | None:
         if isinstance(found, Tensor):
             return found
     return None
+
+
+def tensor_of(owner: nn.Module, name: str) -> Tensor:
+    """The same of one that is there."""
+    found = held_tensor(owner, name)
+    assert found is not None, name
+    return found
+
+
+def put_tensor(owner: nn.Module, name: str, value: object) -> None:
+    """Put a value where a module looks for one of its parameters; not only a Parameter, which torch insists on."""
+    owner._parameters[name] = value  # type: ignore[assignment]
 
 
 def is_float(weight: Tensor) -> bool:

@@ -89,7 +89,7 @@ class MXFP4(Backend):
             module.__dict__.update(_veneer_backend=self, _veneer_projections=PROJECTIONS)
 
     def plain(
-        self, module: nn.Module, config: Any, value: Callable[[str], Tensor], dtype: torch.dtype | None
+        self, module: nn.Module, config: object, value: Callable[[str], Tensor], dtype: torch.dtype | None
     ) -> nn.Module:
         from .mxfp4_experts import plain_experts
 

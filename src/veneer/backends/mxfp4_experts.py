@@ -26,7 +26,7 @@ from .base import Backend
 EAGER = inspect.unwrap(GptOssExperts.forward)  # expert by expert, whatever the config selects
 
 
-class Mxfp4GptOssExperts(mxfp4.Mxfp4GptOssExperts):  # type: ignore[misc]
+class Mxfp4GptOssExperts(mxfp4.Mxfp4GptOssExperts):
     """The experts; the name is that of transformers' class, by which its _no_split_modules list works."""
 
     _veneer_backend: Backend  # set with the class

@@ -55,7 +55,7 @@ class Packed(Backend):
             weight: Tensor = self.dequantized(owner)
         return weight
 
-    def dequantized(self, layer: Any) -> Tensor:
+    def dequantized(self, layer: object) -> Tensor:
         """The weight (out, in), in the dtype of the scales."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Backend
+from .base import Backend, put_tensor
 
 
 class Quanto(Backend):
@@ -55,4 +55,4 @@ class Quanto(Backend):
         return value
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        owner._parameters[param] = token  # type: ignore[assignment]
+        put_tensor(owner, param, token)

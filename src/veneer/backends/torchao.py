@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Backend
+from .base import Backend, put_tensor
 
 
 class TorchAO(Backend):
@@ -52,7 +52,7 @@ class TorchAO(Backend):
         return value
 
     def restore(self, owner: nn.Module, param: str, token: object) -> None:
-        owner._parameters[param] = token  # type: ignore[assignment]
+        put_tensor(owner, param, token)
 
 
 def quantizer_like(weight: Any) -> Callable[[Tensor], Tensor] | None:

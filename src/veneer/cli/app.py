@@ -102,7 +102,7 @@ def run_flags(fields: Any, texts: dict[str, str]) -> Callable[[Any], Any]:
     help="how they share the work: ddp, fsdp2, zero2, zero3 or zero3-offload [default: ddp]",
 )
 def train(
-    recipe: str | None, resume: bool, overwrite: bool, processes: int | None, layout: str | None, **flags: Any
+    recipe: str | None, resume: bool, overwrite: bool, processes: int | None, layout: str | None, **flags: object
 ) -> None:
     """Fine-tune a model.
 
@@ -133,7 +133,7 @@ def train(
 @click.option("--overwrite", is_flag=True, help="replace an earlier run in the same folder")
 @click.option("--plan", "planned", is_flag=True, help="say what memory it takes, and do nothing")
 @click.option("--gpu", metavar="SIZE", help="with --plan: memory of the device, such as 11GB")
-def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **flags: Any) -> None:
+def dreambooth(resume: bool, overwrite: bool, planned: bool, gpu: str | None, **flags: object) -> None:
     """Teach a Stable Diffusion model a subject from a few images.
 
     UNet, and the text encoder if asked for, learn a LoRA that diffusers' `load_lora_weights` reads. With --class-prompt
@@ -332,7 +332,7 @@ def methods(name: str | None) -> None:
 @click.option("--device", metavar="KIND", help="cuda or cpu [default: cuda]")
 @click.option("--attention", metavar="KIND", help="sdpa or eager [default: the model's]")
 @click.option("--json", "as_json", is_flag=True, help="print JSON, sizes in bytes")
-def plan(model: str, method: str, gpu: str | None, as_json: bool, **given: Any) -> None:
+def plan(model: str, method: str, gpu: str | None, as_json: bool, **given: object) -> None:
     """Say what fine-tuning MODEL needs, without loading it.
 
     MODEL is a folder with a config.json, an embedded model, a hub id, or a name whose shapes are shipped, such as

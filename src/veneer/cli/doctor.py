@@ -87,7 +87,7 @@ def copy_rest(adapter: str, out: Path, but: set[str]) -> None:
 
 
 def show_findings(
-    patient: Any, targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool
+    patient: object, targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool
 ) -> None:
     """Print one line a finding, and one a program."""
     from rich.console import Console

@@ -85,7 +85,7 @@ class Resident:
         buffers = {k: module._buffers.pop(k) for k in list(module._buffers) if ":" in k}
         return params, buffers
 
-    def _around(self, what: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _around(self, what: str, module: nn.Module, *args: object, **kwargs: object) -> Any:
         params, buffers = self._hidden(module)
         try:
             return getattr(self.inner, what)(module, *args, **kwargs)
@@ -96,7 +96,7 @@ class Resident:
     def init_hook(self, module: nn.Module) -> Any:
         return self._around("init_hook", module)
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         return self._around("pre_forward", module, *args, **kwargs)
 
     def post_forward(self, module: nn.Module, output: object) -> Any:

@@ -64,7 +64,7 @@ def put_around(module: nn.Module, style: ParallelStyle, mesh: object) -> None:
     module.__dict__.pop("forward", None)
     inner, mode = module.forward, Mode()
 
-    def inside(*args: Any, **kwargs: Any) -> Any:
+    def inside(*args: object, **kwargs: object) -> Any:
         with torch.set_grad_enabled(mode.grad), Replicated():
             return inner(*args, **kwargs)
 
@@ -72,7 +72,7 @@ def put_around(module: nn.Module, style: ParallelStyle, mesh: object) -> None:
     style.install_forward(module, mesh)
     around: Callable[..., Any] = module.__dict__["forward"]
 
-    def outside(*args: Any, **kwargs: Any) -> Any:
+    def outside(*args: object, **kwargs: object) -> Any:
         before, mode.grad = mode.grad, torch.is_grad_enabled()
         try:
             with torch.enable_grad():
@@ -189,5 +189,5 @@ def gather_gradients(parameter: nn.Parameter) -> None:
 
     trained = parameter.requires_grad
     parameter.requires_grad_(True)  # a hook asks for it, and stays
-    parameter.register_hook(whole)  # type: ignore[no-untyped-call]
+    parameter.register_hook(whole)
     parameter.requires_grad_(trained)

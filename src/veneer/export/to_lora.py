@@ -109,7 +109,7 @@ def convert_to_lora(
             B, A, kept = cut_rank(site, parts, rank, compute)
         entry = site.entries[adapter_name]
         made = LoraConfig().unstacked(B / site.low_rank_factor, A, site)
-        dtype = site.owner._parameters[entry.trained[0][1]].dtype  # type: ignore[union-attr]
+        dtype = next(iter(site.parameters(adapter_name).values())).dtype
         names = LoraConfig().file_names(site)
         for key, value in made.items():
             tensors[f"{prefix}{entry.key}.{names[key]}"] = value.to(dtype).contiguous()
@@ -264,13 +264,13 @@ def carry_over(runtime: Runtime, adapter: str, prefix: str) -> dict[str, Tensor]
             assert copied is not None
             found |= {f"{prefix}{entry.key}.{k}": v for k, v in copied.state_dict().items()}
         elif type(entry.method) is not kind and entry.saved:
-            found |= {file_key(prefix, entry, k): site.owner._parameters[a] for k, a in entry.trained}  # type: ignore[misc]
+            found |= {file_key(prefix, entry, k): p for k, p in site.parameters(adapter).items()}
     with sharding.gathered_in_place(found.values()):
         return {k: adapter_files.copy_to_host(v) for k, v in found.items()}
 
 
 def describe_conversion(
-    runtime: Runtime, config: Any, sites: Iterable[AdaptedSite], quality: Mapping[str, Quality], rank: float
+    runtime: Runtime, config: object, sites: Iterable[AdaptedSite], quality: Mapping[str, Quality], rank: float
 ) -> LoraConfig:
     """The LoRA's config: its layers by name, and their ranks where they differ."""
     r = rank if isinstance(rank, int) else 1

@@ -74,7 +74,7 @@ def check_base(runtime: Runtime, path: Path, *, strict: bool = True) -> Differen
     return found
 
 
-def check_tokenizer(where: str | os.PathLike[str], tokenizer: Any) -> None:
+def check_tokenizer(where: str | os.PathLike[str], tokenizer: object) -> None:
     """Warn where an adapter was trained with another tokenizer, as far as its file says which."""
     path = weights_path(where)
     then = fingerprint.read_fingerprint(path) if path.suffix == ".safetensors" else None
@@ -167,7 +167,7 @@ def save_adapter(
     *,
     embeddings: bool | str = "auto",
     write: bool = True,
-    **fields: Any,
+    **fields: object,
 ) -> None:
     """Write one adapter's two files and, where there is none, a model card.
 
@@ -185,7 +185,7 @@ def save_adapter(
 
 
 def write_adapter(
-    runtime: Runtime, config: Method, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], **fields: Any
+    runtime: Runtime, config: Method, tensors: Mapping[str, Tensor], folder: str | os.PathLike[str], **fields: object
 ) -> None:
     """Write an adapter's files from its whole tensors."""
     if config.task_type is None and config.auto_mapping is None:

@@ -24,8 +24,8 @@ from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from ..methods.registry import registry
 from ..targets.blocks import SublayerOutput, nearest_config
+from ..training.attach import attach_watched
 from ..training.penalties import penalty
-from ..training.watch import attach_watched
 from . import adapter_files
 from .adapter_files import base_of
 
@@ -103,7 +103,7 @@ def load(
     is_trainable: bool = False,
     strict: bool = True,
     autocast_adapter_dtype: bool = True,
-    **hub: Any,
+    **hub: object,
 ) -> LoadReport:
     """Load a bottleneck adapter, or a fusion of adapters that are on the model, from AdapterHub's files.
 

@@ -58,7 +58,7 @@ def whisper_names(found: dict[str, Any]) -> dict[str, Any]:
 
     made: dict[str, Any] = {}
 
-    def put(name: str, *values: Any) -> None:
+    def put(name: str, *values: object) -> None:
         for key, value in zip(("weight", "bias"), values, strict=False):
             made[f"model.{name}.{key}"] = np.asarray(value, np.float32)
 

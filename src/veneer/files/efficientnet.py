@@ -13,13 +13,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 
 
-class EfficientNetLiteConfig(PretrainedConfig):  # type: ignore[misc]
+class EfficientNetLiteConfig(PretrainedConfig):
     """The config of EfficientNet-lite0."""
 
     model_type = "efficientnet-lite"
 
 
-class EfficientNetLite(PreTrainedModel):  # type: ignore[misc]
+class EfficientNetLite(PreTrainedModel):
     """The package's network, with transformers' way of loading and of saying its loss.
 
     References:
@@ -37,7 +37,7 @@ class EfficientNetLite(PreTrainedModel):  # type: ignore[misc]
         self.net._fc = nn.Linear(self.net._fc.in_features, config.num_labels)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: object) -> Any:
         """Logits (B, classes) of images (B, 3, H, W)."""
         logits = self.net(pixel_values)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)

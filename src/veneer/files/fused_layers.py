@@ -151,7 +151,7 @@ def join_factors(
         a, b = (like.new_zeros(r, width), like.new_zeros(out, r)) if pair is None else pair[1]
         A.append(a)
         B.append(b * scale)
-    return torch.cat(A), torch.block_diag(*B)  # type: ignore[no-untyped-call]
+    return torch.cat(A), torch.block_diag(*B)
 
 
 def build_tensors(

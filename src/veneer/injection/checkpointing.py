@@ -22,11 +22,11 @@ class Recalling:
     def __init__(self, function: Callable[..., Any], router: Router) -> None:
         self.function, self.router = function, router
 
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, run: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         local = self.router.local
         held = {"chosen": local.chosen, "rows": local.rows, "tasks": local.tasks}
 
-        def again(*args: Any, **kwargs: Any) -> Any:
+        def again(*args: object, **kwargs: object) -> Any:
             with self.router.hold(**held):
                 return run(*args, **kwargs)
 
@@ -46,7 +46,7 @@ def find_carrier(root: nn.Module) -> Any:
     return next((m for m in root.modules() if "gradient_checkpointing" in m.__dict__), None)
 
 
-def enter_block(root: Any, block: Any) -> None:
+def enter_block(root: object, block: object) -> None:
     """Let the input of the blocks need a gradient where checkpointing is reentrant: it passes none on without."""
     # transformers leaves an empty list where somebody turned it off, whose word counts.
     if "_require_grads_hooks" in root.__dict__ or not hasattr(root, "enable_input_require_grads"):

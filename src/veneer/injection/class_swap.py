@@ -24,7 +24,7 @@ class Adapted:
 
     _veneer_base: type[nn.Module]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         return _rebuild, (self._veneer_base, "__getattr__" in vars(type(self))), self.__dict__
 
 
@@ -48,7 +48,7 @@ def adapted_class(base: type[nn.Module], read: bool = False) -> type[nn.Module]:
     cls = _CLASSES.get((base, read))
     if cls is None:
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: nn.Module, *args: object, **kwargs: object) -> Any:
             state: AdaptedState = self.__dict__["_veneer"]
             return state.run(self, args, kwargs)
 

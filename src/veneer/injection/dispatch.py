@@ -171,7 +171,7 @@ class AdaptedState:
 
     # Calls.
 
-    def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: nn.Module, *args: object, **kwargs: object) -> Any:
         """The base layer's own forward, on the layer itself or on a shallow copy of it."""
         if "__getattr__" in vars(type(module)):
             module = shallow_copy(module)  # with the layer's own tensors instead of the adapted ones

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..backends.base import put_tensor
 from ..layers.shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
@@ -24,15 +25,15 @@ def with_effective_weight(
     if target is layer:
         target = shallow_copy(layer)
     if site.owner is layer:
-        target._parameters[site.param] = value  # type: ignore[assignment]
+        put_tensor(target, site.param, value)
         if site.geometry.bias:
-            target._parameters[site.kind.bias] = bias  # type: ignore[assignment]
+            put_tensor(target, site.kind.bias, bias)
         return target
     for child_name, child in layer._modules.items():
         if child is site.owner:
             child_target = shallow_copy(child)
-            child_target._parameters[site.param] = value  # type: ignore[assignment]
+            put_tensor(child_target, site.param, value)
             if site.geometry.bias:
-                child_target._parameters[site.kind.bias] = bias  # type: ignore[assignment]
+                put_tensor(child_target, site.kind.bias, bias)
             target._modules[child_name] = child_target
     return target

@@ -61,7 +61,7 @@ class AdaptedSite(Site):
     """
 
     def __init__(
-        self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: Any, router: Router
+        self, name: str, key: str, owner: nn.Module, param: str, kind: LayerKind, backend: object, router: Router
     ) -> None:
         super().__init__(name, key, owner, param, kind, backend)
         self.router = router
@@ -77,6 +77,11 @@ class AdaptedSite(Site):
         for key in entry.shared:
             p[key] = self.router.shared.get(adapter, key)
         return p
+
+    def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """What is trained of the adapter here, under the method's own keys."""
+        held = self.owner._parameters
+        return {key: p for key, attr in self.entries[adapter].trained if (p := held[attr]) is not None}
 
     def terms(self, items: tuple[AdapterExpr, ...]) -> list[Term | Branches]:
         """The terms of the recursion for the adapters of `items` that are here, in order."""

@@ -51,7 +51,7 @@ class Parallel(CombinedExpr):
         ValueError: fewer than two branches, or an adapter named twice.
     """
 
-    def __init__(self, *adapters: Any) -> None:
+    def __init__(self, *adapters: object) -> None:
         _refuse_single(self, adapters)
         self._fill(adapters, [1.0] * len(adapters))
 
@@ -68,7 +68,7 @@ class Average(CombinedExpr):
         ValueError: fewer than two branches, an adapter named twice, or weights that are no weights.
     """
 
-    def __init__(self, *adapters: Any, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, *adapters: object, weights: Sequence[float] | None = None) -> None:
         _refuse_single(self, adapters)
         given = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
         if len(given) != len(adapters) or not all(math.isfinite(w) and w >= 0 for w in given) or sum(given) <= 0:
@@ -84,7 +84,7 @@ def _refuse_single(made: CombinedExpr, adapters: Sequence[Any]) -> None:
         raise ValueError(f"{type(made).__name__}{tuple(adapters)!r}: name two adapters or more")
 
 
-def as_stack(chosen: Any) -> tuple[AdapterExpr, ...]:
+def as_stack(chosen: object) -> tuple[AdapterExpr, ...]:
     """What a user chose, as a stack: a name, a `Parallel` or `Average`, or a list of these in order.
 
     Raises:
@@ -256,7 +256,7 @@ class Router:
             yield
 
     @contextmanager
-    def hold(self, **choices: Any) -> Iterator[None]:
+    def hold(self, **choices: object) -> Iterator[None]:
         """Within the block and in this thread only, hold `chosen`, `rows`, `tasks`, `whole` or `decoding`."""
         before = {name: getattr(self.local, name) for name in choices}
         for name, value in choices.items():

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from ..training.watch import Watch
 
 
-class WatchCallback(TrainerCallback):  # type: ignore[misc]
+class WatchCallback(TrainerCallback):
     """Looks at a Trainer's first two steps, as `veneer.watch` does; after these it does nothing.
 
     Trainer(model, args, ..., callbacks=[WatchCallback()])
@@ -29,6 +29,6 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         compiled = bool(getattr(args, "torch_compile", False))
         self.watch = Watch(kwargs["model"], kwargs.get("optimizer"), action=self.action, compiled=compiled)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         if self.watch is not None and not self.watch.closed:
             self.watch.finish()

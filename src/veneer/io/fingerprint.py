@@ -137,7 +137,7 @@ class Differences:
         return "; ".join([*self.shapes, *self.weights])
 
 
-def fingerprint_of(model: nn.Module, tokenizer: Any = None) -> Fingerprint:
+def fingerprint_of(model: nn.Module, tokenizer: object = None) -> Fingerprint:
     """The fingerprint of a base model, with or without adapters on it; merged ones must be unmerged.
 
     Under ZeRO-3 and tensor parallelism it gathers some tensors: every process calls it.
@@ -217,7 +217,7 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not None}
 
 
-def of_tokenizer(tokenizer: Any) -> str | None:
+def of_tokenizer(tokenizer: object) -> str | None:
     """A hash over a tokenizer's vocabulary and special tokens; None for what has no vocabulary."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if not hasattr(inner, "get_vocab"):
@@ -245,7 +245,7 @@ def parse_fingerprint(text: str, where: str) -> Fingerprint | None:
     return Fingerprint.from_json(text, where)
 
 
-def compare_base(then: Fingerprint, model: nn.Module, tokenizer: Any = None) -> Differences:
+def compare_base(then: Fingerprint, model: nn.Module, tokenizer: object = None) -> Differences:
     """How a base model differs from the one that was fingerprinted; see `Differences`.
 
     Args:

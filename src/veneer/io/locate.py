@@ -61,7 +61,7 @@ def find_file(where: str | os.PathLike[str], name: str, subfolder: str | None = 
 
 
 def read_config(
-    where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
+    where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: object
 ) -> tuple[dict[str, Any], str]:
     """The content of `adapter_config.json`, and its path; see `load_config`."""
     path = find_file(where, CONFIG_NAME, subfolder, **hub)
@@ -81,7 +81,7 @@ def load_weights(
     return read_tensors(weights_path(where, subfolder=subfolder, **hub), device)
 
 
-def weights_path(where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Path:
+def weights_path(where: str | os.PathLike[str], *, subfolder: str | None = None, **hub: object) -> Path:
     """The file of an adapter's weights; see `load_weights`."""
     path = find_file(where, WEIGHTS_NAME, subfolder, **hub) or find_file(where, OLD_WEIGHTS_NAME, subfolder, **hub)
     if path is None:

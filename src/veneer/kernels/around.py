@@ -45,7 +45,7 @@ class Around(Member):
         return y.addmm_(h, B.t(), alpha=self.scale)
 
 
-def accepts_kind(x: Any, member: Around) -> bool:
+def accepts_kind(x: object, member: Around) -> bool:
     """Whether x (..., in) is what the layer takes."""
     return type(x) is Tensor and x.shape[-1] == member.site.fan_in and x.device.type != "meta" and functions_ready()
 

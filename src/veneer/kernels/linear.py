@@ -190,7 +190,7 @@ def stack_columns(shares: Sequence[Share]) -> tuple[Any, Any, Any, Any, Any, tup
     return Ws, bs, As, Bs, ds, tuple(s / (1 - p) for s in scales) if p else scales, p
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply(function: type[torch.autograd.Function], *args: object) -> Any:
     """`function.apply` without its care for functorch, which `ready` has taken."""
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

@@ -136,7 +136,7 @@ def gathers_alone(layer: nn.Module) -> bool:
     return type(layer._parameters) is not dict
 
 
-def is_factored(op: Any) -> bool:
+def is_factored(op: object) -> bool:
     """Whether the operator is scale B A, of matrices, and nothing more."""
     return isinstance(op, Factored) and op.bare and op.A.ndim == 2
 

@@ -152,7 +152,7 @@ class Batch:
     def counted(self) -> int:
         return int(torch.bincount(self.slots, minlength=self.count + 1)[: self.count].max())
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: object, make: Callable[[], Any]) -> Any:
         found = self.made.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad():

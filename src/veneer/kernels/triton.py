@@ -308,7 +308,7 @@ def gate_grid(kernel: Any, act: str, *tensors: Tensor | None) -> None:
 
 def on(x: Tensor) -> Any:
     """The device of x as the current one, which is where Triton launches."""
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(x)
 
 
 def fits_kernel(name: str, found: Tensor, *wanted: int) -> None:

@@ -20,6 +20,7 @@ from ..algebra.operator import Operator
 from ..algebra.operators import Diagonal, broadcast_along
 from ..algebra.recursion import Terms, walk_terms
 from ..algebra.sums import Sum
+from ..backends.base import put_tensor
 from .geometry import Geometry, Weight
 from .kind import Call, LayerKind
 from .shallow_copy import shallow_copy
@@ -89,8 +90,8 @@ class Conv(LayerKind):
     def with_weight(self, target: nn.Module, site: Weight, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """The layer with another weight (out, in * kernel), ungrouped."""
         double = shallow_copy(target, groups=1)
-        double._parameters["weight"] = matrix.reshape(matrix.shape[0], -1, *site.kernel)  # type: ignore[assignment]
-        double._parameters["bias"] = bias  # type: ignore[assignment]
+        put_tensor(double, "weight", matrix.reshape(matrix.shape[0], -1, *site.kernel))
+        put_tensor(double, "bias", bias)
         return double
 
     def delta(self, site: Weight, op: Operator, x: Tensor, target: nn.Module, call: Call, training: bool) -> Tensor:

@@ -16,6 +16,7 @@ from ..algebra.operators import Diagonal
 from ..algebra.recursion import Post, Semantics, Terms, evaluate, walk_terms
 from ..algebra.rows import SelectedRows
 from ..algebra.sums import Sum
+from ..backends.base import put_tensor
 from ..distributed.sharding import is_distributed
 from .geometry import Geometry, Weight
 from .kind import Call, LayerKind
@@ -69,7 +70,7 @@ class Embedding(LayerKind):
     def look_up(self, target: nn.Module, call: Call, table: Tensor, ids: Tensor) -> Tensor:
         """The layer's own forward on another table (vocabulary, n), so that a scale in it applies here too."""
         double = shallow_copy(target, max_norm=None)
-        double._parameters["weight"] = table  # type: ignore[assignment]
+        put_tensor(double, "weight", table)
         y: Tensor = call(double, ids)
         return y
 

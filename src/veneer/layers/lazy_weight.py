@@ -240,7 +240,7 @@ def transpose_factors(factors: tuple[Tensor, Tensor], flipped: bool) -> tuple[Te
 # The uses of a weight as a linear map. Each returns NotImplemented where it is none.
 
 
-def has_no_lazy(*operands: Any) -> bool:
+def has_no_lazy(*operands: object) -> bool:
     """Whether the last operand is a `Lazy` that was not formed, and no other is one."""
     *others, weight = operands
     return isinstance(weight, Lazy) and weight.formed is None and not any(isinstance(o, Lazy) for o in others)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backends import linear_of
-from ..backends.base import held_tensor
+from ..backends.base import held_tensor, tensor_of
 from ..distributed import sharding
 from .geometry import Geometry, Weight
 from .kind import LayerKind
@@ -59,7 +59,7 @@ class Conv1D(LayerKind):
         return library is not None and isinstance(module, library.Conv1D)
 
     def measure(self, owner: nn.Module, param: str) -> Geometry:
-        shape = sharding.shape_of(owner._parameters[param])  # type: ignore[arg-type]
+        shape = sharding.shape_of(tensor_of(owner, param))
         return Geometry(shape[0], shape[1], bias=owner._parameters.get("bias") is not None)
 
     def own_forward(self) -> Any:

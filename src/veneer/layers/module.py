@@ -41,10 +41,10 @@ class Module(LayerKind):
         self,
         site: Weight,
         base: type[nn.Module],
-        outputs: Any,
+        outputs: object,
         parts: Sequence[tuple[Terms, Sequence[int]]],
         count: int,
-        args: Any,
+        args: object,
         kwargs: dict[str, Any],
     ) -> Any:
         """A module's outputs with the terms of each adapter on its own rows.
@@ -90,12 +90,12 @@ class Module(LayerKind):
         return inputs
 
 
-def first_of(outputs: Any) -> Any:
+def first_of(outputs: object) -> Any:
     """The first of a module's outputs."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def with_first(outputs: Any, first: Tensor) -> Any:
+def with_first(outputs: object, first: Tensor) -> Any:
     """A module's outputs with another first one."""
     return (first, *outputs[1:]) if isinstance(outputs, tuple) else first
 

@@ -170,7 +170,7 @@ class Site(TensorFactory):
             device = next((d for d in found if d is not None), None)
         return self.reference.device if device is None else device
 
-    def start(self, how: str, r: int, scale: float, **options: Any) -> tuple[Tensor, Tensor]:
+    def start(self, how: str, r: int, scale: float, **options: object) -> tuple[Tensor, Tensor]:
         """Starting factors (B, A) computed from the base weight, scale * B A being their share of it."""
         weight = gathered(self.weight().detach())
         device = self.home

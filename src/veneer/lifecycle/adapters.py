@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..injection.entries import AdaptedSite, copy_name
 from ..injection.router import AdapterExpr, CombinedExpr, Router, adapter_names, as_stack
 from ..io import fingerprint
-from ..kernels.plan import KernelPlanner
 from ..methods.base import Method
 from ..targets import suggest
 from ..targets.blocks import SublayerOutput
@@ -46,6 +45,8 @@ class Runtime:
     """
 
     def __init__(self, root: nn.Module) -> None:
+        from ..kernels.plan import KernelPlanner  # the first adapter pays for importing the kernels
+
         self.root = root
         self.router = Router()
         self.router.runtime = weakref.ref(self)
@@ -85,7 +86,7 @@ class Runtime:
             self.base = fingerprint.fingerprint_of(self.root)
         return self.base
 
-    def note_tokenizer(self, tokenizer: Any) -> None:
+    def note_tokenizer(self, tokenizer: object) -> None:
         """Let the fingerprint that is saved with adapters say which tokenizer they are for."""
         self.base = replace(self.known_base(), tokenizer=fingerprint.of_tokenizer(tokenizer))
 
@@ -143,7 +144,7 @@ class Runtime:
                 assert copied is not None
                 found |= {f"{entry.key}.{n}": t for n, t in copied.state_dict(keep_vars=True).items()}
             elif entry.saved:
-                found |= {f"{site.key}|{k}": site.owner._parameters[a] for k, a in entry.trained}  # type: ignore[misc]
+                found |= {f"{site.key}|{k}": p for k, p in site.parameters(adapter).items()}
         return found
 
     def parameters(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -155,7 +156,7 @@ class Runtime:
                 copied = self.layers[site.name]._modules[copy_name(adapter)]
                 found = list(copied.parameters()) if copied is not None else []
             else:
-                found = [site.owner._parameters[a] for _, a in site.entries[adapter].trained]  # type: ignore[misc]
+                found = [*site.parameters(adapter).values()]
             for parameter in found:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import prepare_for_gradients
+from ..backends.base import tensor_of
 from ..distributed import offload, sharding, tensor_parallel, torch_fastpath
 from ..injection.class_swap import adapt_class, adapted_class, restore_class
 from ..injection.dispatch import state_of
 from ..injection.entries import AdaptedSite, copy_name
 from ..injection.interceptors import FusedNetwork, Interceptor, ResidualTaps, SiblingScope
-from ..kernels.plan import arrange_groups
 from ..methods.base import Method
-from ..prompts import prompt_stack
 from .adapters import ATTRIBUTE, Runtime, runtime_of
 from .keys import PREFIX
 from .load_report import LoadReport
@@ -84,7 +83,9 @@ def _commit_plan(
         site, layer = place.site, place.layer
         state = adapt_class(layer, runtime.router)
         if place.door is not None:
-            prompt_stack.attach_stack(place.door, runtime.router)
+            from ..prompts.prompt_stack import attach_stack
+
+            attach_stack(place.door, runtime.router)
         else:
             state.intercept(place.interceptor, site)
         if site.spot is not None and site.spot.residual:
@@ -99,9 +100,9 @@ def _commit_plan(
                 value.requires_grad = trainable
                 site.owner._parameters[attr] = value
             else:
-                site.owner._parameters[attr] = nn.Parameter(value, requires_grad=trainable)
+                site.owner._parameters[attr] = made = nn.Parameter(value, requires_grad=trainable)
                 if sharding.is_distributed(value):
-                    tensor_parallel.gather_gradients(site.owner._parameters[attr])  # type: ignore[arg-type]
+                    tensor_parallel.gather_gradients(made)
         if place.whole is not None:
             place.whole.requires_grad_(trainable)
             layer._modules[copy_name(adapter)] = place.whole
@@ -119,10 +120,13 @@ def _commit_plan(
         runtime.root._modules.setdefault("veneer_shared", runtime.router.shared)
     for module, param, value in plan.overrides.values():
         with torch.no_grad():
-            module._parameters[param].copy_(value)  # type: ignore[union-attr]
+            tensor_of(module, param).copy_(value)
     if any(issubclass(k, nn.TransformerEncoderLayer) for k in {type(m) for m in modules.values()}):
         torch_fastpath.disable_fastpath(runtime.root, [runtime.layers[s.name] for s in sites])
-    prompt_stack.link_encoder(runtime.sites.values())
+    if any(place.door is not None for place in plan.sites):
+        from ..prompts.prompt_stack import link_encoder
+
+        link_encoder(runtime.sites.values())
     runtime.configs[adapter] = plan.config
     runtime.places[adapter] = sites
     regroup_layers(runtime, sites, modules)
@@ -138,6 +142,8 @@ def regroup_layers(
         sites: those that an adapter was added to or removed from.
         modules: the model's modules by name; None looks each parent up.
     """
+    from ..kernels.plan import arrange_groups
+
     linear = [s for s in sites if s.kind.own_forward() is not None or s.kind.packable]
     names = dict.fromkeys(s.name.rpartition(".")[0] for s in linear)
     parents = {n: runtime.root.get_submodule(n) for n in names if modules is None or n in modules}

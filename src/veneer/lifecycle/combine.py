@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from .plan import check_name
 
 
 def combine_adapters(
-    runtime: Runtime, adapters: Sequence[str], weights: Sequence[float], name: str, **options: Any
+    runtime: Runtime, adapters: Sequence[str], weights: Sequence[float], name: str, **options: object
 ) -> None:
     """Add an adapter that is a weighted combination of others. It is frozen, and not active.
 

@@ -12,7 +12,6 @@ from ..injection.class_swap import restore_class
 from ..injection.dispatch import state_of
 from ..injection.entries import AdaptedSite, copy_name
 from ..injection.router import AdapterExpr, adapter_names
-from ..prompts import prompt_stack
 from .adapters import ATTRIBUTE, Runtime
 from .attach import regroup_layers
 from .merge import merge_for_good, unmerge_adapters
@@ -53,10 +52,13 @@ def _detach_site(runtime: Runtime, site: AdaptedSite) -> None:
     del runtime.sites[site.name]
     state = state_of(layer)
     assert state is not None
-    stack = state.find(prompt_stack.PromptStack)
-    if stack is not None and stack.site is site:
-        prompt_stack.detach_stack(stack)
-        prompt_stack.link_encoder(runtime.sites.values())
+    if site.role:
+        from ..prompts import prompt_stack
+
+        stack = state.find(prompt_stack.PromptStack)
+        if stack is not None and stack.site is site:
+            prompt_stack.detach_stack(stack)
+            prompt_stack.link_encoder(runtime.sites.values())
     state.release(site)
     if site.spot is not None and site.spot.residual:
         residual = runtime.root.get_submodule(site.spot.residual)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,12 +17,11 @@ from ..injection.interceptors import Interceptor, LayerWeights, ModuleCopies, Mo
 from ..injection.router import Router
 from ..layers.kind import LayerKind
 from ..methods.base import Method, OtherSublayers
-from ..prompts import prompt_stack
-from ..prompts.objective import ModelObjective
-from ..prompts.prompt_stack import PROMPT_STACK, PromptStack
-from ..prompts.stacks import find_stacks
 from ..targets import select
 from ..targets.blocks import SublayerOutput
+
+if TYPE_CHECKING:
+    from ..prompts.prompt_stack import PromptStack
 
 
 @dataclass
@@ -35,6 +35,7 @@ class PlannedSite:
     values: dict[str, Tensor] = field(default_factory=dict)  # attribute -> parameter or buffer
     whole: nn.Module | None = None  # a full copy
     door: PromptStack | None = None
+    has_tensors: bool = True  # False at the model, if it is a site because a method computes its loss
 
     @property
     def copies_module(self) -> bool:
@@ -173,6 +174,10 @@ class SiteFinder:
 
     def _of_stacks(self, config: Method) -> list[PlannedSite]:
         """The stacks into which a config's virtual tokens go, and the model if it says the loss."""
+        from ..prompts import prompt_stack  # only the methods that need them pay for importing them
+        from ..prompts.objective import ModelObjective
+        from ..prompts.stacks import find_stacks
+
         stacks = find_stacks(self.root)
         roles = config.roles(tuple(stacks))
         places = []
@@ -181,23 +186,23 @@ class SiteFinder:
             known = self.known.get(name)
             if known is not None:
                 state = state_of(known.owner)
-                opened = None if state is None else state.find(PromptStack)
+                opened = None if state is None else state.find(prompt_stack.PromptStack)
                 assert opened is not None
             else:
                 module = self.modules[stacks[role]]
                 opened = prompt_stack.inspect_stack(
-                    AdaptedSite(name, "", module, "", PROMPT_STACK, None, self.router), role, self.root
+                    AdaptedSite(name, "", module, "", prompt_stack.PROMPT_STACK, None, self.router), role, self.root
                 )
                 opened.site.role = role
             prompt_stack.check_stack_fits(opened, config.virtual_tokens, "prefix" in config.hooks)
-            place = self._planned(opened.site, opened.site.owner, PromptStack, config)
+            place = self._planned(opened.site, opened.site.owner, prompt_stack.PromptStack, config)
             place.door = opened
             places.append(place)
         if "objective" in config.hooks:
             site = self.known.get("(objective)") or AdaptedSite(
                 "(objective)", "", self.root, "", layers.MODULE, None, self.router
             )
-            places.append(self._planned(site, self.root, ModelObjective, config))
+            places.append(replace(self._planned(site, self.root, ModelObjective, config), has_tensors=False))
         return places
 
     def _of_whole_module(self, name: str, config: Method, spot: SublayerOutput | None) -> PlannedSite:

@@ -16,7 +16,6 @@ from .. import layers
 from ..injection.entries import AdaptedSite
 from ..methods.base import Method
 from ..methods.fields import SavedModules, TargetFields, TransposedField
-from ..prompts.objective import ModelObjective
 from ..targets import defaults, select
 from .find_sites import PlannedSite, SiteFinder
 from .keys import HALF, PREFIX, file_key, prefix_of
@@ -100,7 +99,7 @@ class AdapterPlanner:
             if planned.copies_module:
                 planned.whole = copy_module(planned, loader, self.prefix)
                 continue
-            if planned.interceptor is ModelObjective:
+            if not planned.has_tensors:
                 planned.entry.saved = False
                 continue
             site, entry = planned.site, planned.entry

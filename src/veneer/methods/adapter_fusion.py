@@ -134,7 +134,7 @@ class AdapterFusionConfig(SavedModules, Method):
         eye = torch.eye(site.fan_out, device=p["value"].device, dtype=p["value"].dtype)
         return 0.01 * (p["value"] - eye).square().sum()
 
-    def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
+    def post(self, p: Tensors, site: Site, x: object, y: Tensor) -> Tensor:
         fused: list[tuple[Any, Tensors]] = []
         for name in self.adapter_names:
             found = site.adapter(name)

@@ -157,7 +157,7 @@ class Method(Config, Hooks):
 
     # Weighted combinations.
 
-    def combined(self, others: Sequence[Self], **options: Any) -> Self:
+    def combined(self, others: Sequence[Self], **options: object) -> Self:
         """The config of a weighted combination of an adapter with this one and adapters with `others`.
 
         `options` are what the method lets a caller choose.

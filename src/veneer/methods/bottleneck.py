@@ -304,7 +304,7 @@ class BottleneckConfig(TargetFields, Method):
 
     # The forward.
 
-    def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
+    def post(self, p: Tensors, site: Site, x: object, y: Tensor) -> Tensor:
         z, a = self.before(site, x, y)
         return self.behind(site, x, y, self.adapt(p, site, z, a, self.up(p, site, z)))
 
@@ -365,7 +365,7 @@ class BottleneckConfig(TargetFields, Method):
             u = norm_output(u, p["after"], p["after_bias"])
         return u if a is None or self.adapter_residual_before_ln else u + a
 
-    def behind(self, site: Site, x: Any, y: Tensor, u: Tensor) -> Tensor:
+    def behind(self, site: Site, x: object, y: Tensor, u: Tensor) -> Tensor:
         """What the module has to put out for the block to go on from u."""
         out = u + self.sub_layer(site, x, y) if self.parallel else u
         r = self.stream(site, x)

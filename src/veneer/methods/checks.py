@@ -30,7 +30,7 @@ def check_probability(config: Method, **values: float) -> None:
             raise ValueError(f"{type(config).__name__}({name}={value!r}): must be in [0, 1)")
 
 
-def check_one_of(config: Method, allowed: Sequence[Any], **values: Any) -> None:
+def check_one_of(config: Method, allowed: Sequence[Any], **values: object) -> None:
     """Raise ValueError naming the first of `values` that is not in `allowed`."""
     for name, value in values.items():
         if value not in allowed:

@@ -114,7 +114,7 @@ class Config:
         save_config(self, save_directory)
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if isinstance(value, str):

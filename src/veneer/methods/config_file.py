@@ -26,7 +26,7 @@ class FileConfig(Protocol):
     from_file: bool
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def __init__(self, **fields: Any) -> None: ...
+    def __init__(self, **fields: object) -> None: ...
     def to_dict(self) -> dict[str, Any]: ...
 
 
@@ -91,7 +91,7 @@ def config_from_dict(
     return config
 
 
-def refuse_foreign(cls: type[FileConfig], name: str, value: Any) -> None:
+def refuse_foreign(cls: type[FileConfig], name: str, value: object) -> None:
     """Raise ValueError if a peft field that Veneer does not have is set to more than its default."""
     default = cls.foreign[name]
     if value != default and not (not value and not default):
@@ -111,7 +111,7 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def check_value(kind: Any, value: Any, where: str) -> None:
+def check_value(kind: object, value: object, where: str) -> None:
     """Raise ValueError if a field of a config file holds what its type does not allow, or a size beyond reason."""
     if not allows(kind, value):
         raise ValueError(f"{where}={str(value)[:80]!r}: must be of the type {describe_type(kind)}")
@@ -150,7 +150,7 @@ def describe_type(kind: Any) -> str:
     return str(kind).replace("set[", "list[") if get_args(kind) else str(kind.__name__)
 
 
-def save_config(config: FileConfig, folder: str | os.PathLike[str], **changes: Any) -> None:
+def save_config(config: FileConfig, folder: str | os.PathLike[str], **changes: object) -> None:
     """Write `adapter_config.json` with some fields changed."""
     data = config_bytes({**config.to_dict(), **changes, "peft_version": PEFT_VERSION})
     target = folder_to_write(folder)

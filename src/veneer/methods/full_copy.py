@@ -150,7 +150,7 @@ class TrainableTokensConfig(Method):
             rows[where] += (p["rows"] - self.base_rows(site, p["index"]).to(p["rows"])) * weight
         return {"rows": rows}
 
-    def combined(self, others: Sequence[Self], **options: Any) -> Self:
+    def combined(self, others: Sequence[Self], **options: object) -> Self:
         rows = [i for c in (self, *others) for i in c.token_indices]
         return super().combined(others, **options).replace(token_indices=list(dict.fromkeys(rows)))
 

@@ -59,7 +59,7 @@ class Hooks:
     def shift(self, p: Tensors, site: Site) -> Tensor | None:
         """A vector (out,) added to the output."""
 
-    def post(self, p: Tensors, site: Site, x: Any, y: Tensor) -> Tensor:
+    def post(self, p: Tensors, site: Site, x: object, y: Tensor) -> Tensor:
         """What no linear operator can say: maps the site's input and output to its new output.
 
         `x` is the input tensor of a layer; of a module (`acts_on = "modules"`) it is all its arguments, by name. If

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ class IA3Config(TargetFields, TransposedField, Method):
             return matches(site.name, inner)
         return site.name.endswith(tuple(inner or ()))  # by the letters, as peft: "o" means "wo" too
 
-    def combined(self, others: Sequence[Self], **options: Any) -> Self:
+    def combined(self, others: Sequence[Self], **options: object) -> Self:
         inner = union_of("feedforward_modules", [c.feedforward_modules for c in (self, *others)])
         return super().combined(others, **options).replace(feedforward_modules=inner)
 

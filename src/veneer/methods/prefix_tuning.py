@@ -80,7 +80,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         hidden = self.encoder_hidden_size or prepared.token_dim
         return prepared.replace(encoder_hidden_size=hidden)
 
-    def layers_of(self, model: nn.Module, config: Any) -> int:
+    def layers_of(self, model: nn.Module, config: object) -> int:
         names = ("num_hidden_layers", "num_layers", "n_layer")
         decoder = ("num_decoder_layers", "decoder_layers") if getattr(config, "is_encoder_decoder", False) else ()
         return prompt_size(self, model, config, "num_layers", *decoder, *names)

@@ -77,10 +77,10 @@ class PromptLearningConfig(SavedModules, Method):
             changed |= {"num_attention_heads": self.num_attention_heads or heads, "token_dim": self.token_dim or width}
         return self.replace(**changed)
 
-    def layers_of(self, model: nn.Module, config: Any) -> int:
+    def layers_of(self, model: nn.Module, config: object) -> int:
         return prompt_size(self, model, config, "num_layers", "num_hidden_layers", "num_layers", "n_layer")
 
-    def shape_of(self, model: nn.Module, config: Any) -> tuple[int, int]:
+    def shape_of(self, model: nn.Module, config: object) -> tuple[int, int]:
         """Attention heads, and the width of a virtual token: that of the model's embeddings."""
         names = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
         heads = self.num_attention_heads or prompt_size(self, model, config, "num_attention_heads", *names)
@@ -100,7 +100,7 @@ def sizes_of(model: nn.Module) -> Any:
     return config if find is None else find()
 
 
-def prompt_size(method: Method, model: nn.Module, config: Any, field: str, *names: str) -> int:
+def prompt_size(method: Method, model: nn.Module, config: object, field: str, *names: str) -> int:
     """The first of several names that a model's config has.
 
     Raises:

@@ -57,7 +57,7 @@ class Declared:
         """Its name in the file while the adapter shares it."""
         return self.shared_name or self.name or ""
 
-    def file_name(self, config: Any, site: Site) -> str | None:
+    def file_name(self, config: object, site: Site) -> str | None:
         """Its name at `site`, below the module's path."""
         if self.name_at is not None:
             return self.name_at(config, site)
@@ -67,13 +67,13 @@ class Declared:
             return self.parameter
         return self.name
 
-    def shared_by(self, config: Any) -> Sharing:
+    def shared_by(self, config: object) -> Sharing:
         return self.shared(config) if callable(self.shared) else self.shared
 
-    def saved_by(self, config: Any) -> Saving:
+    def saved_by(self, config: object) -> Saving:
         return self.saved(config) if callable(self.saved) else self.saved
 
-    def axes_at(self, config: Any, site: Site) -> Axes:
+    def axes_at(self, config: object, site: Site) -> Axes:
         return self.axes(config, site) if callable(self.axes) else self.axes
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Calls(ModelFacade):
     """The calls of `PeftModel`."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """The base model's forward, with the active adapters.
 
         Takes two arguments more: `adapter_names`, the adapter of each row ("__base__" for none), and `task_ids`, the
@@ -30,7 +30,7 @@ class Calls(ModelFacade):
                 self._checkpointed()
             return self.base_model.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> Any:
         """The base model's `generate`, with the active adapters; takes `adapter_names` and `task_ids` as the forward."""
         with self._by_row(args, kwargs), self.runtime.router.hold(decoding={}):
             return cast(Any, self.get_base_model()).generate(*args, **kwargs)

@@ -14,7 +14,7 @@ from ..lifecycle.combine import combine_adapters
 from ..lifecycle.detach import delete_adapter, unload_adapters
 from ..lifecycle.merge import merge_adapters, unmerge_adapters
 from ..methods.base import Method
-from ..training.watch import attach_watched
+from ..training.attach import attach_watched
 from .calls import Calls
 from .persistence import with_base_name
 

@@ -21,7 +21,7 @@ class BaseTuner(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ from ..lifecycle.detach import delete_adapter, unload_adapters
 from ..lifecycle.keys import PREFIX
 from ..methods.base import Method
 from ..methods.registry import registry
-from ..training.watch import attach_watched
+from ..training.attach import attach_watched
 from .controls import AdapterControls
 from .facade import BaseTuner
 from .persistence import AdapterPersistence, with_base_name
@@ -120,7 +120,7 @@ class PeftModel(AdapterControls, AdapterPersistence):
             made.eval()
         return made
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         return _rebuild, (type(self.get_base_model()),), self.__dict__
 
 
@@ -136,7 +136,7 @@ def facade_of(base: type[nn.Module]) -> type[PeftModel]:
     if base in _FACADES:
         return _FACADES[base]
 
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: PeftModel, *args: object, **kwargs: object) -> Any:
         return PeftModel.forward(self, *args, **kwargs)
 
     forward.__doc__ = PeftModel.forward.__doc__

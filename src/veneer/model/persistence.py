@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..files import adapter_files, formats
+from ..files import adapter_files
 from ..files import state_dict as files_state_dict
 from ..io import atomic_write, locate
 from ..lifecycle.load_report import LoadReport
 from ..methods.base import Method
 from ..targets.suggest import suggest
-from ..training.watch import attach_watched
+from ..training.attach import attach_watched
 from .facade import ModelFacade
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class AdapterPersistence(ModelFacade):
             ValueError: no such adapter, a damaged file, a config that cannot be honoured; the name is another adapter's.
             AdapterLoadError: keys are missing, unexpected or of another shape; nothing was changed.
         """
+        from ..files import formats
+
         source = formats.open_source(model_id, kwargs.pop("config", None), kwargs)
         found = formats.read_adapter(source, self.runtime, strict=strict)
         config = found.config.replace(inference_mode=not is_trainable)

@@ -87,7 +87,7 @@ def available_names() -> frozenset[str]:
 def not_yet(name: str) -> type:
     """What stands for a name of peft's that Veneer does not have: it can be imported, and used for nothing."""
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+    def refuse(*args: object, **kwargs: object) -> Any:
         raise NotImplementedError(
             f"peft.{name} is not in Veneer yet; it has {', '.join(sorted(n for n in available_names() if n.endswith('Config')))}; "
             "see: python -m veneer.peft --check"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 from ..methods.base import Method, PeftConfig
 from ..methods.base import PeftConfig as PeftConfigMixin
@@ -44,7 +43,7 @@ class PromptEncoderReparameterizationType(str, Enum):
 
 
 class _Prompts(type):
-    def __instancecheck__(cls, config: Any) -> bool:
+    def __instancecheck__(cls, config: object) -> bool:
         return isinstance(config, Method) and bool(config.virtual_tokens)
 
     def __subclasscheck__(cls, config: type) -> bool:

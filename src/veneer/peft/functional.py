@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from .models import set_peft_model_state_dict as set_peft_model_state_dict
 from .utils.other import cast_adapter_dtype as cast_adapter_dtype
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str]:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: object = None) -> list[str]:
     """Delete an adapter; returns which are active then."""
     runtime = runtime_on(model)
     if adapter_name in runtime.configs:
@@ -24,7 +23,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: object = None
 ) -> list[str]:
     """Activate adapters, whose parameters are trained then, and no others."""
     runtime = runtime_on(model)

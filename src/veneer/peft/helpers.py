@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -56,7 +55,7 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     yield
 
 
-def update_forward_signature(model: Any) -> None:
+def update_forward_signature(model: object) -> None:
     """Nothing to do: a model's signature is its base's."""
 
 

@@ -48,7 +48,7 @@ def entries_at(layer: nn.Module) -> dict[str, tuple[AdaptedSite, AdapterAtSite]]
     return {name: (site, entry) for site in sites_at(layer) for name, entry in site.entries.items()}
 
 
-def is_layer(module: Any) -> bool:
+def is_layer(module: object) -> bool:
     """Whether adapters act on a module's weights; rows of `trainable_token_indices` do not count."""
     if not isinstance(module, Adapted) or "_veneer" not in module.__dict__:
         return False
@@ -130,7 +130,7 @@ class Table(Mapping[str, Any]):
             return site.owner._parameters[own[""]]
         return Factor(site.owner, own["weight"], own.get("bias"))
 
-    def __setitem__(self, adapter: str, value: Any) -> None:
+    def __setitem__(self, adapter: str, value: object) -> None:
         own = self._attributes(adapter)
         if not own or not isinstance(value, Tensor):
             raise KeyError(f"{adapter}: only tensors that are there can be replaced; add adapters to the model")

@@ -20,7 +20,7 @@ PeftModel = core.PeftModel
 class _OfTask(type):
     task: str | None
 
-    def __instancecheck__(cls, model: Any) -> bool:
+    def __instancecheck__(cls, model: object) -> bool:
         if not isinstance(model, core.PeftModel) or not model.peft_config:
             return False
         task = model.active_peft_config.task_type if model.active_adapters else None

@@ -276,12 +276,12 @@ class Bench:
         return compute_peak(self.count(s), s)
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: object) -> Any:
     """A model without the face that `get_peft_model` gives it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def quantized_layers(model: Any) -> set[int]:
+def quantized_layers(model: object) -> set[int]:
     """Ids of the weights that bitsandbytes would store: of frozen linear layers but the output head."""
     head = head_of(base_of(model))
     kinds = select.linear_kinds()
@@ -306,7 +306,7 @@ def map_blocks(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def list_places(model: Any) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+def list_places(model: object) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """What is adapted, and linear layers that look like it and are not."""
     base: nn.Module = base_of(model)
     runtime = runtime_of(base)

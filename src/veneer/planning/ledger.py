@@ -19,7 +19,7 @@ from ..algebra import modes
 ACTIVATIONS, LOGITS, BACKWARD, GRADIENTS = "activations", "logits and loss", "workspace", "gradients"
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(TorchDispatchMode):
     """Counts the bytes of all storages that operations make, until they are freed.
 
     Attributes:
@@ -140,7 +140,7 @@ def accumulate_gradients(ledger: Ledger, trained: list[nn.Parameter], earlier: b
         assert p.grad is not None
         ledger.rename(p.grad, GRADIENTS)
 
-    hooks = [p.register_post_accumulate_grad_hook(made) for p in trained]  # type: ignore[no-untyped-call]
+    hooks = [p.register_post_accumulate_grad_hook(made) for p in trained]
     try:
         yield
     finally:
@@ -181,7 +181,7 @@ def measure_peak(
     ledger.own(t for t in (*model.parameters(), *model.buffers()))
     trained = [p for p in model.parameters() if p.requires_grad]
 
-    def at_head(*_: Any) -> None:
+    def at_head(*_: object) -> None:
         ledger.kind = LOGITS
 
     model.train()
@@ -194,7 +194,7 @@ def measure_peak(
         stack.enter_context(ledger)
         found = loss()
         ledger.kind = BACKWARD
-        found.backward()  # type: ignore[no-untyped-call]
+        found.backward()
         del found
     return ledger.peak
 

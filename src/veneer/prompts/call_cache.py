@@ -192,7 +192,7 @@ class _CollectGradients(torch.autograd.Function):
 
 
 def _checkpoint_with_prefix(
-    checkpoint: Callable[..., Any], cache: Cache | None, block: Callable[..., Any], *args: Any
+    checkpoint: Callable[..., Any], cache: Cache | None, block: Callable[..., Any], *args: object
 ) -> Any:
     """Checkpoint a block with the prefix as one of its arguments."""
     return checkpoint(partial(block, **{CARRIED: cache}), *args)

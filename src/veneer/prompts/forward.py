@@ -113,7 +113,7 @@ class PromptedForward(CachedCall, PositionedCall):
         return out
 
 
-def _is_cache(value: Any) -> bool:
+def _is_cache(value: object) -> bool:
     from . import kv_cache as kv
 
     return kv.is_cache(value)

@@ -36,7 +36,7 @@ class Memory:
     plain: int = -1  # the batch for which every layer takes `ready` as it is
 
 
-class PrefixCache(Cache):  # type: ignore[misc]
+class PrefixCache(Cache):
     """A cache that begins with virtual positions.
 
     Args:
@@ -144,7 +144,7 @@ class PrefixCache(Cache):  # type: ignore[misc]
         return most if most < 0 else self.front + most
 
 
-class PassingCache(Cache):  # type: ignore[misc]
+class PassingCache(Cache):
     """Caches nothing: for cross-attention in training."""
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class Never(dict[int, bool]):
         pass
 
 
-def is_cache(value: Any) -> bool:
+def is_cache(value: object) -> bool:
     return isinstance(value, Cache)
 
 
@@ -170,7 +170,7 @@ def own_cache(cache: Cache) -> Cache:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def fresh_cache(config: Any, cross: bool) -> Cache:
+def fresh_cache(config: object, cross: bool) -> Cache:
     """The cache that a decoder makes for itself when it is given none."""
     if cross:
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))

@@ -91,7 +91,7 @@ class PositionedCall(StackCall):
             self.call["attention_mask"] = self._extend_one_mask(mask, shown, runs, "", past, inner)
 
     def _extend_one_mask(
-        self, mask: Any, shown: Tensor, runs: int, layers: str, past: int | Tensor, inner: Cache | None
+        self, mask: object, shown: Tensor, runs: int, layers: str, past: int | Tensor, inner: Cache | None
     ) -> Any:
         if mask is None:
             return None

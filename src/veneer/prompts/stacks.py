@@ -92,11 +92,11 @@ def _call_if_present(model: nn.Module, name: str) -> Any:
     return None if found is None else found()
 
 
-def takes_embeddings(module: Any) -> bool:
+def takes_embeddings(module: object) -> bool:
     return isinstance(module, nn.Module) and "inputs_embeds" in inspect.signature(module.forward).parameters
 
 
-def embedding_of(stack: Any) -> nn.Module | None:
+def embedding_of(stack: object) -> nn.Module | None:
     """The embedding of a stack's tokens, or None."""
     find = getattr(stack, "get_input_embeddings", None)
     if find is None:
@@ -138,7 +138,7 @@ def learned_positions(stack: nn.Module) -> Positions | None:
     return None
 
 
-def keeps_recurrent_states(config: Any) -> bool:
+def keeps_recurrent_states(config: object) -> bool:
     """Whether some layers of a stack keep recurrent states instead of keys and values."""
     if not callable(getattr(config, "get_text_config", None)):
         return False

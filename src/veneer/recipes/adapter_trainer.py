@@ -56,14 +56,14 @@ def make_trainer(
     return trainer
 
 
-class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
+class AdapterTrainer(WholeCheckpoints, Trainer):
     """The base model is trained in place; its checkpoints hold the adapter."""
 
     def __init__(self, run: Run, adapted: Any, **options: Any) -> None:
         self._run, self._adapted, self._task = run, adapted, TASKS[run.task]
         super().__init__(**options)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         """Trainer averages over batches; a loss a token must not depend on how rows are batched."""
         if not self._task.by_token:
             with torch.random.fork_rng(devices=[]):  # its loader draws from what dropout draws from
@@ -110,7 +110,7 @@ class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
             adapter_files.save_weights(state, output_dir, name=OPTIMIZER)
             atomic_write.save_text(Path(output_dir) / SCHEDULE, json.dumps({"steps": self.lr_scheduler.last_epoch}))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         """Left to `_prepare_for_training`: the parameters are sharded by then."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:

@@ -37,7 +37,7 @@ def drop_broken(folder: Path) -> None:
 class WholeCheckpoints:
     """For transformers' Trainer: marks a checkpoint once all processes have written their part of it."""
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: object, trial: object) -> None:
         trainer: Any = self
         folder = Path(trainer._get_output_dir(trial)) / f"checkpoint-{trainer.state.global_step}"
         if trainer.args.process_index == 0:

@@ -116,7 +116,7 @@ def _import_datasets() -> Any:
 def resolve_paths(rows: list[dict[str, Any]], column: str | None, source: str) -> list[dict[str, Any]]:
     """Rows whose paths in a column are from here; in a file they may be from its folder."""
 
-    def found(path: Any) -> Any:
+    def found(path: object) -> Any:
         near = Path(source).parent / path if isinstance(path, str) else None
         return str(near) if near is not None and near.is_file() else path
 

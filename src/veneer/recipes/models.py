@@ -49,7 +49,7 @@ def find_model(name: str) -> str:
         raise InputError(str(error)) from error
 
 
-def load_model(name: str, auto: str, task: str, dtype: str, quantize: str | None, **options: Any) -> Any:
+def load_model(name: str, auto: str, task: str, dtype: str, quantize: str | None, **options: object) -> Any:
     """Load a base model by transformers' class `auto`, quantized or not; `task` is for the message.
 
     Raises:

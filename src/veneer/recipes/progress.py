@@ -12,17 +12,17 @@ from transformers import TrainerCallback
 from ..io import atomic_write, safe_read
 
 
-class Before(TrainerCallback):  # type: ignore[misc]
+class Before(TrainerCallback):
     """Calls something when everything is ready for the first step."""
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.run = run
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self.run()
 
 
-class Bar(TrainerCallback):  # type: ignore[misc]
+class Bar(TrainerCallback):
     """A progress bar with the losses."""
 
     def __init__(self, console: Any, total: int) -> None:
@@ -58,19 +58,19 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         if not self.console.is_terminal and state.global_step % max(1, self.total // 5) == 0:
             self.console.print(f"step {state.global_step} of {self.total}  {self.text()}")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+    def on_log(self, args: object, state: object, control: object, logs: dict[str, Any], **kwargs: object) -> None:
         self.losses |= {n: logs[k] for k, n in (("loss", "loss"), ("eval_loss", "held-out")) if k in logs}
         if self.task is not None:
             self.progress.update(self.task, losses=self.text())
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         self.progress.stop()
 
     def text(self) -> str:
         return "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
 
 
-class Metrics(TrainerCallback):  # type: ignore[misc]
+class Metrics(TrainerCallback):
     """Writes one line a log to a file; a resumed run goes on where its checkpoint was."""
 
     def __init__(self, path: Path) -> None:

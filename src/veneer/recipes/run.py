@@ -23,7 +23,7 @@ TASK_TYPES = {
 PLAIN = {"learning_rate": 1e-3, "warmup": 0}  # where neither the user nor the method says more
 
 
-def make_field(default: Any, text: str, *, allowed: tuple[Any, ...] = (), low: float | None = None) -> Any:
+def make_field(default: object, text: str, *, allowed: tuple[Any, ...] = (), low: float | None = None) -> Any:
     return field(default=default, metadata={"help": text, "allowed": allowed, "low": low})
 
 

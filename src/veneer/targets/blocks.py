@@ -12,7 +12,6 @@ import functools
 import inspect
 import re
 import textwrap
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +122,7 @@ def nearest_config(modules: Mapping[str, nn.Module], name: str) -> tuple[str | N
         name = name.rpartition(".")[0]
 
 
-def config_width(config: Any) -> int:
+def config_width(config: object) -> int:
     found = (getattr(config, f, None) for f in WIDTHS)
     return next((w for w in found if isinstance(w, int)), 0)
 
@@ -143,7 +142,7 @@ def measured_sizes(module: nn.Module) -> tuple[int, int] | None:
     return (shape[0], shape[1]) if len(shape) == 2 and type(module).__name__ == "Conv1D" else None
 
 
-def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) -> int:
+def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: object) -> int:
     """Size of the residual stream: of a norm of it, of the layer that feeds it, or as the config says."""
     for path in norms:
         weight = block.get_submodule(path)._parameters.get("weight") if path else None
@@ -165,11 +164,13 @@ def width_of(block: nn.Module, norms: tuple[str, ...], out: str, config: Any) ->
 @functools.cache
 def places_table() -> dict[str, Any]:
     """The content of places.toml."""
+    import tomllib
+
     with open(Path(__file__).with_name("places.toml"), "rb") as file:
         return tomllib.load(file)
 
 
-def roles_of(block: nn.Module, kind: str | None, config: Any) -> dict[str, tuple[str, str, str]]:
+def roles_of(block: nn.Module, kind: str | None, config: object) -> dict[str, tuple[str, str, str]]:
     """Role -> (out, residual, norm), names below the block; empty where the module is no block."""
     entries = places_table()
     names = {n for n, _ in block.named_modules() if n and ":" not in n}
@@ -182,7 +183,7 @@ def roles_of(block: nn.Module, kind: str | None, config: Any) -> dict[str, tuple
     return read_roles(block)
 
 
-def listed_roles(entry: Mapping[str, Any], names: set[str], config: Any) -> dict[str, tuple[str, str, str]]:
+def listed_roles(entry: Mapping[str, Any], names: set[str], config: object) -> dict[str, tuple[str, str, str]]:
     """The roles that a table's entry finds among the names in a block."""
     switch = dict(entry.get("switch", {}))
     if other := switch.pop("use", None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,8 @@ def model_type(model: nn.Module) -> str | None:
 @functools.cache
 def defaults() -> dict[str, Any]:
     """The content of defaults.toml, as it stands there."""
+    import tomllib
+
     with open(Path(__file__).with_name("defaults.toml"), "rb") as file:
         return tomllib.load(file)
 

@@ -15,7 +15,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def prepare_model_for_kbit_training(
-    model: Any,
+    model: object,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> Any:

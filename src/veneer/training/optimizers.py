@@ -14,7 +14,7 @@ from ..distributed.sharding import fill_from, gathered, is_partitioned
 STEP = "step"
 
 
-def innermost_optimizer(optimizer: Any) -> Any:
+def innermost_optimizer(optimizer: object) -> Any:
     """The torch optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -42,7 +42,7 @@ def by_deepspeed(parameter: Tensor) -> bool:
     return is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")
 
 
-def read_state(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_state(optimizer: object, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of each parameter as `name|key`, on the CPU. Every process calls it.
 
     Args:
@@ -67,7 +67,7 @@ def read_state(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Te
     return found
 
 
-def write_state(optimizer: Any, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def write_state(optimizer: object, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Give an optimizer the state that `read` found, and what ZeRO keeps of the parameters their present values.
 
     Raises:

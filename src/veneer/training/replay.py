@@ -68,12 +68,12 @@ def rerun_forward(call: Call, router: Router | None) -> Seen:
     seen, handles = Seen(), []
     known: set[nn.Module] = set()
 
-    def entered(module: nn.Module, args: Any) -> None:
+    def entered(module: nn.Module, args: object) -> None:
         if module not in known:
             known.add(module)
             seen.ran.append(module)
 
-    def left(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def left(name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         if seen.first is None and not is_finite(output):
             seen.first = (name, explain_first(module, (args, kwargs)))
 
@@ -114,7 +114,7 @@ def rerun_forward(call: Call, router: Router | None) -> Seen:
     return seen
 
 
-def floating_tensors(value: Any) -> Iterator[Tensor]:
+def floating_tensors(value: object) -> Iterator[Tensor]:
     """The floating tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
@@ -127,11 +127,11 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
             yield from floating_tensors(part)
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     return all(bool(t.isfinite().all()) for t in floating_tensors(value))
 
 
-def explain_first(module: nn.Module, inputs: Any) -> str:
+def explain_first(module: nn.Module, inputs: object) -> str:
     """Why the first output that is not finite is not."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):

@@ -102,21 +102,21 @@ class StepDriver:
             if not set(config.training_hooks) & set(hooks):
                 continue
             for site in self.runtime.places[adapter]:
-                entry = site.entries[adapter]
-                if entry.method.peft_name != config.peft_name:
+                method = site.entries[adapter].method
+                if method.peft_name != config.peft_name:
                     continue  # a companion's
-                held = {k: site.owner._parameters[a] for k, a in entry.trained}
-                own = {k: p for k, p in held.items() if p is not None and p.requires_grad and id(p) not in taken}
+                held = site.parameters(adapter).items()
+                own = {k: p for k, p in held if p.requires_grad and id(p) not in taken}
                 if own:
                     taken |= {id(p) for p in own.values()}
-                    yield Place(adapter, entry.method, site, own)
+                    yield Place(adapter, method, site, own)
 
     def watch_adapter(self, adapter: str) -> None:
         """See that the optimizer's steps reach an adapter that was just attached."""
         first = next((p for p in self.places(*HOOKS) if p.adapter == adapter), None)
         if first is not None:
             parameter = next(iter(first.parameters.values()))
-            hook = parameter.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
+            hook = parameter.register_post_accumulate_grad_hook(self._after_backward)
             self._handles.append(hook)
 
     def _after_backward(self, parameter: Tensor) -> None:
@@ -246,9 +246,7 @@ HOOKS = ("project", "penalty", "constrain", "step")
 
 
 def drive_steps(runtime: Runtime, adapter: str) -> None:
-    """Let the training hooks of a new adapter's method act, if it has any."""
-    if not runtime.configs[adapter].training_hooks:
-        return
+    """Let the training hooks of a new adapter's method act."""
     driver = driver_of(runtime)
     if driver is None:
         driver = StepDriver(runtime)
@@ -290,7 +288,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any
     return (args[:1], {**kwargs, "closure": closure})
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     skipped = vars(optimizer).get("found_inf")
     if isinstance(skipped, Tensor) and bool(skipped):
         return

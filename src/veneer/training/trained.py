@@ -54,7 +54,7 @@ def list_trained(model: nn.Module) -> list[TrainedParameter]:
                     copied = layer._modules[copy_name(adapter)]
                     parts = [] if copied is None else list(copied.parameters())
                 else:
-                    parts = [site.owner._parameters[a] for _, a in site.entries[adapter].trained]  # type: ignore[misc]
+                    parts = [*site.parameters(adapter).values()]
                 lookup = isinstance(layer, nn.Embedding) or site.lookup
                 for part in parts:
                     whose.setdefault(id(part), (adapter, layer, site.name, lookup))

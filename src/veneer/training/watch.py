@@ -23,14 +23,10 @@ from ..backends import all_backends
 from ..distributed.sharding import is_initialized, is_sharded, process_rank
 from ..injection.router import adapter_names
 from ..lifecycle.adapters import Runtime, runtime_of
-from ..lifecycle.attach import attach_adapter
-from ..lifecycle.load_report import LoadReport
-from ..methods.base import Method
 from .findings import Finding, WatchError, WatchWarning
 from .optimizers import innermost_optimizer
 from .record import Record
 from .replay import Call, floating_tensors
-from .steps import drive_steps
 from .trained import find_largest, list_trained, sample_frozen, sample_updates, unwrap_model
 from .watch_checks import (
     IGNORED,
@@ -50,7 +46,7 @@ from .watch_checks import (
 SKIPPED = 3  # steps in a row that a GradScaler may leave out until its scale fits
 
 
-def watch(model: nn.Module, optimizer: Any = None, *, action: str = "raise") -> Watch:
+def watch(model: nn.Module, optimizer: object = None, *, action: str = "raise") -> Watch:
     """Look at the first two steps of training.
 
     Finds trained parameters without a gradient or with one of zeros; an optimizer that lacks trained parameters or holds
@@ -190,7 +186,7 @@ class Watch(Record):
             self.sample = [s for root in self.roots for s in sample_frozen(root)]
             self.report(check_parameters(self))
 
-    def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: Any) -> None:
+    def gathered(self, name: str, owner: nn.Module, module: nn.Module, args: object) -> None:
         for backend in all_backends():
             try:
                 backend.gathered(owner, "weight")
@@ -202,7 +198,7 @@ class Watch(Record):
         self.arrived.append((key, values.isfinite().all()))
         self.nonzero.append(values.any())
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         if not self.trains or self.call is None or self.seen[module] is not self.call.root:
             return
         tensors = list(floating_tensors(output))
@@ -241,7 +237,7 @@ class Watch(Record):
             return
         self.overflow = any(not bool(good) for _, good in self.arrived)
 
-    def stepping(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def stepping(self, optimizer: object, args: object, kwargs: object) -> None:
         """Before an optimizer's step."""
         self.hooked = True
         try:
@@ -263,7 +259,7 @@ class Watch(Record):
             if not self.closed:
                 self.before_step = sample_updates(self.trained)
 
-    def stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def stepped(self, optimizer: object, args: object, kwargs: object) -> None:
         """After an optimizer's step."""
         if self.before_step is None or self.closed:
             return
@@ -339,7 +335,7 @@ def remove_hook(handle: Any, *, running: bool) -> bool:
     return True
 
 
-def _do_nothing(*args: Any) -> None:
+def _do_nothing(*args: object) -> None:
     """What is left of a hook."""
 
 
@@ -355,21 +351,7 @@ def watch_next_backward(root: nn.Module) -> None:
         Watch(root)
 
 
-def attach_watched(
-    runtime: Runtime, adapter: str, config: Method, *, trainable: bool = True, **options: Any
-) -> LoadReport:
-    """Attach an adapter and let its training hooks act; on a quantized base its first backward is checked.
-
-    Arguments and errors are those of `attach_adapter`.
-    """
-    report = attach_adapter(runtime, adapter, config, trainable=trainable, **options)
-    drive_steps(runtime, adapter)
-    if trainable and any(site.backend is not None and site.backend.packed for site in runtime.places[adapter]):
-        watch_next_backward(runtime.root)
-    return report
-
-
-def is_skipped_by_scaler(optimizer: Any) -> bool:
+def is_skipped_by_scaler(optimizer: object) -> bool:
     """Whether a GradScaler has a fused optimizer leave this step out."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found)

@@ -126,7 +126,7 @@ class Booth:
         build_run(flags)
         return run, flags
 
-    def start(self, *given: Any) -> Any:
+    def start(self, *given: object) -> Any:
         run, flags = self.flags(*given)
         folder = self.folder.inside(run)
         if (folder / "run.json").exists() or folder.exists():
@@ -134,7 +134,7 @@ class Booth:
         job = self.runner.start("dreambooth", run, command_words("dreambooth", flags), flags["steps"])
         return gr.Code(job.command, visible=True)
 
-    def plan(self, *given: Any) -> Any:
+    def plan(self, *given: object) -> Any:
         run, flags = self.flags(*given)
         try:
             return gr.Code(self.runner.once([*command_words("dreambooth", flags), "--plan"]), visible=True)

@@ -14,7 +14,7 @@ def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show the complaints of `function` about its input; nothing in the page changes then."""
 
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> Any:
         try:
             return function(*args)
         except click.ClickException as error:

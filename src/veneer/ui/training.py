@@ -95,7 +95,7 @@ def arguments_of(flags: dict[str, Any]) -> list[str]:
     return words
 
 
-def parse_integer(value: Any) -> Any:
+def parse_integer(value: object) -> Any:
     """A number field's value: 100.0 as 100."""
     return int(value) if isinstance(value, float) and value == int(value) else value
 
@@ -210,7 +210,7 @@ class Training:
         return run, flags
 
     @show_errors
-    def start(self, *given: Any) -> Any:
+    def start(self, *given: object) -> Any:
         run, flags = self.flags(*given)
         folder = self.folder.inside(run)
         if (folder / "recipe.yaml").exists() or (folder / "adapter_config.json").exists():
@@ -220,7 +220,7 @@ class Training:
         return gr.Code(job.command, visible=True)
 
     @show_errors
-    def plan(self, *given: Any) -> Any:
+    def plan(self, *given: object) -> Any:
         _, flags = self.flags(*given)
         names = ("task", "batch_size", "dtype", "quantize", "gradient_checkpointing", "gradient_accumulation", "method")
         kept = {k: v for k, v in flags.items() if k in names or k.startswith("method__")}

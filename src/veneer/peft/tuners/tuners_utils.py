@@ -17,13 +17,13 @@ class _Layer(type):
     method: str | None = None
     base: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
 
-    def __instancecheck__(cls, module: Any) -> bool:
+    def __instancecheck__(cls, module: object) -> bool:
         if not is_layer(module) or not isinstance(module, cls.base):
             return False
         return cls.method is None or any(e.method.peft_name == cls.method for _, e in entries_at(module).values())
 
 
-def layer_of(name: str, method: str | None, base: Any = nn.Module) -> Any:
+def layer_of(name: str, method: str | None, base: object = nn.Module) -> Any:
     """A class whose instances are the adapted layers with a method."""
     body = {"method": method, "base": base, "__module__": "peft", "__doc__": f"Adapted layers ({method or 'any'})."}
     return _Layer(name, (), body)
@@ -35,7 +35,7 @@ BaseTunerLayer = layer_of("BaseTunerLayer", None)
 class _Tuner(type):
     method: str | None = None
 
-    def __instancecheck__(cls, model: Any) -> bool:
+    def __instancecheck__(cls, model: object) -> bool:
         if not isinstance(model, _Holder):
             return False
         runtime = model.model.__dict__.get("_veneer_runtime")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ def hotswap_adapter_from_state_dict(
     adapter_name: str,
     config: Method,
     parameter_prefix: str = "lora_",
-    **options: Any,
+    **options: object,
 ) -> None:
     """Copy tensors, named as in `model.state_dict()` of peft, into a live LoRA; see `hotswap_adapter`."""
     plain = {k.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}"): v for k, v in state_dict.items()}

@@ -37,7 +37,7 @@ TrainableTokensWrapper: Any = _Copied("TrainableTokensWrapper", (), {"rows": Tru
 
 
 class _Auxiliary(type):
-    def __instancecheck__(cls, module: Any) -> bool:
+    def __instancecheck__(cls, module: object) -> bool:
         return isinstance(module, ModulesToSaveWrapper)
 
 

@@ -52,7 +52,7 @@ def read_image(path: Path) -> Any:
     return image.convert("RGB")
 
 
-def to_tensor(image: Any, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+def to_tensor(image: object, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """The largest square of an image, (3, side, side) in [-1, 1]; from its middle, or wherever `at` says in [0, 1]."""
     import numpy as np
     from PIL import Image, ImageOps

@@ -116,7 +116,7 @@ def run_it(run: DreamBooth, resume: bool, overwrite: bool, held: ExitStack) -> d
     return report
 
 
-def measure_loss(run: DreamBooth, model: Denoiser, pipeline: Any, data: images.Pairs) -> float:
+def measure_loss(run: DreamBooth, model: Denoiser, pipeline: object, data: images.Pairs) -> float:
     """The mean loss on the subject's images, cut in the middle, with the same steps and noise each time it is called."""
     device, losses = next(model.parameters()).device, []
     words = encode_prompt(pipeline, run.instance_prompt)[None].to(device)  # (1, tokens)
@@ -311,19 +311,19 @@ def make_trainer(
             words += [others] * len(rows)
         return {"pixels": torch.stack(shown), "input_ids": torch.stack(words), "prior": others is not None}
 
-    class AdapterTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
+    class AdapterTrainer(WholeCheckpoints, Trainer):
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             target = Path(output_dir or self.args.output_dir)
             target.mkdir(parents=True, exist_ok=True)
             for name, module in parts.items():
                 state_dict.save_training_state(module, ADAPTER, target / name)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
             with user_input():
                 for name, module in parts.items():
                     state_dict.load_training_state(module, ADAPTER, Path(resume_from_checkpoint) / name)
 
-    class Samples(TrainerCallback):  # type: ignore[misc]
+    class Samples(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
                 self.draw(0)

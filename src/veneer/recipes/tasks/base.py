@@ -37,7 +37,7 @@ class Task:
         """`task_type` of the adapter's config."""
         return TASK_TYPES[self.name]
 
-    def load_model(self, name: str, dtype: str = "float32", quantize: str | None = None, **options: Any) -> Any:
+    def load_model(self, name: str, dtype: str = "float32", quantize: str | None = None, **options: object) -> Any:
         """The base model of this name for the task, quantized or not."""
         return load_model(name, self.auto_class(find_model(name)), self.name, dtype, quantize, **options)
 
@@ -72,15 +72,15 @@ class Task:
         """Names of the classes; none where there are no classes."""
         return []
 
-    def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
+    def encode(self, run: Run, rows: list[Row], processor: object, labels: list[str]) -> list[Row]:
         """Rows as the collator wants them."""
         raise NotImplementedError
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Callable[[list[Row]], Any]:
+    def collator(self, run: Run, processor: object, model: object) -> Callable[[list[Row]], Any]:
         """What makes a batch of encoded rows."""
         raise NotImplementedError
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
+    def metrics(self, prediction: object) -> dict[str, float]:
         """What is measured on transformers' `EvalPrediction`, where the loss is not by token."""
         return {}
 
@@ -92,11 +92,11 @@ class Task:
         """
         raise NotImplementedError
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         """What is shown of each row beside the model's answer; fewer where a row has no such thing."""
         return []
 
-    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+    def answers(self, run: Run, model: object, processor: object, rows: list[Row]) -> list[str]:
         """The model's texts for rows, in the same order as `asked`."""
         return []
 
@@ -142,10 +142,10 @@ class OneClass(Task):
         c = run.label_column
         return class_names(run, [str(r[c]) for r in train], [str(r[c]) for r in held_out], c)
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
+    def metrics(self, prediction: object) -> dict[str, float]:
         return compute_accuracy(prediction)
 
-    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+    def answers(self, run: Run, model: object, processor: object, rows: list[Row]) -> list[str]:
         return [with_share(model, logits) for _, (logits, _) in classify_rows(self, run, model, processor, rows)]
 
 

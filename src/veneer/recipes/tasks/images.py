@@ -48,7 +48,7 @@ class ImageClassification(OneClass):
         for i, row in enumerate(rows, 1):
             to_rgb(row[run.image_column], f"data {source!r}, row {i}")
 
-    def encode(self, run: Run, rows: list[Row], processor: Any, labels: list[str]) -> list[Row]:
+    def encode(self, run: Run, rows: list[Row], processor: object, labels: list[str]) -> list[Row]:
         """Images stay what they are until a batch is made of them: pixels of a large data set fill no memory."""
         numbers = {name: i for i, name in enumerate(labels)}
         return [{"image": r[run.image_column], "labels": numbers[str(r[run.label_column])]} for r in rows]
@@ -68,7 +68,7 @@ class ImageClassification(OneClass):
         to_rgb(text, "image")
         return {run.image_column: text, run.label_column: labels[0]}
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         """Paths of images; of images without one, what they are labelled."""
         paths = [r[run.image_column] for r in rows]
         return [p if isinstance(p, str) else f"{r[run.label_column]}" for p, r in zip(paths, rows, strict=True)]

@@ -72,7 +72,7 @@ class SpeechRecognition(Task):
             made.append({"audio": row[run.audio_column], "labels": ids[: run.max_length]})
         return made
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Any:
+    def collator(self, run: Run, processor: object, model: object) -> Any:
         import torch
 
         def batch(rows: list[Row]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class SpeechRecognition(Task):
         read_sound(text, "audio", None)
         return {run.audio_column: text, run.text_column: text}
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         return [str(r[run.text_column]) for r in rows]
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
@@ -138,7 +138,7 @@ def extract_features(processor: Any, model: Any, sounds: list[Any]) -> dict[str,
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.items()}
 
 
-def read_sound(name: Any, where: str, rate: int | None) -> Any:
+def read_sound(name: object, where: str, rate: int | None) -> Any:
     """A sound file's samples as float32 (samples,), its channels averaged, resampled to `rate` unless None.
 
     Resampling is scipy's polyphase one, which filters what the new rate cannot carry.

@@ -17,15 +17,15 @@ class Generation(Task):
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         return {run.prompt_column: text}
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Any:
+    def collator(self, run: Run, processor: object, model: object) -> Any:
         from transformers import DataCollatorForSeq2Seq
 
         return DataCollatorForSeq2Seq(processor, padding=True)
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         return [prompt_text(run.chat, str(r[run.prompt_column]), processor) for r in rows if run.prompt_column in r]
 
-    def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
+    def answers(self, run: Run, model: object, processor: object, rows: list[Row]) -> list[str]:
         from .base import complete_prompts
 
         return complete_prompts(model, processor, self.asked(run, rows, processor), run.max_new_tokens)
@@ -142,7 +142,7 @@ class Classification(OneClass):
             {**processor(str(r[run.text_column]), **cut), "labels": numbers[str(r[run.label_column])]} for r in rows
         ]
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Any:
+    def collator(self, run: Run, processor: object, model: object) -> Any:
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(processor)
@@ -150,5 +150,5 @@ class Classification(OneClass):
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
         return {run.text_column: text, run.label_column: labels[0]}
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         return [str(r[run.text_column]) for r in rows]

@@ -68,7 +68,7 @@ class TokenClassification(Task):
             made.append({**found, **more, "labels": labels_of})
         return made
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Any:
+    def collator(self, run: Run, processor: object, model: object) -> Any:
         from transformers import DataCollatorForTokenClassification
 
         inner = DataCollatorForTokenClassification(processor)
@@ -86,7 +86,7 @@ class TokenClassification(Task):
 
         return batch
 
-    def metrics(self, prediction: Any) -> dict[str, float]:
+    def metrics(self, prediction: object) -> dict[str, float]:
         return compute_accuracy(prediction)
 
     def row(self, run: Run, text: str, context: str | None, labels: list[str]) -> Row:
@@ -94,7 +94,7 @@ class TokenClassification(Task):
         words = text.split()
         return {run.words_column: words, run.labels_column: [labels[0]] * len(words)}
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         return [" ".join(map(str, r[run.words_column])) for r in rows]
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:
@@ -153,7 +153,7 @@ class QuestionAnswering(Task):
             raise InputError(f"max_length={run.max_length}: no answer stands in what is left of its text; raise it")
         return made
 
-    def collator(self, run: Run, processor: Any, model: Any) -> Any:
+    def collator(self, run: Run, processor: object, model: object) -> Any:
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(processor)
@@ -180,7 +180,7 @@ class QuestionAnswering(Task):
             raise InputError("question-answering: give the text that the answer stands in with --context")
         return {run.question_column: text, run.context_column: context}
 
-    def asked(self, run: Run, rows: list[Row], processor: Any) -> list[str]:
+    def asked(self, run: Run, rows: list[Row], processor: object) -> list[str]:
         return [str(r[run.question_column]) for r in rows]
 
     def answers(self, run: Run, model: Any, processor: Any, rows: list[Row]) -> list[str]:

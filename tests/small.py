@@ -42,3 +42,14 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     """The exact bits of every base tensor."""
     tensors = {k: v for k, v in model.state_dict().items() if ":" not in k}
     return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in tensors.items()}
+
+
+def deviation(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest entry of the two, so that a bound holds on any processor.
+
+    A float32 sum of k terms in another order differs by up to k roundings of 6e-8: models here add up some tens of terms a layer
+    and few layers, so 1e-5 is a different order of operations and 1e-3 an error.
+    """
+    size = torch.stack([t.detach().abs().max().double().cpu() for t in (actual, expected)]).max()
+    difference = (actual.detach().double().cpu() - expected.detach().double().cpu()).abs().max()
+    return float(difference / size.clamp_min(torch.finfo(torch.float32).tiny))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import veneer
 from adapterhub_models import FUSED, MODELS, logits
+from small import deviation
 from veneer.files import adapterhub
 from write_adapterhub import base
 
@@ -46,7 +47,7 @@ def test_their_files_give_their_outputs_and_are_written_alike(label: str, tmp_pa
     name = label.partition("_")[0]
     plain = logits(base(name), name)
     model = veneer.PeftModel.from_pretrained(base(name), GOLDEN / label)
-    assert (logits(model, name) - WANTED[label]).abs().max() <= 1e-5
+    assert deviation(logits(model, name), WANTED[label]) <= 1e-5
     assert (WANTED[label] - plain).abs().max() > 1e-3
     adapterhub.save(model, tmp_path / "hub")
     again = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
@@ -57,7 +58,7 @@ def test_their_files_give_their_outputs_and_are_written_alike(label: str, tmp_pa
     # Veneer's own format keeps the outputs too.
     model.save_pretrained(tmp_path / "own")
     model = veneer.PeftModel.from_pretrained(base(name), tmp_path / "own" / "gold")
-    assert (logits(model, name) - WANTED[label]).abs().max() <= 1e-5
+    assert deviation(logits(model, name), WANTED[label]) <= 1e-5
 
 
 @pytest.mark.parametrize("label", FUSED)
@@ -66,7 +67,7 @@ def test_their_fusions(label: str, tmp_path: Path) -> None:
     model = fused(label)
     model.load_adapter(GOLDEN / label / "fusion", "fusion")
     model.set_adapter("fusion")
-    assert (logits(model.eval(), name) - WANTED[label]).abs().max() <= 1e-5
+    assert deviation(logits(model.eval(), name), WANTED[label]) <= 1e-5
     adapterhub.save(model, tmp_path / "fusion", "fusion")
     same_files(GOLDEN / label / "fusion", tmp_path / "fusion", "adapter_fusion_config.json")
 
@@ -78,7 +79,7 @@ def test_a_fusion_of_adapters_with_other_names() -> None:
         model.load_adapter(GOLDEN / "bert_fused" / "fusion", "fusion")
     adapterhub.load(model, GOLDEN / "bert_fused" / "fusion", "fusion", adapter_names=["a", "b"])
     model.set_adapter("fusion")
-    assert (logits(model.eval(), "bert") - WANTED["bert_fused"]).abs().max() <= 1e-5
+    assert deviation(logits(model.eval(), "bert"), WANTED["bert_fused"]) <= 1e-5
 
 
 def test_the_base_model_alone_reads_files_of_a_model_with_a_head() -> None:

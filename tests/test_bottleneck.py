@@ -14,6 +14,7 @@ from torch import nn
 
 import veneer
 from models import IDS, MODELS
+from small import deviation
 from veneer.targets import blocks
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
 def test_identity_then_trained_by_exactly_its_parameters(name: str, kind: str) -> None:
     expected = logits(MODELS[name].make(), name)
     model = adapted(name, kind, scrambled=False)
-    assert (logits(model, name) - expected).abs().max() <= 1e-6
+    assert deviation(logits(model, name), expected) <= 1e-6
     scramble(model)
     assert (logits(model, name) - expected).abs().max() > 1e-4
     with model.disable_adapter():
@@ -87,7 +88,7 @@ def test_houlsby_by_hand(name: str) -> None:
             return (h, *y[1:]) if isinstance(y, tuple) else h
 
         other.get_submodule(spot.name).register_forward_hook(hook)
-    assert (logits(other, name) - logits(model, name)).abs().max() <= 1e-5
+    assert deviation(logits(other, name), logits(model, name)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["bert", "bart", "llama", "t5", "gpt2", "whisper"])
@@ -112,7 +113,7 @@ def test_compile_without_graph_breaks(name: str, kind: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         found = compiled(**{k: v for k, v in MODELS[name].inputs().items() if k != "use_cache"}).logits
-    assert (found - logits(model, name)).abs().max() <= 1e-4
+    assert deviation(found, logits(model, name)) <= 1e-4
 
 
 @every
@@ -396,7 +397,7 @@ def test_fusion_by_hand(name: str) -> None:
         u = torch.stack(ups, 2)
         scores = ((h @ p["query"].T + p["query_bias"])[:, :, None] * (u @ p["key"].T + p["key_bias"])).sum(-1)
         expected = (scores.softmax(-1)[..., None] * (u @ p["value"].T)).sum(2) + h
-        assert (found - expected).abs().max() <= 1e-4
+        assert deviation(found, expected) <= 1e-4
 
 
 def test_fusion_trains_itself_alone_and_is_saved(tmp_path: Any) -> None:
@@ -430,7 +431,7 @@ def test_fusion_reaches_the_adapters_if_told_and_compiles_and_copies() -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**MODELS["llama"].inputs()).logits
-    assert (found - expected).abs().max() <= 1e-5
+    assert deviation(found, expected) <= 1e-5
     penalty = veneer.files.adapterhub.fusion_regularization(model, "fusion")
     assert 0 <= penalty.item() < 1e-6  # starts at the identity
     scramble(model, 7)
@@ -470,7 +471,7 @@ def test_side_by_side_on_a_model() -> None:
     with torch.no_grad():
         torch._dynamo.reset()
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**MODELS["llama"].inputs()).logits
-    assert (found - logits(model, "llama")).abs().max() <= 1e-5
+    assert deviation(found, logits(model, "llama")) <= 1e-5
     model.delete_adapter("fusion")
     assert model.active_adapters == ["default"]
 

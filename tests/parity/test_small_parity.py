@@ -12,6 +12,7 @@ import torch
 
 import veneer
 from models import MODELS
+from small import deviation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -45,7 +46,7 @@ def test_norm_tuning_merges_as_in_peft(tmp_path: Path) -> None:
     plain = [pairs.load(library, base(), tmp_path).merge_and_unload() for library in (veneer, peft)]
     assert pairs.gap(*(pairs.output(m, run) for m in plain)) <= 1e-6
     a, b = (m.state_dict() for m in plain)
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-7, rtol=0) for k in a)
+    assert a.keys() == b.keys() and all(deviation(a[k], b[k]) <= 1e-7 for k in a)
 
 
 IA3: list[Any] = [  # no targets: peft's defaults
@@ -124,7 +125,7 @@ def test_ia3_stacked_switched_and_weighted(name: str, tmp_path: Path) -> None:
     assert pairs.gap(weighted, pairs.output(theirs, run)) <= 1e-5
     assert all(pairs.gap(weighted, other) > 1e-4 for other in kept.values())
     a, b = (m.get_peft_model_state_dict(x, adapter_name="sum") for m, x in ((veneer, ours), (peft, theirs)))
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
+    assert a.keys() == b.keys() and all(deviation(a[k], b[k]) <= 1e-5 for k in a)
     assert not any(p.requires_grad for p in ours.runtime.parameters("sum"))
     ours.save_pretrained(tmp_path / "ours", selected_adapters=["sum"])
     again = pairs.load(peft, MODELS[name].make(), tmp_path / "ours" / "sum")

@@ -159,8 +159,8 @@ def kernel_runs(M: int, K: int, N: int, device: torch.device) -> Iterator[tuple[
             m = gate(*leaves)
         return *torch.autograd.grad(m, leaves, dm), m
 
-    same("gate", (kernels.gate_gradient(e, g),), (gate(e, g),))
-    yield "gated MLP, forward", partial(kernels.gate_gradient, e, g), partial(gate, e, g)
+    same("gate", (kernels.gate_forward(e, g),), (gate(e, g),))
+    yield "gated MLP, forward", partial(kernels.gate_forward, e, g), partial(gate, e, g)
     same("gate, backward", kernels.gate_backward_(dm.clone(), e, g), backward())
     yield "gated MLP, backward", partial(kernels.gate_backward_, dm.clone(), e, g), backward
 

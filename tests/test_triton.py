@@ -74,10 +74,10 @@ def test_not_used_where_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> No
     starts, device = kernels.group_starts.__wrapped__, torch.device("meta")
     for capability, fits in (((9, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        monkeypatch.setattr(kernels, "gate_gradient", lambda *given: None)
+        monkeypatch.setattr(kernels, "gate_forward", lambda *given: None)
         assert starts(device) == fits
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "gate_gradient", gate)
+    monkeypatch.setattr(kernels, "gate_forward", gate)
     with pytest.warns(UserWarning, match="meta: Triton is installed.*Failed to find C compiler.*needs a C compiler"):
         assert not starts(device)
 
@@ -110,5 +110,5 @@ def test_without_triton_a_mask_is_packed_on_its_device(dtype: torch.dtype, K: in
 
 
 def test_triton_is_imported_by_the_first_call_only() -> None:
-    code = "import sys, veneer, veneer.kernels.triton as k; import torch; k.available(torch.zeros(1)); print('triton' in sys.modules)"
+    code = "import sys, veneer, veneer.kernels.triton as k; import torch; k.is_available(torch.zeros(1)); print('triton' in sys.modules)"
     assert run(["-c", code]).strip() == "False"

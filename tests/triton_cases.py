@@ -151,7 +151,7 @@ def test_no_rows() -> None:
     assert torch.equal(kernels.outer_product(random(0, 8), x), torch.zeros(8, 64, device=DEVICE))
     routing = kernels.route_rows(torch.zeros(0, dtype=torch.int32, device=DEVICE), 2)
     assert kernels.shrink_dropped(x, A.expand(2, -1, -1), routing=routing).shape == (0, 8)
-    assert kernels.gate_gradient(x, x).shape == (0, 64)
+    assert kernels.gate_forward(x, x).shape == (0, 64)
 
 
 # Rows of several adapters.
@@ -282,7 +282,7 @@ def test_gate(layout: str, act: str, shape: tuple[int, int], dtype: torch.dtype)
     wide = [t.double().requires_grad_() for t in (e, g)]
     wanted = PLAIN[act](wide[0]) * wide[1]
     wanted.backward(dm.double())
-    close(kernels.gate_gradient(e, g, act), wanted, dtype)
+    close(kernels.gate_forward(e, g, act), wanted, dtype)
     own = dm.clone()
     de, dg, m = kernels.gate_backward_(own, e, g, act)
     assert de is own
@@ -314,7 +314,7 @@ def test_errors_name_the_remedy() -> None:
     with pytest.raises(ValueError, match="there is no routing"):
         kernels.shrink_dropped(x, A, scales=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match="act='relu'.*silu, gelu_tanh"):
-        kernels.gate_gradient(x, x, "relu")
+        kernels.gate_forward(x, x, "relu")
     for dm in (x[:, :1].expand(2, 16), x.bfloat16()):
         with pytest.raises(ValueError, match=r"written over it; make it contiguous and torch\.float32"):
             kernels.gate_backward_(dm, x, x)
@@ -327,7 +327,7 @@ def test_errors_name_the_remedy() -> None:
         lambda: kernels.expand_add_(x, random(1, 4), A.T),
         lambda: kernels.expand_add_(x, random(2, 4), A),
         lambda: kernels.outer_product(random(3, 4), x),
-        lambda: kernels.gate_gradient(x, x[:1]),
+        lambda: kernels.gate_forward(x, x[:1]),
     ):
         with pytest.raises(ValueError, match="its shape is"):
             wrong()
@@ -378,7 +378,7 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
         self.seeds: list[int] = []
-        for name in ("shrink", "expand_add_", "outer", "gate", "gate_backward_", "draw_seed"):
+        for name in ("shrink_dropped", "expand_add_", "outer_product", "gate_forward", "gate_backward_", "draw_seed"):
             patch.setattr(kernels, name, partial(self.note, name, getattr(kernels, name)))
         patch.setattr(linear, "SMALL", 1)  # else small inputs take the way of few calls
 
@@ -414,14 +414,14 @@ def test_siblings_with_dropout(watch: Watch, trained: str, dtype: torch.dtype) -
     x.requires_grad_("x" in trained)
     wide = x.detach().double().requires_grad_("x" in trained)
     ys = linear.run(x, tuple(ours))
-    assert watch.calls == ["draw_seed", "shrink"]  # one mask, one product
+    assert watch.calls == ["draw_seed", "shrink_dropped"]  # one mask, one product
     keep = watch.keep(0, 2 * M, K, p).view(2, M, K)
     wanted = [by_definition(wide, one, keep) for one in theirs]
     for y, expected in zip(ys, wanted, strict=True):
         close(y, expected, dtype, loss=3)
     torch.autograd.backward(ys, ups)
     torch.autograd.backward(wanted, [up.double() for up in ups])
-    assert watch.calls[2:] == ["expand_add_"] * ("x" in trained) + ["outer"] * ("A" in trained)
+    assert watch.calls[2:] == ["expand_add_"] * ("x" in trained) + ["outer_product"] * ("A" in trained)
     same_gradients(ours, theirs, dtype)
     if "x" in trained:
         close(x.grad, wide.grad, dtype, loss=6)
@@ -473,8 +473,8 @@ def test_gated_network(
     close(y, wanted, dtype, loss=4)
     y.backward(up)
     wanted.backward(up.double())
-    assert watch.calls.count("gate") == watch.calls.count("gate_backward_") == 1
-    assert watch.calls.count("outer") == ("A" in trained) * ((p > 0) + (down_p > 0))
+    assert watch.calls.count("gate_forward") == watch.calls.count("gate_backward_") == 1
+    assert watch.calls.count("outer_product") == ("A" in trained) * ((p > 0) + (down_p > 0))
     same_gradients(ours, theirs, dtype)
     if "x" in trained:
         close(x.grad, wide.grad, dtype, loss=6)
@@ -482,7 +482,7 @@ def test_gated_network(
         eval_ = gated.run(x, act, tuple(one._replace(dropout=0.0) for one in ours))
     e, g = (by_definition(wide, one, 1.0) for one in theirs[:2])
     close(eval_, by_definition(plain(e) * g, theirs[2], 1.0), dtype, loss=4)
-    assert watch.calls.count("gate") == 2
+    assert watch.calls.count("gate_forward") == 2
 
 
 def test_other_activations_keep_pytorchs_operations(watch: Watch) -> None:
@@ -497,7 +497,7 @@ def test_no_rows_in_a_layer(watch: Watch) -> None:
     x, (one,) = random(0, 64).requires_grad_(), leaves([share(64, 32, p=0.1)], torch.float32, "A B")
     rules = (1, (0.5,), 0.1, torch.float32)
     (y,) = linear.apply(linear.FactoredLinear, x, rules, one.W, one.b, one.A, one.B, None)
-    assert watch.calls == ["draw_seed", "shrink"]
+    assert watch.calls == ["draw_seed", "shrink_dropped"]
     y.sum().backward()
     assert torch.equal(one.A.grad, torch.zeros_like(one.A)) and torch.equal(one.B.grad, torch.zeros_like(one.B))
 
@@ -544,10 +544,10 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 def test_a_model_is_served_by_them(watch: Watch) -> None:
     model, x = adapted(0.0).train(), random(4, 8, 32)
     found = step(model, x)
-    assert watch.calls == ["gate", "gate_backward_"]
+    assert watch.calls == ["gate_forward", "gate_backward_"]
     with reference_only():
         wanted = step(model, x)
-    assert watch.calls == ["gate", "gate_backward_"]
+    assert watch.calls == ["gate_forward", "gate_backward_"]
     for mine, other in zip(found, wanted, strict=True):
         close(mine, other, torch.float32, loss=4)
 

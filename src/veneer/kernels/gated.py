@@ -144,7 +144,7 @@ def inner_forward(act: nn.Module, e: Tensor, g: Tensor) -> Tensor:
     """act(e) * g, (M, width), in scratch memory where the activation can be told to write there."""
     name = run_fused(act, e)
     if name is not None:
-        return triton.gate_gradient(e, g, name)
+        return triton.gate_forward(e, g, name)
     silu = type(act).__name__ in SILU
     a: Tensor = torch.ops.aten.silu.out(e, out=scratch.buffer_like("inner", e)) if silu else act(e)
     return a.mul_(g)

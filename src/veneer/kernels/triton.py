@@ -44,7 +44,7 @@ def group_starts(device: torch.device) -> bool:
         return False
     e = torch.zeros(1, 1, device=device)
     try:
-        gate_gradient(e, e)
+        gate_forward(e, e)
     except Exception as error:  # no C compiler, a driver of another version
         warnings.warn(
             f"{device}: Triton is installed and its kernels do not start ({type(error).__name__}: {error}), so PyTorch's "
@@ -246,7 +246,7 @@ def outer_product(
     return out if routing else out[0]
 
 
-def gate_gradient(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
+def gate_forward(e: Tensor, g: Tensor, act: str = "silu") -> Tensor:
     """Compute m = act(e) * g.
 
     Args:

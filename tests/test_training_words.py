@@ -219,6 +219,16 @@ def test_a_loop_without_an_optimizer_is_told() -> None:
             a.data -= 0.1 * a.grad
 
 
+def test_values_may_be_loaded_between_two_backward_passes() -> None:
+    model, x = linear(constrain=bounded)
+    (a,) = trained(model)
+    model(x).square().sum().backward()
+    veneer.set_peft_model_state_dict(model, {k: t + 1 for k, t in veneer.get_peft_model_state_dict(model).items()})
+    model(x).square().sum().backward()
+    torch.optim.SGD([a], lr=0.1).step()
+    assert float(a.detach().abs().max()) <= 0.1
+
+
 def test_a_frozen_adapter_and_other_methods_leave_no_hook() -> None:
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..distributed import sharding
 from ..distributed.sharding import fill_from, gathered, shape_of
 from ..io.locate import TRAINING_NAME, load_weights, read_tensors
+from ..lifecycle.adapters import Runtime
 from ..lifecycle.keys import PREFIX
 from ..lifecycle.load_report import AdapterLoadError, Loader, LoadReport
 from .adapter_files import adapter_tensors, prefix_of, runtime_on, save_weights
@@ -92,6 +93,7 @@ def set_peft_model_state_dict(
             raise AdapterLoadError(text, report)
         warnings.warn(text, stacklevel=2)
     copy_values(pairs)
+    _note_new_values(runtime)
     return report
 
 
@@ -127,6 +129,16 @@ def load_training_state(model: nn.Module, adapter: str, folder: str | os.PathLik
             f"{folder}: does not fit adapter {adapter!r}:\n  {loader.report.describe()}", loader.report
         )
     copy_values(pairs)  # type: ignore[arg-type]  # nothing is missing
+    _note_new_values(runtime_on(model))
+
+
+def _note_new_values(runtime: Runtime) -> None:
+    """Tell what watches the steps of training that values were copied in."""
+    from ..training.steps import driver_of
+
+    driver = driver_of(runtime)
+    if driver is not None:
+        driver.forget_values()
 
 
 def copy_values(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

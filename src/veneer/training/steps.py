@@ -119,6 +119,11 @@ class StepDriver:
             hook = parameter.register_post_accumulate_grad_hook(self._after_backward)
             self._handles.append(hook)
 
+    def forget_values(self) -> None:
+        """Take the parameters' present values as given: a file's were copied into them."""
+        self._seen = None
+        self.started.clear()
+
     def _after_backward(self, parameter: Tensor) -> None:
         """Raise if a parameter was changed between two backward passes, and no optimizer's hook has run."""
         if self.acted or by_deepspeed(parameter):

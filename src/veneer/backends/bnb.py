@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.sharding import gathered
-from .base import Backend
+from .base import Backend, tensor_of
 from .plain import FLOATS
 
 
@@ -176,16 +176,13 @@ class EightBit(Backend):
     def parts(self, owner: nn.Module, param: str) -> tuple[Tensor, Tensor] | None:
         """Entries (out, in) int8 and maxima (out,), which the first forward moves from the weight to the layer."""
         weight: Any = owner._parameters[param]
-        held = owner.state if weight.CB is None else weight
-        if held.CB is None or held.SCB is None:  # type: ignore[union-attr]
-            return None
-        return held.CB, held.SCB  # type: ignore[union-attr,return-value]
+        held: Any = owner.state if weight.CB is None else weight
+        return None if held.CB is None or held.SCB is None else (held.CB, held.SCB)
 
     def read(self, owner: nn.Module, param: str) -> Tensor:
         parts = self.parts(owner, param)
         if parts is None:
-            weight: Any = owner._parameters[param]
-            return weight.data  # type: ignore[no-any-return]
+            return tensor_of(owner, param).data
         return self.before(owner, param, parts)
 
     def write(self, owner: nn.Module, param: str, value: Tensor) -> object:

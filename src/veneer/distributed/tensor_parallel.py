@@ -14,7 +14,7 @@ import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..algebra.protocols import TensorTypes, TorchFunction
 from . import sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 KEYS = ("k_proj", "qkv_proj", "query_key_value")  # projections whose output has the keys' heads
 
@@ -127,16 +130,18 @@ def replicate_plain() -> Iterator[None]:
         yield
 
 
-def split_dimensions(weight: Tensor) -> dict[str, int]:
+def split_dimensions(weight: DTensor) -> dict[str, int]:
     """The mesh dimensions that split a weight (out, in): {"out": 0}, {"in": 0}, or none."""
+    from torch.distributed.tensor import Shard
+
     found = {}
-    for dimension, place in enumerate(weight.placements):  # type: ignore[attr-defined]
-        if place.is_shard():
+    for dimension, place in enumerate(weight.placements):
+        if isinstance(place, Shard):
             found["out" if place.dim % weight.ndim == 0 else "in"] = dimension
     return found
 
 
-def distribute_like(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: Collection[str] = ()) -> Tensor:
+def distribute_like(value: Tensor, weight: DTensor, axes: tuple[str, ...], keep: Collection[str] = ()) -> Tensor:
     """An adapter's whole tensor, the same in every process, split as the weight it belongs to is.
 
     Args:
@@ -147,7 +152,7 @@ def distribute_like(value: Tensor, weight: Tensor, axes: tuple[str, ...], keep: 
     """
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    mesh = weight.device_mesh
     places: list[Any] = [Replicate()] * mesh.ndim
     for axis, dimension in split_dimensions(weight).items():
         if axis in axes and axis not in keep:
@@ -182,9 +187,9 @@ def gather_gradients(parameter: nn.Parameter) -> None:
     """Reduce the gradient of a replicated parameter over the processes."""
 
     def whole(gradient: Tensor) -> Tensor:
-        if not sharding.is_distributed(gradient):
+        if not sharding.is_distributed(gradient) or not sharding.is_distributed(parameter):
             return gradient
-        made: Tensor = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+        made: Tensor = gradient.redistribute(placements=parameter.placements)
         return made
 
     trained = parameter.requires_grad

@@ -39,7 +39,8 @@ Cells = dict[
 def fused_parts(kind: str) -> dict[str, list[list[str]]]:
     """One table of layouts.toml: name of a fused layer -> the names of each of its parts."""
     with open(Path(__file__).with_name("layouts.toml"), "rb") as file:
-        return tomllib.load(file)[kind]  # type: ignore[no-any-return]
+        found: dict[str, list[list[str]]] = tomllib.load(file)[kind]
+    return found
 
 
 def refit_fused(

@@ -107,6 +107,7 @@ class AdaptedSite(Site):
         if self.backend is None or not is_distributed(self.reference):
             return dict(values)
         weight, method = self.current_weight().detach(), entry.method
+        assert is_distributed(weight)
         keys = {attr: key for key, attr in (*entry.trained, *entry.frozen)}
         keep = {"in"} if self.lookup else set()  # ids are looked up in every process
         axes = {attr: method.declared(key).axes_at(method, self) for attr, key in keys.items()}

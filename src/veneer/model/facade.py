@@ -40,7 +40,8 @@ class ModelFacade(nn.Module):
 
     @property
     def runtime(self) -> Runtime:
-        return self.__dict__["_runtime"]  # type: ignore[no-any-return]
+        found: Runtime = self.__dict__["_runtime"]
+        return found
 
     def get_base_model(self) -> nn.Module:
         """The base model, with its adapters on it."""

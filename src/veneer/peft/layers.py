@@ -23,6 +23,7 @@ from ..layers.shallow_copy import shallow_copy
 from ..lifecycle.adapters import Runtime
 from ..lifecycle.detach import delete_adapter
 from ..lifecycle.merge import merge_adapters, merge_again, unmerge_adapters
+from ..methods.lora import LoraConfig
 from ..methods.registry import METHODS
 
 
@@ -154,13 +155,17 @@ class Scaling(MutableMapping[str, float]):
         self._layer = layer
 
     def __getitem__(self, name: str) -> float:
-        return float(entries_at(self._layer)[name][1].method.scale)  # type: ignore[attr-defined]
+        method = entries_at(self._layer)[name][1].method
+        if not isinstance(method, LoraConfig):
+            raise KeyError(name)
+        return method.scale
 
     def __setitem__(self, name: str, value: float) -> None:
         site, entry = entries_at(self._layer)[name]
-        unit = start_values(self._layer, name) / entry.original.lora_alpha  # type: ignore[attr-defined]
-        changed = copy.copy(entry.method)
-        changed.lora_alpha = float(value) / unit  # type: ignore[attr-defined]
+        changed, start = copy.copy(entry.method), entry.original
+        if not isinstance(changed, LoraConfig) or not isinstance(start, LoraConfig):
+            raise KeyError(name)
+        changed.lora_alpha = float(value) * start.lora_alpha / start.scale
         entry.method = changed
         site.router.changed()
         if site.original is not None and name in adapter_names(site.router.merged):
@@ -170,7 +175,7 @@ class Scaling(MutableMapping[str, float]):
         raise TypeError("an adapter always has a scaling; delete the adapter from the model")
 
     def __iter__(self) -> Iterator[str]:
-        return (n for n, (_, e) in entries_at(self._layer).items() if hasattr(e.method, "scale"))
+        return (n for n, (_, e) in entries_at(self._layer).items() if isinstance(e.method, LoraConfig))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -178,7 +183,10 @@ class Scaling(MutableMapping[str, float]):
 
 def start_values(layer: nn.Module, name: str) -> float:
     """An adapter's scaling as its config says it, whatever was set since."""
-    return float(entries_at(layer)[name][1].original.scale)  # type: ignore[attr-defined]
+    original = entries_at(layer)[name][1].original
+    if not isinstance(original, LoraConfig):
+        raise KeyError(name)
+    return original.scale
 
 
 class View:
@@ -201,11 +209,13 @@ class View:
 
     @property
     def lora_alpha(self: Any) -> dict[str, float]:
-        return {n: e.original.lora_alpha for n, (_, e) in entries_at(self).items() if hasattr(e.original, "lora_alpha")}
+        return {
+            n: e.original.lora_alpha for n, (_, e) in entries_at(self).items() if isinstance(e.original, LoraConfig)
+        }
 
     @property
     def use_dora(self: Any) -> dict[str, bool]:
-        return {n: e.method.use_dora for n, (_, e) in entries_at(self).items() if hasattr(e.method, "use_dora")}
+        return {n: e.method.use_dora for n, (_, e) in entries_at(self).items() if isinstance(e.method, LoraConfig)}
 
     @property
     def active_adapters(self: Any) -> list[str]:

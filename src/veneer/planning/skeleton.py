@@ -30,9 +30,10 @@ def load_table() -> dict[str, Any]:
 def find_entry(name: str) -> dict[str, Any] | None:
     """The table's entry for a name or hub id, whatever its case."""
     key = name.lower()
+    content: dict[str, Any]
     for entry, content in load_table().items():
         if key == entry or key in (hub.lower() for hub in content["hub"]):
-            return content  # type: ignore[no-any-return]
+            return content
     return None
 
 
@@ -99,4 +100,5 @@ def build_model(config: Any, task: str, dtype: torch.dtype, attention: str | Non
     for name in ("pad_token_id", "decoder_start_token_id"):  # any will do
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, 0)
-    return model  # type: ignore[no-any-return]
+    built: nn.Module = model
+    return built

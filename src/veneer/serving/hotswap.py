@@ -134,7 +134,7 @@ def swap_values(
                 f"{site.name}: adapter {adapter!r} started from the base weight, of which it keeps a share; delete it and "
                 "load the other one"
             )
-        scale = config.at(site.name).scale / entry.method.scale  # type: ignore[attr-defined]
+        scale = config.at(site.name).scale / lora_at(entry).scale
         for key, attr in entry.trained:
             value = left.pop(file_key(prefix, entry, key), None)
             if value is None and key not in AXES:
@@ -209,13 +209,13 @@ def grow_rank(runtime: Runtime, adapter: str, rank: int) -> None:
     config: Any = runtime.configs[adapter]
     places = lora_places(runtime, adapter)
     for site, entry in places:
-        r = entry.method.r  # type: ignore[attr-defined]
+        r = lora_at(entry).r
         if r > rank or (r < rank and not can_grow(site)):
             why = (
                 f"above target_rank={rank}" if r > rank else "and cannot grow in this layer: its rank is tied to groups"
             )
             raise ValueError(f"{site.name}: adapter {adapter!r} has rank {r} there, {why}")
-    alphas = {site.name: alpha_for(entry.method, rank) for site, entry in places}
+    alphas = {site.name: alpha_for(lora_at(entry), rank) for site, entry in places}
     common = alpha_for(config, rank)
     grown = config.replace(
         r=rank,
@@ -235,11 +235,17 @@ def grow_rank(runtime: Runtime, adapter: str, rank: int) -> None:
     runtime.router.changed()
 
 
-def alpha_for(method: Any, rank: int) -> float:
+def lora_at(entry: AdapterAtSite) -> LoraConfig:
+    """The method of a LoRA's share of a site, which `lora_places` found."""
+    assert isinstance(entry.method, LoraConfig)
+    return entry.method
+
+
+def alpha_for(method: LoraConfig, rank: int) -> float:
     """The alpha that keeps a method's scale at another rank."""
     if method.r == rank:
-        return method.lora_alpha  # type: ignore[no-any-return]
-    return method.lora_alpha * (math.sqrt(rank / method.r) if method.use_rslora else rank / method.r)  # type: ignore[no-any-return]
+        return method.lora_alpha
+    return method.lora_alpha * (math.sqrt(rank / method.r) if method.use_rslora else rank / method.r)
 
 
 def held_tensor(site: AdaptedSite, attribute: str) -> nn.Parameter:

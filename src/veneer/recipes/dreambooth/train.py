@@ -288,7 +288,8 @@ def encode_prompt(pipeline: Any, prompt: str) -> torch.Tensor:
     tokenizer = pipeline.tokenizer
     length = min(tokenizer.model_max_length, pipeline.text_encoder.config.max_position_embeddings)
     found = tokenizer(prompt, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
-    return found.input_ids[0]  # type: ignore[no-any-return]
+    ids: torch.Tensor = found.input_ids[0]
+    return ids
 
 
 def make_trainer(

@@ -19,7 +19,8 @@ from torch import Tensor
 import veneer
 from models import MODELS
 from small import deviation, scramble
-from veneer.checks import doctor
+from veneer.checks.doctor_files import DIFFUSERS_NAME
+from veneer.checks.doctor_programs import TARGETS
 from veneer.cli.app import app
 from veneer.peft import method_names
 
@@ -75,7 +76,7 @@ def as_vllm_reads(folder: Path) -> dict[str, Tensor]:
     """The changes of weights that vLLM makes of a folder: r, lora_alpha, use_rslora, and the keys it knows, alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     assert not config["modules_to_save"] and not config["use_dora"] and config["target_modules"]
-    assert config["r"] in doctor.TARGETS["vllm"].ranks  # type: ignore[operator]
+    assert config["r"] in TARGETS["vllm"].ranks  # type: ignore[operator]
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     found = load_file(folder / "adapter_model.safetensors")
     changes = {}
@@ -325,9 +326,7 @@ def test_a_flux_transformer_for_diffusers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "sick")
     assert told(tmp_path / "sick", "--fix", "--out", tmp_path / "well")[1] == 0
     other = transformer()
-    other.load_lora_adapter(
-        load_file(tmp_path / "well" / doctor.DIFFUSERS_NAME), prefix="transformer", adapter_name="x"
-    )
+    other.load_lora_adapter(load_file(tmp_path / "well" / DIFFUSERS_NAME), prefix="transformer", adapter_name="x")
     assert deviation(seen(other), y) <= 1e-5 and deviation(seen(transformer()), y) > 0.01
 
 
@@ -353,7 +352,7 @@ def test_a_text_encoder_for_diffusers(tmp_path: Path) -> None:
     scramble(model)
     model.eval().save_pretrained(tmp_path / "sick")
     assert told(tmp_path / "sick", "--fix", "--out", tmp_path / "well")[1] == 0
-    found = load_file(tmp_path / "well" / doctor.DIFFUSERS_NAME)
+    found = load_file(tmp_path / "well" / DIFFUSERS_NAME)
     other = encoder()
     _load_lora_into_text_encoder(found, None, other, prefix="text_encoder", adapter_name="x")
     with torch.no_grad():
@@ -459,5 +458,5 @@ def test_the_table_says_what_where_why_and_the_cure(tmp_path: Path, monkeypatch:
 
 
 def test_every_fact_has_a_source() -> None:
-    for name, accepts in doctor.TARGETS.items():
+    for name, accepts in TARGETS.items():
         assert accepts.methods and accepts.sources[""], name

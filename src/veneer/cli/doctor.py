@@ -19,7 +19,9 @@ def examine_adapter(
     """Print what programs mind about an adapter; exit with 1 where one of them will not load it, or loads something else."""
     import torch
 
-    from ..checks.doctor import DIFFUSERS_NAME, TARGETS, Patient, examine_adapter, folder_for, heal_adapter
+    from ..checks.doctor import apply_fixes, default_folder, run_checks
+    from ..checks.doctor_files import DIFFUSERS_NAME, AdapterFiles
+    from ..checks.doctor_programs import TARGETS
     from ..io.locate import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
     from ..targets.suggest import suggest
 
@@ -30,26 +32,26 @@ def examine_adapter(
     if out is not None:
         refuse_filled(out)
     with user_input():
-        patient = Patient.read(adapter)
-        chosen = targets.split(",") if targets else list_programs(patient.component)
+        files = AdapterFiles.read(adapter)
+        chosen = targets.split(",") if targets else list_programs(files.component)
         for name in chosen:
             if name not in TARGETS:
                 raise InputError(f"--for {name}: must be of {', '.join(TARGETS)}{suggest(name, TARGETS)}")
         accepts = {name: TARGETS[name] for name in chosen}
         wanted = None if dtype is None else getattr(torch, dtype)
         if not fix:
-            findings, written = examine_adapter(patient, accepts, wanted), None
+            findings, written = run_checks(files, accepts, wanted), None
         else:
-            healed, findings = heal_adapter(patient, accepts, wanted)
+            fixed, findings = apply_fixes(files, accepts, wanted)
             written = None
             if any(f.fixed for f in findings):
-                written = Path(adapter) if in_place else out or folder_for(adapter)
+                written = Path(adapter) if in_place else out or default_folder(adapter)
                 if in_place and not written.is_dir():
                     raise InputError(f"{adapter} is no folder of this machine; write a copy with --out FOLDER")
                 if not in_place:
                     refuse_filled(written)
                     copy_rest(adapter, written, {CONFIG_NAME, WEIGHTS_NAME, OLD_WEIGHTS_NAME, DIFFUSERS_NAME})
-                healed.write(written)
+                fixed.write(written)
     stopped = {f.target for f in findings if f.level == "error" and not f.fixed}
     if as_json:
         said = {
@@ -60,7 +62,7 @@ def examine_adapter(
         }
         click.echo(json.dumps(said, indent=2))
     else:
-        show_findings(patient, chosen, findings, written, fix)
+        show_findings(chosen, findings, written, fix)
     if stopped:
         raise SystemExit(1)
 
@@ -86,9 +88,7 @@ def copy_rest(adapter: str, out: Path, but: set[str]) -> None:
                 shutil.copy2(file, out / file.name)
 
 
-def show_findings(
-    patient: object, targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool
-) -> None:
+def show_findings(targets: Sequence[str], findings: Sequence[Any], written: Path | None, fix: bool) -> None:
     """Print one line a finding, and one a program."""
     from rich.console import Console
     from rich.markup import escape
@@ -108,7 +108,7 @@ def show_findings(
         console.print(table)
     for name in targets:
         errors = [f for f in findings if f.target == name and f.level == "error" and not f.fixed]
-        curable = sum(f.cure is not None for f in errors)
+        curable = sum(f.fix is not None for f in errors)
         if not errors:
             console.print(f"[green]{name}: will load[/]" + ("" if written is None else f" {escape(str(written))}"))
         else:

@@ -1,6 +1,6 @@
-"""A forward that is run once more, to see what went on inside: which modules ran, and where a NaN came up first.
+"""Runs a forward again to see which modules ran and where a NaN appeared first.
 
-Nobody pays for it in a healthy run: no module has a hook while the model trains, and kernels serve it as ever.
+This costs nothing in a healthy run: modules get hooks for the second run only, so kernels serve training as usual.
 """
 
 from __future__ import annotations
@@ -22,32 +22,36 @@ HALF_LIMIT = torch.finfo(torch.float16).max
 
 @dataclass
 class Call:
-    """One forward of a model, with what is needed to run it again."""
+    """One forward of a model, with the state that is needed to run it again.
+
+    Attributes:
+        root: the model.
+        args: of the forward.
+        kwargs: of the forward.
+        chosen: the adapters that were chosen for this call alone.
+        random: state of the CPU's random numbers.
+        random_on: the same for each accelerator that holds parameters.
+        autocast: device type, dtype and whether autocast is enabled.
+    """
 
     root: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    held: dict[str, Any]  # what was chosen for this call alone
+    chosen: dict[str, Any]
     random: Tensor
-    on_device: Tensor | None
+    random_on: dict[torch.device, Tensor]
     autocast: tuple[str, torch.dtype, bool]
 
     @classmethod
     def of(cls, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], router: Router | None) -> Call:
-        """What is about to run."""
+        """Record the forward that is about to run."""
         local = None if router is None else router.local
-        held = {} if local is None else {name: getattr(local, name) for name in ("chosen", "rows", "tasks")}
-        device = next((p.device.type for p in root.parameters()), "cpu")
-        accelerator = torch.accelerator.is_available() and device != "cpu"
-        return cls(
-            root,
-            args,
-            kwargs,
-            held,
-            torch.get_rng_state(),
-            torch.get_device_module(device).get_rng_state() if accelerator else None,
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)),
-        )
+        chosen = {} if local is None else {"chosen": local.chosen, "rows": local.rows, "tasks": local.tasks}
+        devices = list(dict.fromkeys(p.device for p in root.parameters()))
+        random_on = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type not in ("cpu", "meta")}
+        kind = devices[0].type if devices else "cpu"
+        autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return cls(root, args, kwargs, chosen, torch.get_rng_state(), random_on, autocast)
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Seen:
     """What a second run showed.
 
     Attributes:
-        ran: the modules in the order in which they were called, each once.
+        ran: the modules in the order in which they were first called, without the model itself.
         first: the first module whose output is not finite, with the reason, or None.
     """
 
@@ -64,66 +68,49 @@ class Seen:
 
 
 def rerun_forward(call: Call, router: Router | None) -> Seen:
-    """Run a forward again as it ran: same input, adapters, random numbers and autocast; nothing is changed by it."""
-    seen, handles = Seen(), []
-    known: set[nn.Module] = set()
+    """Run a forward again with the same input, adapters, random numbers and autocast, and leave no trace in the model."""
+    seen = Seen()
+    known = {call.root}
+    kind, dtype, enabled = call.autocast
 
-    def entered(module: nn.Module, args: object) -> None:
+    def enter(module: nn.Module, args: object) -> None:
         if module not in known:
             known.add(module)
             seen.ran.append(module)
 
-    def left(name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+    def leave(name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
         if seen.first is None and not is_finite(output):
             seen.first = (name, explain_first(module, (args, kwargs)))
 
-    for name, module in call.root.named_modules():
-        handles.append(module.register_forward_pre_hook(entered))
-        if name:
-            handles.append(module.register_forward_hook(partial(left, name), with_kwargs=True))
-    statistics = [
-        (b, b.clone())
-        for m in call.root.modules()
-        if isinstance(m, _BatchNorm)
-        for b in m._buffers.values()
-        if b is not None
-    ]
-    device, dtype, enabled = call.autocast
-    now, there = torch.get_rng_state(), torch.get_device_module(device) if call.on_device is not None else None
-    now_there = None if there is None else there.get_rng_state()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-            if router is not None:
-                stack.enter_context(router.hold(**call.held))
-            torch.set_rng_state(call.random)
-            if there is not None:
-                there.set_rng_state(call.on_device)
-            call.root.forward(*call.args, **call.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        torch.set_rng_state(now)
-        if there is not None:
-            there.set_rng_state(now_there)
-        with torch.no_grad():
-            for buffer, value in statistics:
-                buffer.copy_(value)
-    seen.ran = [m for m in seen.ran if m is not call.root]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for name, module in call.root.named_modules():
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            if name:
+                stack.callback(module.register_forward_hook(partial(leave, name), with_kwargs=True).remove)
+            if isinstance(module, _BatchNorm):  # in train mode a forward updates its statistics
+                for buffer in module.buffers(recurse=False):
+                    stack.callback(buffer.copy_, buffer.clone())
+        devices = list(call.random_on)
+        stack.enter_context(torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cpu"))
+        stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        if router is not None:
+            stack.enter_context(router.hold(**call.chosen))
+        torch.set_rng_state(call.random)
+        for device, state in call.random_on.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+        # Not __call__, whose hooks on the model are those of the watch.
+        call.root.forward(*call.args, **call.kwargs)
     return seen
 
 
 def floating_tensors(value: object) -> Iterator[Tensor]:
-    """The floating tensors in what a module takes or returns."""
+    """The floating tensors in the arguments or the output of a module."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from floating_tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
+    elif isinstance(value, (Mapping, tuple, list)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from floating_tensors(part)
 
 
@@ -132,13 +119,13 @@ def is_finite(value: object) -> bool:
 
 
 def explain_first(module: nn.Module, inputs: object) -> str:
-    """Why the first output that is not finite is not."""
+    """Explain the first output that is not finite."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-            whose = "the adapter is broken: load it again, or start anew with a lower learning rate"
-            return f"its {name!r} is not finite; " + (
-                whose if ":" in name else "the base model's file or dtype is broken"
-            )
+            remedy = "the base model's file or dtype is broken"
+            if ":" in name:  # only adapter parameters have a colon in their names
+                remedy = "the adapter is broken: load it again, or start anew with a lower learning rate"
+            return f"its {name!r} is not finite; {remedy}"
     dtypes = {t.dtype for t in floating_tensors(inputs)} | {
         p.dtype for p in module.parameters() if p.is_floating_point()
     }

@@ -311,7 +311,7 @@ def test_kernels_match_the_operators(store: str, dtype: torch.dtype, monkeypatch
         found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
         # query, key and value with one product, gate and up with one.
         assert products == ([3, 1, 2, 1] * 2 if kernels_run else [])
-    near = 1e-5 if dtype == torch.float32 else 6e-2  # bfloat16 has 8 bits, and they are rounded in another order
+    near = 1e-5 if dtype == torch.float32 else 8e-2  # bfloat16 has 8 bits, and they are rounded in another order
     for mine, wanted in zip(*found, strict=True):
         assert (mine - wanted).norm() <= near * wanted.norm() + 1e-9
 

@@ -229,6 +229,75 @@ def test_values_may_be_loaded_between_two_backward_passes() -> None:
     assert float(a.detach().abs().max()) <= 0.1
 
 
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, as Lookahead is."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for g in inner.param_groups for p in g["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_around_another_acts_once() -> None:
+    found = []
+    for wrapped in (False, True):
+        model, x = linear(penalty=shrinking, step=counting, project=flattened, constrain=bounded)
+        optimizer: Any = torch.optim.SGD(trained(model), lr=1e-3)
+        optimizer = Around(optimizer) if wrapped else optimizer
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        assert model.base_model.model[0]._buffers["toy_count:default"].item() == 3
+        found.append(trained(model)[0].detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+def test_an_adapter_without_a_gradient_is_let_be() -> None:
+    model, x = linear(penalty=shrinking, constrain=bounded)
+    model.add_adapter("second", model.peft_config["default"])
+    first, second = trained(model)
+    with torch.no_grad():
+        second.fill_(0.5)
+    optimizer = torch.optim.SGD([first, second], lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert second.detach().unique().tolist() == [0.5] and second.grad is None
+
+
+def test_a_second_adapter_without_an_optimizer_is_told_too() -> None:
+    model, x = linear(constrain=bounded)
+    steps(model, x, torch.optim.SGD(trained(model), lr=0.1), 2)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    second = trained(model)[1]
+    with pytest.raises(RuntimeError, match="without one"):
+        for _ in range(2):
+            second.grad = None
+            model(x).square().sum().backward()
+            second.data -= 0.1 * second.grad
+
+
+def test_hooks_go_with_the_last_adapter_and_closures_may_return_nothing() -> None:
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+
+    model, x = linear(penalty=shrinking)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+
+    optimizer.step(closure)
+    before = len(hooks)
+    model.add_adapter("plain", veneer.LoraConfig(target_modules=["0"]))
+    model.delete_adapter("default")
+    optimizer.step()
+    assert len(hooks) <= before
+
+
 def test_a_frozen_adapter_and_other_methods_leave_no_hook() -> None:
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 

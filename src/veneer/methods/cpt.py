@@ -115,7 +115,9 @@ class CPTConfig(PromptLearningConfig):
         eps = torch.where((kinds > 0) & (kinds % 4 % 2 == 1), self.opt_projection_format_epsilon * scale, eps)
         eps = torch.where((kinds > 0) & (kinds % 4 == 2), self.opt_projection_epsilon * scale, eps)
         norm = delta.norm(dim=1)  # (T,)
-        return delta * (eps / torch.maximum(norm, eps))[:, None]
+        # The margin keeps a token that was pulled back before from drifting with every rounding.
+        factor = torch.where(norm <= eps * (1 + 1e-5), torch.ones_like(norm), eps / norm.clamp_min(1e-30))
+        return delta * factor[:, None]
 
     def prompt(self, p: Tensors, site: Site, tasks: Tensor | None) -> Tensor | None:
         # Projected gradient descent: the value is within the balls, where `constrain` keeps it, and the gradient passes.

@@ -61,16 +61,20 @@ class StepDriver:
     Attributes:
         asked: adapters whose penalty the loop added to its loss itself since the last step.
         started: serial numbers of the adapters' places that have been constrained for the first time.
-        acted: whether an optimizer's step has reached the adapters.
+        acted: ids of the parameters that an optimizer's step has reached.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.asked: set[str] = set()
         self.started: set[int] = set()
-        self.acted = False
+        self.acted: set[int] = set()
         self.pending = False  # ZeRO took a step, and the constraints are still to be applied
-        self._seen: tuple[nn.Parameter, Tensor] | None = None  # a trained tensor, and its value at the first backward
+        self._changed: dict[
+            int, tuple[int, int]
+        ] = {}  # parameter -> its gradient as it was left, and that one's version
+        self._due: set[str] = set()  # adapters whose step has begun and is not counted yet
+        self._seen: dict[int, Tensor] = {}  # a trained tensor of each adapter -> its value at the first backward
         self._handles: list[RemovableHandle] = []
         self._register()
 
@@ -121,16 +125,16 @@ class StepDriver:
 
     def forget_values(self) -> None:
         """Take the parameters' present values as given: a file's were copied into them."""
-        self._seen = None
+        self._seen.clear()
         self.started.clear()
 
     def _after_backward(self, parameter: Tensor) -> None:
         """Raise if a parameter was changed between two backward passes, and no optimizer's hook has run."""
-        if self.acted or by_deepspeed(parameter):
+        if id(parameter) in self.acted or by_deepspeed(parameter):
             return
-        if self._seen is None or self._seen[0] is not parameter:
-            self._seen = (parameter, parameter.detach().clone())  # type: ignore[assignment]
-        elif not torch.equal(self._seen[1], parameter.detach()):
+        if id(parameter) not in self._seen:
+            self._seen[id(parameter)] = parameter.detach().clone()
+        elif not torch.equal(self._seen[id(parameter)], parameter.detach()):
             names = ", ".join(sorted({h for c in self.runtime.configs.values() for h in c.training_hooks}))
             raise RuntimeError(
                 f"this adapter's method has training hooks ({names}) that act on the steps of a torch.optim.Optimizer; its "
@@ -141,11 +145,16 @@ class StepDriver:
         self, owned: set[int], closure: Callable[[], Any] | None, scale: Tensor | None
     ) -> Callable[[], Any] | None:
         """Act before a step of an optimizer that holds `owned`; returns its closure, changed if gradients come from it."""
-        held = [p for p in self.places(*HOOKS) if _ids(p) & owned]
+        if not any(config.training_hooks for config in self.runtime.configs.values()):
+            self.release()  # the last such adapter was deleted
+            return closure
+        # What gets no gradient is not trained in this step, such as an adapter that is not active.
+        held = [p for p in self.places(*HOOKS) if _ids(p) & owned and (closure is not None or _has_gradient(p))]
         if not held:
             self._refuse_partitions(owned)
             return closure
-        self.acted = True
+        self.acted |= {i for p in held for i in _ids(p)}
+        self._due |= {p.adapter for p in held}
         # A file may hold values that no step has constrained, and the gradient is that of the constrained ones.
         fresh = [p for p in held if p.site.entries[p.adapter].serial not in self.started]
         self.started |= {p.site.entries[p.adapter].serial for p in fresh}
@@ -159,7 +168,8 @@ class StepDriver:
 
         def changed() -> Any:
             loss = closure()
-            return loss + self._change_gradients(places, scale)
+            total = self._change_gradients([p for p in places if _has_gradient(p)], scale)
+            return loss if loss is None else loss + total
 
         return changed
 
@@ -180,6 +190,9 @@ class StepDriver:
         total = 0.0
         for place in places:
             hooks = place.method.training_hooks
+            # An optimizer around another one (Lookahead) comes here twice with the same gradients.
+            if all(self._changed.get(id(p)) == (id(p.grad), _version(p.grad)) for p in place.parameters.values()):
+                continue
             if "penalty" in hooks and place.adapter not in self.asked:
                 value, gradients = penalty_at(place)
                 total += value
@@ -194,20 +207,23 @@ class StepDriver:
                         held = place.parameters[key].grad
                         if held is not None:
                             sharding.fill_from(held, gradient)
+            self._changed |= {id(p): (id(p.grad), _version(p.grad)) for p in place.parameters.values()}
         return total
 
     def after(self, owned: set[int]) -> None:
         """Act after a step of an optimizer that holds `owned`."""
-        places = [p for p in self.places(*HOOKS) if _ids(p) & owned]
+        places = [p for p in self.places(*HOOKS) if _ids(p) & owned and _has_gradient(p)]
         if not places:
             if any(by_deepspeed(p) for place in self.places("constrain") for p in place.parameters.values()):
                 self._constrain_later()
             return
-        self.acted = True
         self.asked.clear()
+        self._changed.clear()  # the next gradients may be other tensors in the same places
         with torch.no_grad():
             for adapter in dict.fromkeys(p.adapter for p in places if "step" in p.method.training_hooks):
-                self._step([p for p in places if p.adapter == adapter])
+                if adapter in self._due:
+                    self._step([p for p in places if p.adapter == adapter])
+        self._due -= {p.adapter for p in places}
         self._constrain(places)
 
     def _constrain(self, places: Sequence[Place]) -> None:
@@ -228,7 +244,7 @@ class StepDriver:
                     sharding.fill_from(own, at.tensors[key])
 
     def _constrain_later(self) -> None:
-        self.acted = self.pending = True
+        self.pending = True
         if not self._handles or self.apply not in self.runtime.on_read:
             self._handles.append(self.runtime.root.register_forward_pre_hook(lambda *_: self.apply()))
             self.runtime.on_read.append(self.apply)
@@ -278,6 +294,15 @@ def penalty_at(place: Place) -> tuple[float, dict[str, Tensor]]:
 
 def _ids(place: Place) -> set[int]:
     return {id(p) for p in place.parameters.values()}
+
+
+def _has_gradient(place: Place) -> bool:
+    return any(p.grad is not None for p in place.parameters.values())
+
+
+def _version(gradient: Tensor | None) -> int:
+    """How often a gradient was written."""
+    return -1 if gradient is None else gradient._version
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
